@@ -1,0 +1,29 @@
+"""Data sets, their split into clients and tasks, batches and the replay buffer."""
+
+from fedlscl.data.batch import Batch
+from fedlscl.data.buffer import Buffer, lowest_loss
+from fedlscl.data.datamodule import PlaceDataModule, SpatialTemporalDataModule
+from fedlscl.data.datasets import load_images
+from fedlscl.data.images import ImageData
+from fedlscl.data.loader import EvenBatches, batches
+from fedlscl.data.manifest import load_manifest, save_manifest
+from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
+from fedlscl.data.stream import ClientStream
+
+__all__ = [
+    "Batch",
+    "Buffer",
+    "ClientSplit",
+    "ClientStream",
+    "EvenBatches",
+    "ImageData",
+    "PlaceDataModule",
+    "SpatialTemporalDataModule",
+    "batches",
+    "dirichlet_split",
+    "load_images",
+    "load_manifest",
+    "lowest_loss",
+    "save_manifest",
+    "spatial_temporal_split",
+]

@@ -1,0 +1,97 @@
+"""A data set in memory, or mapped from disk, as uint8."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedlscl.data.batch import Batch
+from fedlscl.data.per_class import first_per_class
+
+FINGERPRINT_IMAGES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images and labels of a data set; an id is a position in train, or ``len(train)`` + a position in test."""
+
+    name: str
+    train_images: Tensor
+    """(N, 3, height, width) uint8."""
+    train_labels: Tensor
+    """(N,) int64."""
+    test_images: Tensor
+    """(M, 3, height, width) uint8."""
+    test_labels: Tensor
+    """(M,) int64."""
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for part, labels in (("train", self.train_labels), ("test", self.test_labels)):
+            counts = torch.bincount(labels, minlength=self.num_classes)
+            if len(counts) > self.num_classes:
+                raise ValueError(
+                    f"data set {self.name!r} has {part} label {len(counts) - 1}, but {self.num_classes} class names: "
+                    "name every class or correct the labels"
+                )
+            if not counts.all():
+                empty = self.class_names[int(counts.argmin())]
+                raise ValueError(
+                    f"data set {self.name!r} has no {part} image of class {empty!r}: add one or remove the class"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the whole data set, whoever sees them."""
+        return len(self.class_names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 over shapes, labels and the pixels of a few images: two data sets with one value are the same."""
+        digest = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            sample = images[:: max(1, len(images) // FINGERPRINT_IMAGES)]
+            digest.update(repr(tuple(images.shape)).encode())
+            digest.update(labels.numpy().astype("<i8").tobytes())
+            digest.update(sample.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def images(self, ids: Tensor) -> Tensor:
+        """Images (B, 3, height, width) uint8 of ids (B,)."""
+        return _take(self.train_images, self.test_images, ids)
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """Labels (B,) of ids (B,)."""
+        return _take(self.train_labels, self.test_labels, ids)
+
+    def fetch(self, ids: Tensor) -> Batch:
+        """The samples of ids (B,), in that order."""
+        return Batch(self.images(ids), self.labels(ids), ids)
+
+    def capped(self, train_per_class: int | None, test_per_class: int | None, seed: int) -> "ImageData":
+        """Keep at most so many samples of each class; ``None`` keeps all."""
+        train = first_per_class(self.train_labels.numpy(), train_per_class, seed)
+        test = first_per_class(self.test_labels.numpy(), test_per_class, seed)
+        if len(train) == len(self.train_labels) and len(test) == len(self.test_labels):
+            return self
+        return replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.test_images[test],
+            test_labels=self.test_labels[test],
+        )
+
+
+def _take(train: Tensor, test: Tensor, ids: Tensor) -> Tensor:
+    is_train = ids < len(train)
+    if is_train.all():
+        return train[ids]
+    if not is_train.any():
+        return test[ids - len(train)]
+    taken = train.new_empty(len(ids), *train.shape[1:])
+    taken[is_train] = train[ids[is_train]]
+    taken[~is_train] = test[ids[~is_train] - len(train)]
+    return taken

@@ -1,0 +1,82 @@
+"""A loader whose unit of work is a whole batch."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fedlscl.data.batch import Batch
+from fedlscl.data.images import ImageData
+
+
+def batches(
+    data: ImageData,
+    ids: Tensor,
+    batch_size: int,
+    shuffle: bool,
+    generator: torch.Generator | None = None,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Loader of `Batch` over ids (n,).
+
+    Args:
+        data: where the ids point to.
+        ids: (n,) positions in the data set; none gives a loader without batches.
+        batch_size: the most samples in a batch.
+        shuffle: whether every pass has a new order, drawn from the generator.
+        generator: of the order; none means torch's global one.
+        num_workers: processes that fetch; 0 fetches in this one.
+    """
+    if generator is None and not shuffle:
+        # A DataLoader draws a seed at every pass: evaluation must not move the global generator.
+        generator = torch.Generator()
+    sampler = EvenBatches(len(ids), batch_size, shuffle, generator)
+    return DataLoader(
+        _Fetched(data, ids), batch_size=None, sampler=sampler, num_workers=num_workers, generator=generator
+    )
+
+
+class EvenBatches(Sampler[Tensor]):
+    """Positions 0..n-1 in ceil(n / batch_size) batches whose sizes differ by at most one.
+
+    So the last batch is never a lone sample that BatchNorm cannot use (unless batch_size is 2 or less).
+
+    Example:
+        >>> [batch.tolist() for batch in EvenBatches(5, batch_size=4, shuffle=False)]
+        [[0, 1, 2], [3, 4]]
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: use 1 or more")
+        self.num_samples = num_samples
+        self.num_batches = -(-num_samples // batch_size)
+        self.shuffle = shuffle
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.num_batches == 0:
+            return iter(())
+        n = self.num_samples
+        order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
+        return iter(order.tensor_split(self.num_batches))
+
+
+class _Fetched(Dataset[Batch]):
+    """An item is the batch of several positions."""
+
+    def __init__(self, data: ImageData, ids: Tensor) -> None:
+        self.data = data
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, positions: Tensor) -> Batch:
+        return self.data.fetch(self.ids[positions])

@@ -1,0 +1,90 @@
+"""A split as a JSON file that other projects can read and that nobody changes unnoticed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedlscl.data.split import ClientSplit
+
+FORMAT = 1
+
+
+def save_manifest(
+    path: str | Path,
+    splits: list[ClientSplit],
+    class_names: Sequence[str],
+    fingerprint: str,
+    meta: dict[str, str | int | float | None],
+) -> None:
+    """Write classes, train ids and test ids of every client and task.
+
+    Args:
+        path: the JSON file, replaced whole or not at all.
+        splits: one per client.
+        class_names: names in label order.
+        fingerprint: of the data set that the ids point into, `ImageData.fingerprint`.
+        meta: how the split was drawn, for readers.
+    """
+    content = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "meta": meta,
+        "class_names": list(class_names),
+        "clients": [
+            [
+                {"classes": list(classes), "train": train.tolist(), "test": test.tolist()}
+                for classes, train, test in zip(split.classes, split.train, split.test, strict=True)
+            ]
+            for split in splits
+        ],
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(content | {"sha256": _sha256(content)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_manifest(path: str | Path, fingerprint: str) -> list[ClientSplit]:
+    """Read a split back, for the data set with this fingerprint.
+
+    Raises:
+        ValueError: if the file is missing, changed or of another format, or belongs to another data set.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        stored = content.pop("sha256")
+        version = content["format"]
+    except OSError as error:
+        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): give the path of a saved one") from None
+    except (ValueError, AttributeError, TypeError, KeyError):
+        raise ValueError(f"manifest {path} is not a split manifest: save it again with save_manifest") from None
+    if version != FORMAT:
+        raise ValueError(f"manifest {path} has format {version!r}, this version reads {FORMAT}: save it again")
+    if stored != _sha256(content):
+        raise ValueError(f"manifest {path} was changed (its sha256 does not match): save or fetch it again")
+    if content["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"manifest {path} belongs to a data set with fingerprint {content['fingerprint'][:12]}, this one has "
+            f"{fingerprint[:12]}: use the same dataset, image_size, train_per_class and test_per_class"
+        )
+    return [
+        ClientSplit(
+            classes=tuple(tuple(task["classes"]) for task in tasks),
+            train=tuple(np.array(task["train"], dtype=np.int64) for task in tasks),
+            test=tuple(np.array(task["test"], dtype=np.int64) for task in tasks),
+        )
+        for tasks in content["clients"]
+    ]
+
+
+def _sha256(content: dict) -> str:
+    """Hash of the content without spaces and with sorted keys, so that layout does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

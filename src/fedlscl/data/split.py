@@ -1,0 +1,182 @@
+"""Who sees which samples when: labels in, one task stream per client out. Pure numpy, deterministic in the seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# One independent random stream per purpose: changing one draw leaves the others as they were.
+CLASS_ORDER, TASK_ORDER, SAMPLES = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientSplit:
+    """One client's stream of tasks; every field has one entry per task."""
+
+    classes: tuple[tuple[int, ...], ...]
+    """Classes of the task, sorted."""
+    train: tuple[np.ndarray, ...]
+    """Sorted ids of the client's own train samples, int64."""
+    test: tuple[np.ndarray, ...]
+    """Sorted ids of all test samples of the task's classes; they start at ``len(train_labels)``."""
+
+
+def spatial_temporal_split(
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    num_clients: int,
+    num_tasks: int,
+    private_classes: int,
+    public_classes: int,
+    concentration: float = 1.0,
+    seed: int,
+) -> list[ClientSplit]:
+    """Give each client private classes of its own and a Dirichlet share of the public ones, in its own order.
+
+    Args:
+        train_labels: (N,) integers.
+        test_labels: (M,) integers.
+        num_clients: clients K.
+        num_tasks: tasks T per client, of equally many classes.
+        private_classes: classes per client that no other client has.
+        public_classes: classes that every client has; their train samples are divided without overlap.
+        concentration: of the Dirichlet draw per public class; small means unequal shares.
+        seed: of the class order, the task orders and the shares.
+
+    Raises:
+        ValueError: if the classes do not suffice or cannot be cut into equal tasks, or if a public class has
+            fewer train samples than there are clients.
+
+    Example:
+        >>> labels = np.repeat(np.arange(8), 10)
+        >>> kwargs = dict(num_clients=3, num_tasks=2, private_classes=2, public_classes=2, seed=42)
+        >>> splits = spatial_temporal_split(labels, labels, **kwargs)
+        >>> [len(classes) for classes in splits[0].classes]
+        [2, 2]
+        >>> sum(len(ids) for split in splits for ids in split.train)
+        80
+    """
+    _check_positive(num_clients=num_clients, num_tasks=num_tasks, concentration=concentration)
+    _check_not_negative(private_classes=private_classes, public_classes=public_classes)
+    order = _class_order(train_labels, seed)
+    needed = private_classes * num_clients + public_classes
+    if needed > len(order):
+        raise ValueError(
+            f"{private_classes} private x {num_clients} clients + {public_classes} public = {needed} classes, but "
+            f"the data set has {len(order)}: lower private_classes, public_classes or num_clients"
+        )
+    _check_equal_tasks(
+        f"{private_classes} private + {public_classes} public classes", private_classes + public_classes, num_tasks
+    )
+
+    private = order[: private_classes * num_clients].reshape(num_clients, private_classes)
+    public = order[private_classes * num_clients : needed]
+    shares = {int(label): _share(train_labels, label, num_clients, concentration, seed, at_least=1) for label in public}
+    splits = []
+    for client in range(num_clients):
+        owned = {int(label): np.flatnonzero(train_labels == label) for label in private[client]}
+        owned |= {label: share[client] for label, share in shares.items()}
+        classes = _stream(seed, TASK_ORDER, client).permutation(np.concatenate([private[client], public]))
+        splits.append(_cut(classes, owned, train_labels, test_labels, num_tasks))
+    return splits
+
+
+def dirichlet_split(
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    num_clients: int,
+    num_tasks: int,
+    num_classes: int,
+    concentration: float,
+    seed: int,
+) -> list[ClientSplit]:
+    """Give all clients the same classes in the same order, and each a Dirichlet share of every class.
+
+    A client may get no sample of a class, or of a whole task. Arguments and errors are those of
+    `spatial_temporal_split`; ``num_classes`` is how many classes of the data set are used.
+
+    Example:
+        >>> labels = np.repeat(np.arange(4), 10)
+        >>> kwargs = dict(num_clients=2, num_tasks=2, num_classes=4, concentration=0.1, seed=42)
+        >>> first, second = dirichlet_split(labels, labels, **kwargs)
+        >>> first.classes == second.classes
+        True
+    """
+    _check_positive(num_clients=num_clients, num_tasks=num_tasks, concentration=concentration)
+    order = _class_order(train_labels, seed)
+    if num_classes > len(order):
+        raise ValueError(
+            f"{num_classes} public classes, but the data set has {len(order)}: lower public_classes to {len(order)}"
+        )
+    _check_equal_tasks(f"{num_classes} public classes", num_classes, num_tasks)
+
+    classes = order[:num_classes]
+    shares = {int(label): _share(train_labels, label, num_clients, concentration, seed) for label in classes}
+    return [
+        _cut(classes, {label: share[client] for label, share in shares.items()}, train_labels, test_labels, num_tasks)
+        for client in range(num_clients)
+    ]
+
+
+def _stream(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+def _class_order(train_labels: np.ndarray, seed: int) -> np.ndarray:
+    return _stream(seed, CLASS_ORDER).permutation(np.unique(train_labels))
+
+
+def _share(
+    train_labels: np.ndarray, label: int, num_clients: int, concentration: float, seed: int, at_least: int = 0
+) -> list[np.ndarray]:
+    """Divide the train samples of one class completely: one array of ids per client."""
+    ids = np.flatnonzero(train_labels == label)
+    free = len(ids) - at_least * num_clients
+    if free < 0:
+        raise ValueError(
+            f"public class {label} has {len(ids)} train samples for {num_clients} clients: "
+            "lower num_clients or raise train_per_class"
+        )
+    random = _stream(seed, SAMPLES, int(label))
+    exact = random.dirichlet(np.full(num_clients, concentration)) * free
+    counts = np.floor(exact).astype(np.int64)
+    # What rounding down left over goes to the largest fractions.
+    counts[np.argsort(counts - exact, kind="stable")[: free - counts.sum()]] += 1
+    return np.split(random.permutation(ids), np.cumsum(counts + at_least)[:-1])
+
+
+def _cut(
+    classes: np.ndarray,
+    owned: dict[int, np.ndarray],
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    num_tasks: int,
+) -> ClientSplit:
+    """Cut a client's classes, in this order, into equal tasks."""
+    tasks = [tuple(sorted(task.tolist())) for task in np.split(classes, num_tasks)]
+    return ClientSplit(
+        classes=tuple(tasks),
+        train=tuple(np.sort(np.concatenate([owned[label] for label in task])) for task in tasks),
+        test=tuple(np.flatnonzero(np.isin(test_labels, task)) + len(train_labels) for task in tasks),
+    )
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value}: use a finite number greater than 0")
+
+
+def _check_not_negative(**values: int) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: use 0 or more")
+
+
+def _check_equal_tasks(what: str, num_classes: int, num_tasks: int) -> None:
+    if num_classes < 1 or num_classes % num_tasks:
+        divisors = ", ".join(str(n) for n in range(1, num_classes + 1) if num_classes % n == 0)
+        remedy = f"set num_tasks to one of {divisors}, or change the number of classes" if divisors else "use more"
+        total = f" = {num_classes}" if "+" in what else ""
+        raise ValueError(f"{what}{total} cannot be cut into {num_tasks} equal tasks: {remedy}")

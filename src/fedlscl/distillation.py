@@ -1,0 +1,105 @@
+"""One-by-One Distillation (Eq. 5) in closed form.
+
+The generator is linear, so with e = [E; 1], C_j = mean of e e^T over FS_j and weights w_j, Eq. 5 has one solution:
+
+    Phi_bar_i = Phi_i + (S_i + lambda I)^-1 (G_i - S_i Phi_i),   S_i = sum_{j != i} w_j C_j,   G_i = sum w_j C_j Phi_j.
+
+A client enters only through C_j and C_j Phi_j: no server optimizer, no raw features, and sums over clients suffice.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sums(NamedTuple):
+    """What the server has to know: sums over clients, in float64."""
+
+    moments: Tensor
+    """S = sum w_j C_j, (p, p) with p = feature_dim + 1."""
+    products: Tensor
+    """G = sum w_j C_j Phi_j, (p, lora_dim)."""
+
+
+def second_moment(features: Tensor) -> Tensor:
+    """C = mean of [E; 1] [E; 1]^T over a feature set (n, feature_dim): (p, p), float64.
+
+    Example:
+        >>> second_moment(torch.tensor([[2.0]]))
+        tensor([[4., 2.],
+                [2., 1.]], dtype=torch.float64)
+    """
+    if not len(features):
+        raise ValueError("the feature set is empty: a client without buffered samples has nothing to distil.")
+    e = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
+    return e.mT @ e / len(features)
+
+
+def one_by_one_distill(
+    generators: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    lambda_proximal: float,
+    weights: Sequence[float] | None = None,
+    data_anchor: float = 0.0,
+) -> list[Tensor]:
+    """Answer every client with its own fused generator (Eq. 5), in the order of the clients.
+
+    Args:
+        generators: Phi_i of each client, (p, lora_dim), bias as last row.
+        moments: C_i of each client, (p, p).
+        lambda_proximal: weight of ``||Phi - Phi_i||^2`` relative to the mean eigenvalue of S_i (ours: scale-free).
+        weights: w_j of each client; one each where not given.
+        data_anchor: weight of staying where Phi_i is on the client's own features (ours; not in the paper).
+
+    Example:
+        >>> phi = torch.ones(2, 3)
+        >>> one_by_one_distill([phi], [torch.eye(2)], 1.0)[0].equal(phi)   # alone, a client keeps its own
+        True
+    """
+    if len(generators) == 1:
+        return [generators[0].clone()]
+    weights = [1.0] * len(generators) if weights is None else weights
+    terms = [client_terms(phi, c, w) for phi, c, w in zip(generators, moments, weights, strict=True)]
+    total = add_terms(terms)
+    return [
+        solve(phi, subtract_terms(total, own), lambda_proximal, data_anchor, own.moments / max(w, 1e-12))
+        for phi, own, w in zip(generators, terms, weights, strict=True)
+    ]
+
+
+def client_terms(generator: Tensor, moment: Tensor, weight: float = 1.0) -> Sums:
+    """One client's share of the sums: w C and w C Phi."""
+    scaled = weight * moment.double()
+    return Sums(scaled, scaled @ generator.double())
+
+
+def add_terms(terms: Sequence[Sums]) -> Sums:
+    """Sum in the given order, so that results do not depend on who answered first."""
+    moments, products = torch.zeros_like(terms[0].moments), torch.zeros_like(terms[0].products)
+    for term in terms:
+        moments += term.moments
+        products += term.products
+    return Sums(moments, products)
+
+
+def subtract_terms(total: Sums, own: Sums) -> Sums:
+    """The sums over all other clients (j != i in Eq. 5)."""
+    return Sums(total.moments - own.moments, total.products - own.products)
+
+
+def solve(
+    generator: Tensor, others: Sums, lambda_proximal: float, data_anchor: float = 0.0, own_moment: Tensor | None = None
+) -> Tensor:
+    """Minimise Eq. 5 for one client from the sums over the others; (p, lora_dim) in the generator's dtype."""
+    if not lambda_proximal > 0:
+        raise ValueError(f"lambda_proximal {lambda_proximal} leaves Eq. 5 without a unique solution: choose above 0.")
+    phi = generator.double()
+    p = len(phi)
+    scale = lambda_proximal * others.moments.diagonal().mean()
+    system = others.moments + scale * torch.eye(p, dtype=torch.float64, device=phi.device)
+    if data_anchor and own_moment is not None:
+        system = system + data_anchor * own_moment.double()
+    step = torch.cholesky_solve(others.products - others.moments @ phi, torch.linalg.cholesky(system))
+    return (phi + step).to(generator.dtype)

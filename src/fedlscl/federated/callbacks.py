@@ -1,0 +1,53 @@
+"""What happens beside training: progress, TensorBoard, result files."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlscl.federated.client import Client
+    from fedlscl.federated.method import Stage
+    from fedlscl.federated.trainer import FederatedTrainer
+
+
+class Callback:
+    """Observes a federation; every hook does nothing until overridden. Tasks and rounds count from 0.
+
+    A callback reads ``trainer.progress``, ``trainer.matrix``, ``trainer.traffic`` and ``trainer.clients``.
+    """
+
+    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+        """Clients exist; a checkpoint, if any, is loaded."""
+
+    def on_task_start(self, trainer: "FederatedTrainer") -> None:
+        """Every client has new classes."""
+
+    def on_round_start(self, trainer: "FederatedTrainer") -> None:
+        """Clients are about to train."""
+
+    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client", stage: "Stage") -> None:
+        """A client begins a stage."""
+
+    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:
+        """One optimizer step is done."""
+
+    def on_stage_end(
+        self, trainer: "FederatedTrainer", client: "Client", stage: "Stage", terms: dict[str, float], seconds: float
+    ) -> None:
+        """``terms`` are the objective's means over the last epoch."""
+
+    def on_evaluation_start(self, trainer: "FederatedTrainer", client: "Client", phase: str) -> None:
+        """A client is about to be tested, 'before' or 'after' the last aggregation of a task."""
+
+    def on_round_end(self, trainer: "FederatedTrainer") -> None:
+        """Answers are downloaded, traffic is counted."""
+
+    def on_task_end(self, trainer: "FederatedTrainer") -> None:
+        """The matrix has its row for this task."""
+
+    def on_checkpoint(self, trainer: "FederatedTrainer") -> None:
+        """A checkpoint was written."""
+
+    def on_fit_end(self, trainer: "FederatedTrainer") -> None:
+        """All tasks are learned."""
+
+    def on_exception(self, trainer: "FederatedTrainer") -> None:
+        """The run ends early: put the terminal back in order."""

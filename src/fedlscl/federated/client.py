@@ -1,0 +1,105 @@
+"""A client A_i: its net, its stream of tasks, and what it keeps private."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fedlscl.data import Batch, Buffer, ClientStream
+from fedlscl.federated.seeding import turn_generator
+from fedlscl.nets.net import Net, Output
+
+
+class Inference(Protocol):
+    """Runs a net over images in evaluation mode; the trainer provides it."""
+
+    def infer(self, net: Net, stream: ClientStream, ids: Tensor) -> Iterator[tuple[Batch, Output]]:
+        """Batches on the device with the net's outputs, without gradient."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Client:
+    """One participant; everything here stays with it unless ``Method.upload`` says otherwise."""
+
+    id: int
+    net: Net
+    data: ClientStream
+    engine: Inference
+    previous: Net | None = None
+    """The net after the last task (theta^{n-1}, phi^{n-1}), frozen."""
+    buffer: Buffer = field(default_factory=Buffer.empty)
+    """B^{n-1}, of the tasks before the current one."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """Whatever else a method keeps on the client."""
+    task: int = 0
+    round: int = 0
+
+    @property
+    def classes(self) -> Tensor:
+        """Y_i^n: classes of the current task, sorted."""
+        return self.data.classes(self.task)
+
+    @property
+    def seen(self) -> Tensor:
+        """Classes of all tasks so far, sorted."""
+        return self.data.seen(self.task)
+
+    @property
+    def old(self) -> Tensor:
+        """Classes of the tasks before the current one, sorted."""
+        return self.data.seen(self.task - 1) if self.task else self.classes[:0]
+
+    @property
+    def train_ids(self) -> Tensor:
+        """Training samples of the current task."""
+        return self.data.train_ids(self.task)
+
+    def loader(self, ids: Tensor, batch_size: int) -> DataLoader:
+        """Shuffled batches of some samples, in an order that the turn's seed decides."""
+        return self.data.loader(ids, batch_size, shuffle=True, generator=turn_generator())
+
+    def infer(self, ids: Tensor, net: Net | None = None) -> Iterator[tuple[Batch, Output]]:
+        """Outputs of the client's net (or another) on some samples, batch by batch."""
+        return self.engine.infer(self.net if net is None else net, self.data, ids)
+
+    def snapshot(self) -> None:
+        """Keep the net as it is now as the next task's predecessor."""
+        self.previous = deepcopy(self.net).requires_grad_(False).eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that describe the client between two rounds."""
+        return {
+            "net": self.net.state_dict(),
+            "previous": None if self.previous is None else self.previous.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "memory": dict(self.memory),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.net.load_state_dict(state["net"])
+        self.previous = None
+        if state["previous"] is not None:
+            self.snapshot()
+            self.previous.load_state_dict(state["previous"])
+        self.buffer = Buffer.from_state_dict(state["buffer"])
+        self.memory = dict(state["memory"])
+
+
+@torch.no_grad()
+def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Tensor, Tensor]:
+    """Mean of the normalised features of each class among samples: classes (C,) and means (C, width)."""
+    sums: dict[int, Tensor] = {}
+    for batch, output in client.infer(ids):
+        rows = torch.nn.functional.normalize(getattr(output, pick).double())
+        for label in batch.labels.unique().tolist():
+            part = rows[batch.labels == label].sum(0).cpu()
+            sums[label] = sums.get(label, torch.zeros_like(part)) + part
+    classes = sorted(sums)
+    means = torch.stack([torch.nn.functional.normalize(sums[label], dim=0) for label in classes])
+    return torch.tensor(classes), means.float()

@@ -1,0 +1,90 @@
+"""Method: in what a federated continual-learning method differs from FedAvg."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from fedlscl.aggregation import classwise_average, weighted_average
+from fedlscl.data import Batch
+from fedlscl.federated.client import Client
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.modules.classification import ClassificationModule
+from fedlscl.modules.learner import LR, Learner
+from fedlscl.nets.net import Net
+
+
+class Stage(NamedTuple):
+    """A piece of local work: one objective, its batches, and how often to go through them."""
+
+    name: str
+    module: Learner
+    batches: Iterable[Batch]
+    epochs: int
+
+
+class Progress(NamedTuple):
+    """Where the federation is; both counted from 0."""
+
+    task: int
+    round: int
+
+
+@dataclass(kw_only=True)
+class Method(ABC):
+    """Every hook is FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) until a method overrides it whole."""
+
+    lr: float = LR
+    """Learning rate of Adam, fresh in every round (Sec. 5.1.3)."""
+    local_epochs: int = 5
+    """Epochs of a stage in one round (ours; not in the paper)."""
+    batch_size: int = 32
+    """Images per step (ours; not in the paper)."""
+    head_aggregation: Literal["classwise", "average"] = "classwise"
+    """How uploaded heads are averaged: by the samples of each class (ours), or all rows alike (FedAvg's own)."""
+
+    @abstractmethod
+    def build_net(self, client: int, num_classes: int) -> Net:
+        """The net of one client; the trainer seeds every client alike before the call."""
+
+    def begin_task(self, client: Client) -> None:
+        """Prepare for new classes, before the task's first round."""
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Local work of one round, stage by stage; a stage is built when the one before it has ended."""
+        module = ClassificationModule(client.net, client.classes, lr=self.lr)
+        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+
+    def upload(self, client: Client) -> Payload:
+        """What the client sends after local work."""
+        return outgoing(client.net.state_dict())
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """One answer for each upload, in their order."""
+        return [federated_average(uploads, self.head_aggregation)] * len(uploads)
+
+    def download(self, client: Client, payload: Payload) -> None:
+        """Take over the server's answer."""
+        client.net.load_state_dict(payload)
+
+    def end_task(self, client: Client) -> None:
+        """Put by what later tasks will need, after the last download."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Server state that outlives a round: tensors and numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+
+
+def federated_average(uploads: list[Upload], head_aggregation: str) -> Payload:
+    """Average uploads by their numbers of samples; rows of the head by the samples of their class if so asked."""
+    payloads = [upload.payload for upload in uploads]
+    average = weighted_average(payloads, [upload.num_samples for upload in uploads])
+    if head_aggregation == "classwise":
+        for name in average:
+            if name.startswith("head.") and average[name].dim():
+                rows = [payload[name] for payload in payloads]
+                average[name] = classwise_average(rows, [upload.class_counts for upload in uploads])
+    return average

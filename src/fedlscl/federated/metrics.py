@@ -1,0 +1,103 @@
+"""The accuracy of every client, after every task, on every task; and what the field derives from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASKS = ("task", "seen")
+"""Columns that compete: classes of the sample's task (the paper's Table 1), or all that the client has met."""
+PHASES = ("before", "after")
+"""Measured before the last aggregation of a task, and after it."""
+
+
+class AccuracyMatrix:
+    """``values[phase, mask, client, n, t]``: accuracy of a client after task n on task t; NaN where t > n."""
+
+    def __init__(self, num_clients: int, num_tasks: int) -> None:
+        self.values = torch.full((len(PHASES), len(MASKS), num_clients, num_tasks, num_tasks), torch.nan).double()
+
+    def record(self, phase: str, client: int, after_task: int, rows: Tensor) -> None:
+        """Set accuracies (masks, tasks so far) of one client."""
+        self.values[PHASES.index(phase), :, client, after_task, : rows.shape[1]] = rows.double()
+
+    def of(self, mask: str, phase: str = "after") -> Tensor:
+        """The matrix (clients, tasks, tasks) under one mask."""
+        return self.values[PHASES.index(phase), MASKS.index(mask)]
+
+
+def current_accuracy(matrix: Tensor) -> Tensor:
+    """Accuracy on the task just learned (Table 1), (clients, tasks).
+
+    Example:
+        >>> current_accuracy(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
+        tensor([[0.9000, 0.7000]])
+    """
+    return matrix.diagonal(dim1=1, dim2=2)
+
+
+def average_accuracy(matrix: Tensor) -> Tensor:
+    """Mean accuracy over all tasks so far (Table 2), (clients, tasks).
+
+    Example:
+        >>> average_accuracy(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
+        tensor([[0.9000, 0.6000]])
+    """
+    return matrix.nanmean(2)
+
+
+def forgetting(matrix: Tensor) -> Tensor:
+    """Best earlier accuracy minus the present one, mean over earlier tasks, (clients, tasks); 0 after the first task.
+
+    Example:
+        >>> forgetting(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
+        tensor([[0.0000, 0.4000]])
+    """
+    values = torch.zeros(matrix.shape[:2], dtype=matrix.dtype)
+    for n in range(1, matrix.shape[1]):
+        values[:, n] = (matrix[:, :n, :n].nan_to_num(-1).amax(1) - matrix[:, n, :n]).mean(1)
+    return values
+
+
+def backward_transfer(matrix: Tensor) -> Tensor:
+    """Present accuracy minus that right after learning, mean over earlier tasks, (clients, tasks).
+
+    Example:
+        >>> backward_transfer(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
+        tensor([[ 0.0000, -0.4000]])
+    """
+    values = torch.zeros(matrix.shape[:2], dtype=matrix.dtype)
+    for n in range(1, matrix.shape[1]):
+        values[:, n] = (matrix[:, n, :n] - current_accuracy(matrix)[:, :n]).mean(1)
+    return values
+
+
+def summary(matrix: AccuracyMatrix, task: int) -> dict[str, float]:
+    """The figures after a task, by name: means over clients, and the worst client."""
+    figures: dict[str, float] = {}
+    for mask in MASKS:
+        after, before = matrix.of(mask), matrix.of(mask, "before")
+        mean = average_accuracy(after)[:, task]
+        figures |= {
+            f"{mask}/average": float(mean.mean()),
+            f"{mask}/worst_client": float(mean.min()),
+            f"{mask}/current": float(current_accuracy(after)[:, task].mean()),
+            f"{mask}/forgetting": float(forgetting(after)[:, task].mean()),
+            f"{mask}/backward_transfer": float(backward_transfer(after)[:, task].mean()),
+            f"{mask}/average_before_aggregation": float(average_accuracy(before)[:, task].mean()),
+        }
+    return figures
+
+
+def correct(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Which samples win among the columns ``classes``, (B,) bool."""
+    return classes.to(logits.device)[logits[:, classes.to(logits.device)].argmax(1)] == labels
+
+
+def to_lists(matrix: AccuracyMatrix) -> dict[str, Any]:
+    """``phase -> mask -> client -> n -> t`` as plain numbers, None where nothing was measured."""
+
+    def plain(value: Any) -> Any:
+        return [plain(v) for v in value] if isinstance(value, list) else None if value != value else value
+
+    return {phase: {mask: plain(matrix.of(mask, phase).tolist()) for mask in MASKS} for phase in PHASES}

@@ -1,0 +1,175 @@
+"""Fed-LSCL (Yu et al., arXiv 2508.09489): large-small collaboration for federated continual learning.
+
+Deviations from the letter of the paper, each a field: a cosine head with imprinted rows, the current task's samples
+beside the buffer in Stage 2, second moments in place of raw features, Eq. 5 in closed form with a scale-free lambda.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlscl.data import Buffer
+from fedlscl.distillation import one_by_one_distill, second_moment
+from fedlscl.federated.client import Client, class_means
+from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.methods.ewc import consolidate, consolidated
+from fedlscl.modules.classification import ConsolidationModule, DistillationModule
+from fedlscl.modules.collaborative import GENERATOR_LR, CollaborativeModule
+from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.modules.learner import Learner
+from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
+from fedlscl.objectives import sample_losses
+
+
+@dataclass(kw_only=True)
+class FedLSCL(Method):
+    """Client CNNs generate LoRA weights for one frozen ViT; only the generators meet at the server."""
+
+    collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
+    """The net of each client."""
+    small_models: Sequence[str] = ()
+    """Small models handed out to the clients in turn, in place of collaborator.small_model (Fig. 4)."""
+    generator_lr: float = GENERATOR_LR
+    """Learning rate of the generator (ours; not in the paper)."""
+    imprint: bool = True
+    """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
+    continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
+    """Stage 2 (Eq. 4), or what replaces it (end of Sec. 4.3)."""
+    buffer_per_class: int = 20
+    """M: samples of lowest loss kept of each class (Fig. 5)."""
+    replay_current: bool = True
+    """Mix as many samples per class of the current task into Stage 2 (ours; the paper replays the buffer alone)."""
+    lambda_features: float = 1.0
+    """Weight of ||E - E'||^2 in Eq. 4 (its value is not in the paper)."""
+    lambda_lora: float = 1.0
+    """Weight of ||W - W'||^2 in Eq. 4 (its value is not in the paper)."""
+    distill: bool = True
+    """One-by-One Distillation at the server; without it clients keep their own generators (Table 2)."""
+    lambda_proximal: float = 1.0
+    """lambda of Eq. 5, relative to the mean eigenvalue of the others' moments (ours)."""
+    data_anchor: float = 0.0
+    """Weight of keeping a generator's outputs on its own features in Eq. 5 (ours; 0 is the paper)."""
+    shared_initialisation: bool = True
+    """All clients with the same small model start from the same weights (ours; not in the paper)."""
+    ewc_strength: float = 100.0
+    """Penalty of continual 'ewc'."""
+    lwf_alpha: float = 1.0
+    """Weight of continual 'lwf'."""
+
+    def build_net(self, client: int, num_classes: int) -> Collaborator:
+        """A collaborator with this client's small model."""
+        if not self.shared_initialisation:
+            torch.manual_seed(torch.initial_seed() + 1 + client)
+        config = self.collaborator
+        if self.small_models:
+            config = replace(config, small_model=self.small_models[client % len(self.small_models)])
+        return Collaborator(config, num_classes)
+
+    def begin_task(self, client: Client) -> None:
+        """Imprint the rows of the new classes."""
+        if self.imprint and len(client.train_ids):
+            client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Lines 6 to 21 of Algorithm 1: collaborate on the task, then, from the second task on, fine-tune on the buffer."""
+        yield Stage(
+            "collaborative",
+            self._stage_one(client),
+            client.loader(client.train_ids, self.batch_size),
+            self.local_epochs,
+        )
+        if self.continual == "replay" and client.previous is not None and len(client.buffer):
+            ids = client.buffer.ids
+            if self.replay_current:
+                ids = torch.cat([ids, draw_per_class(client, self.buffer_per_class)])
+            module = ContinualFineTuningModule(
+                client.net,
+                client.previous,
+                classes=client.seen,
+                old_classes=client.old,
+                lambda_features=self.lambda_features,
+                lambda_lora=self.lambda_lora,
+                lr=self.lr,
+                generator_lr=self.generator_lr,
+            )
+            yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
+
+    def upload(self, client: Client) -> Payload:
+        """phi_i and the second moment of FS_i, the features of what the buffer would be now; nothing else."""
+        if not self._federates(client):
+            return {}
+        with torch.no_grad():
+            ids = scored_buffer(client, self.buffer_per_class).ids
+            features = torch.cat([output.features for _, output in client.infer(ids)])
+        moment = second_moment(features)
+        upper = torch.triu_indices(*moment.shape)
+        return outgoing({"generator": client.net.generator.matrix, "moments": moment[upper[0], upper[1]].float()})
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """Eq. 5 for every client in closed form."""
+        if not uploads[0].payload:
+            return [{} for _ in uploads]
+        generators = [upload.payload["generator"] for upload in uploads]
+        moments = [symmetric(upload.payload["moments"], len(upload.payload["generator"])) for upload in uploads]
+        fused = one_by_one_distill(generators, moments, self.lambda_proximal, data_anchor=self.data_anchor)
+        return [{"generator": generator} for generator in fused]
+
+    def download(self, client: Client, payload: Payload) -> None:
+        """Take over the personalised generator."""
+        if payload:
+            client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
+
+    def end_task(self, client: Client) -> None:
+        """Commit the buffer and keep theta^n, phi^n as they are after the last aggregation."""
+        client.buffer = scored_buffer(client, self.buffer_per_class)
+        client.snapshot()
+        if self.continual == "ewc":
+            consolidate(client, samples=200, gamma=1.0)
+
+    def _stage_one(self, client: Client) -> Learner:
+        rates = {"lr": self.lr, "freeze_norm": client.task > 0 or self.collaborator.pretrained}
+        parts = {"lr_of": {"generator": self.generator_lr}, **rates}
+        if self.continual == "lwf" and client.previous is not None:
+            return DistillationModule(
+                client.net, client.previous, client.old, self.lwf_alpha, 2.0, client.classes, **parts
+            )
+        if self.continual == "ewc" and client.previous is not None:
+            anchor, fisher = consolidated(client)
+            return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts)
+        return CollaborativeModule(client.net, client.classes, generator_lr=self.generator_lr, **rates)
+
+    def _federates(self, client: Client) -> bool:
+        return self.distill and client.net.config.collaboration
+
+
+@torch.no_grad()
+def scored_buffer(client: Client, per_class: int) -> Buffer:
+    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
+    ids, labels, losses = [], [], []
+    for batch, output in client.infer(client.train_ids):
+        ids.append(batch.ids.cpu())
+        labels.append(batch.labels.cpu())
+        losses.append(sample_losses(output.logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
+    if not ids:
+        return client.buffer
+    return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
+
+
+def draw_per_class(client: Client, per_class: int) -> Tensor:
+    """Ids of up to ``per_class`` random training samples of each class of the current task."""
+    ids = client.train_ids[torch.randperm(len(client.train_ids))]
+    labels = client.data.fetch(ids[:0]).labels if not len(ids) else client.data.data.labels(ids)
+    return torch.cat([ids[labels == label][:per_class] for label in client.classes])
+
+
+def symmetric(upper: Tensor, size: int) -> Tensor:
+    """The symmetric matrix (size, size) whose upper triangle is given row by row."""
+    matrix = upper.new_zeros(size, size)
+    rows, columns = torch.triu_indices(size, size)
+    matrix[rows, columns] = upper
+    matrix[columns, rows] = upper
+    return matrix

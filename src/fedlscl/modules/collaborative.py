@@ -1,0 +1,54 @@
+"""Stage 1 of Fed-LSCL: large-small collaborative training on the current task (Eq. 3)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from fedlscl.modules.classification import ClassificationModule
+from fedlscl.modules.learner import LR
+from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
+from fedlscl.nets.vit import FoundationConfig
+
+GENERATOR_LR = 3e-4
+"""Learning rate of the generator (ours; the paper has one rate, at which the frozen ViT's features drift)."""
+
+
+class CollaborativeModule(ClassificationModule):
+    """Minimise the cross-entropy of H(Theta + phi(theta(x))) over the CNN, the generator and the head.
+
+    Example::
+
+        net = Collaborator(CollaboratorConfig(small_model="resnet18"), num_classes=10)
+        lightning.Trainer(max_epochs=5).fit(CollaborativeModule(net), datamodule=my_data)
+    """
+
+    def __init__(
+        self,
+        net: Collaborator | Mapping[str, Any],
+        classes: Tensor | None = None,
+        lr: float = LR,
+        generator_lr: float = GENERATOR_LR,
+        freeze_norm: bool = False,
+    ) -> None:
+        """``net`` is a collaborator, or the description of one that a checkpoint holds."""
+        net = as_collaborator(net)
+        super().__init__(net, classes, lr=lr, lr_of={"generator": generator_lr}, freeze_norm=freeze_norm)
+        self.save_hyperparameters(
+            {"net": describe(net), "lr": lr, "generator_lr": generator_lr, "freeze_norm": freeze_norm}
+        )
+
+
+def describe(net: Collaborator) -> dict[str, Any]:
+    """Plain values from which ``as_collaborator`` builds a net of the same shape."""
+    return {"num_classes": net.num_classes, "config": asdict(net.config)}
+
+
+def as_collaborator(net: Collaborator | Mapping[str, Any]) -> Collaborator:
+    """A collaborator as it is, or a new one from its description."""
+    if isinstance(net, Collaborator):
+        return net
+    config = dict(net["config"])
+    config["foundation"] = FoundationConfig(**config["foundation"])
+    return Collaborator(CollaboratorConfig(**config), net["num_classes"])

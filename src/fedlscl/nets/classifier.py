@@ -1,0 +1,69 @@
+"""The local head H_i in two forms, and a frozen foundation model with a head on top."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlscl.nets.net import Classification, Net, prepare
+from fedlscl.nets.vit import FoundationConfig, foundation
+
+
+class LinearHead(nn.Linear):
+    """The paper's head: features (B, width) to logits (B, num_classes)."""
+
+    def imprint(self, classes: Tensor, means: Tensor) -> None:
+        """A linear head starts from its random rows: nothing to set."""
+
+
+class CosineHead(nn.Module):
+    """Scaled cosine between features and one unit row per class (ours; not in the paper).
+
+    A class whose row is imprinted with its mean feature begins at nearest-class-mean accuracy
+    (Qi et al., CVPR 2018, arXiv 1712.07136), and no row can win by norm alone.
+    """
+
+    def __init__(self, width: int, num_classes: int, scale: float = 20.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(num_classes, width) * width**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) to (B, num_classes)."""
+        return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
+
+    @torch.no_grad()
+    def imprint(self, classes: Tensor, means: Tensor) -> None:
+        """Set the rows of ``classes`` (C,) to the directions of ``means`` (C, width)."""
+        self.weight[classes] = F.normalize(means.to(self.weight))
+
+
+def make_head(kind: str, width: int, num_classes: int) -> nn.Module:
+    """A head by its configured name."""
+    heads = {"linear": LinearHead, "cosine": CosineHead}
+    if kind not in heads:
+        raise ValueError(f"head {kind!r} is unknown: choose from {', '.join(heads)}.")
+    return heads[kind](width, num_classes)
+
+
+class FoundationClassifier(Net):
+    """A frozen ViT whose features feed a trainable head (the paper's FedAvg+ViT)."""
+
+    def __init__(self, config: FoundationConfig, num_classes: int, head: str = "linear") -> None:
+        super().__init__()
+        self.foundation = foundation(config)
+        self.head = make_head(head, self.foundation.width, num_classes)
+
+    @property
+    def prefix_key(self) -> str:
+        """The ViT's weights, its input size and the block at which the cached tokens enter."""
+        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.foundation.depth}"
+
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """Features (B, width) of the frozen ViT."""
+        model = self.foundation.to(images.device)
+        return model.tokens(prepare(images, model.image_size, model.mean, model.std), model.depth)
+
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+        """Classify stored images (B, 3, h, w)."""
+        features = self.frozen_prefix(images) if prefix is None else prefix.float()
+        return Classification(features, self.head(features))

@@ -1,0 +1,105 @@
+"""The large-small collaborative model: CNN features drive a generator of LoRA weights for a frozen ViT (Sec. 4.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from fedlscl.nets.classifier import make_head
+from fedlscl.nets.generator import ParameterGenerator
+from fedlscl.nets.lora import LowRankShape, split_lora
+from fedlscl.nets.net import Net, prepare
+from fedlscl.nets.small import SmallModel, UnitFeatures
+from fedlscl.nets.vit import FoundationConfig, foundation
+
+
+class Collaboration(NamedTuple):
+    """What the collaborator computes for a batch."""
+
+    features: Tensor
+    """E of the small model, (B, feature_dim), unit norm; (B, 0) without collaboration."""
+    lora: Tensor
+    """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
+    tokens: Tensor
+    """Features of the adapted foundation model, (B, width): what the head reads."""
+    logits: Tensor
+    """(B, num_classes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollaboratorConfig:
+    """The shape of one client's collaborative model."""
+
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    """The frozen ViT, shared by all clients."""
+    small_model: str = "resnet18"
+    """The client's CNN, any timm name with feature maps; it is never uploaded."""
+    small_image_size: int = 224
+    """Input size of the CNN in pixels, apart from the ViT's (ours; the paper has one size of 224)."""
+    pretrained: bool = False
+    """Start the CNN from timm's weights instead of from scratch."""
+    feature_dim: int = 512
+    """Dimension of E, common to all small models (ours; the paper does not say how sizes meet)."""
+    block: int = 3
+    """The adapted ViT block, counted from 0 (Fig. 3)."""
+    targets: Sequence[str] = ("attn.qkv",)
+    """Its adapted linear layers (ours; not in the paper)."""
+    rank: int = 4
+    """LoRA rank (ours; not in the paper)."""
+    alpha: float = 4.0
+    """LoRA scale numerator, applied as alpha / rank (ours; not in the paper)."""
+    head: Literal["cosine", "linear"] = "cosine"
+    """'linear' is the paper's; 'cosine' with imprinted rows forgets far less (ours)."""
+    collaboration: bool = True
+    """Without it the frozen ViT and the head remain (ablation)."""
+
+
+class Collaborator(Net):
+    """theta_i, phi_i and H_i over the shared Theta; its state dict is what the client owns."""
+
+    def __init__(self, config: CollaboratorConfig, num_classes: int) -> None:
+        super().__init__()
+        if config.rank < 1:
+            raise ValueError(f"rank {config.rank} makes no adapter: choose 1 or more.")
+        self.config, self.num_classes = config, num_classes
+        self.foundation = foundation(config.foundation)
+        self.foundation.block(config.block)
+        layers = [self.foundation.linear(config.block, target) for target in config.targets]
+        self.shapes = [LowRankShape(layer.in_features, layer.out_features, config.rank) for layer in layers]
+        if config.collaboration:
+            self.small = SmallModel(config.small_model, config.small_image_size, config.pretrained)
+            self.unit = UnitFeatures(self.small.width, config.feature_dim)
+            self.generator = ParameterGenerator(config.feature_dim, self.shapes)
+        self.head = make_head(config.head, self.foundation.width, num_classes)
+
+    @property
+    def prefix_key(self) -> str:
+        """The ViT's weights, its input size and the block at which the cached tokens enter."""
+        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self._entry}"
+
+    @property
+    def _entry(self) -> int:
+        return self.config.block if self.config.collaboration else self.foundation.depth
+
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """Tokens (B, N, width) that enter the adapted block; the blocks before it see no adapter."""
+        model = self.foundation.to(images.device)
+        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self._entry)
+
+    def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """E = theta_i(x) and W = phi_i(E), Eq. 2: (B, feature_dim) and (B, lora_dim)."""
+        if not self.config.collaboration:
+            empty = images.new_zeros((len(images), 0), dtype=self.head.weight.dtype)
+            return empty, empty
+        features = self.unit(self.small(images))
+        return features, self.generator(features)
+
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Collaboration:
+        """Classify stored images (B, 3, h, w) with a LoRA of their own each."""
+        features, lora = self.generate(images)
+        entering = self.frozen_prefix(images) if prefix is None else prefix
+        scale = self.config.alpha / self.config.rank
+        updates = dict(zip(self.config.targets, split_lora(lora, self.shapes, scale))) if lora.shape[1] else {}
+        tokens = self.foundation.to(images.device).features(entering, self._entry, updates)
+        return Collaboration(features, lora, tokens, self.head(tokens))

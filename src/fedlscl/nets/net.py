@@ -1,0 +1,81 @@
+"""What every net of the package promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Output(Protocol):
+    """The least that a net returns; teachers, objectives and evaluation need no more."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Scores, (B, num_classes)."""
+        ...
+
+
+class Classification(NamedTuple):
+    """Output of a net that is an encoder and a head."""
+
+    features: Tensor
+    """What the head reads, (B, width)."""
+    logits: Tensor
+    """(B, num_classes)."""
+
+
+class Net(nn.Module, ABC):
+    """A plain torch module without clients, tasks or Lightning; ``head`` maps features to one row per class."""
+
+    head: nn.Module
+
+    @abstractmethod
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
+        """Classify stored images (B, 3, height, width), uint8; ``prefix`` is ``frozen_prefix(images)`` where known."""
+
+    @property
+    def prefix_key(self) -> str | None:
+        """Names the frozen computation on the images; None where there is none. Equal keys give equal prefixes."""
+        return None
+
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """The part of the forward pass that never changes, (B, ...): it is computed once per image and run."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen part")
+
+
+def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn stored images (B, 3, h, w) into normalised floats (B, 3, size, size): each net owns its transform.
+
+    Images are uint8 in 0..255, or floats in 0..1 as torchvision's ToTensor gives them.
+    """
+    x = images if images.is_floating_point() else images.to(torch.float32) / 255
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+    return (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+
+
+class Frozen(nn.Module):
+    """A net that never trains again: no gradient, evaluation mode for ever, part of its owner's state dict."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Stay in evaluation mode."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, *args: Tensor | None) -> Output:
+        """Run the net without gradient."""
+        return self.net(*args)
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Stop running statistics from drifting (they alone can move old samples' features by their own norm)."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()

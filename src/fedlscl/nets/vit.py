@@ -1,0 +1,208 @@
+"""The frozen foundation model Theta: one timm VisionTransformer for the whole process, split at the adapted block."""
+
+import difflib
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlscl.nets.glyph_vit import GLYPH_WEIGHTS
+from fedlscl.nets.lora import LowRank, low_rank_hook
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundationConfig:
+    """Which frozen ViT all clients share."""
+
+    name: str = "vit_base_patch16_224.augreg_in21k"
+    """Any VisionTransformer of timm by name; vit_glyph_patch4_32 comes with the package."""
+    weights: str = "timm"
+    """'timm' (its own download), 'bundled' (the packaged glyph model), 'random', or the path of a safetensors file."""
+    image_size: int | None = None
+    """Input size in pixels; the model's own where not given."""
+
+
+class Foundation:
+    """A handle on a frozen ViT: no nn.Module, so no state dict, optimizer, train mode or copy ever reaches it."""
+
+    def __init__(self, config: FoundationConfig) -> None:
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.vit = _create(config).eval().requires_grad_(False)
+        self.width: int = self.vit.num_features
+        self.depth = len(self.vit.blocks)
+        self.image_size: int = self.vit.patch_embed.img_size[0]
+        self.fingerprint = fingerprint(self.vit)
+        cfg = self.vit.pretrained_cfg
+        self.mean, self.std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Foundation":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return foundation, (self.config,)
+
+    def to(self, device: torch.device) -> "Foundation":
+        """Follow the images to their device; nothing happens where it already is there."""
+        if self.mean.device != device:
+            self.vit.to(device)
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    def block(self, index: int) -> nn.Module:
+        """Block ``index``, counted from 0."""
+        if not 0 <= index < self.depth:
+            raise ValueError(f"block {index} is beyond {self.config.name}: choose 0 to {self.depth - 1}.")
+        return self.vit.blocks[index]
+
+    def linear(self, block: int, target: str) -> nn.Linear:
+        """The linear layer ``target`` (such as attn.qkv) of a block."""
+        layers = {name: layer for name, layer in self.block(block).named_modules() if isinstance(layer, nn.Linear)}
+        if target not in layers:
+            raise ValueError(f"target {target!r} is no linear layer of block {block}: choose from {', '.join(layers)}.")
+        return layers[target]
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor, block: int) -> Tensor:
+        """Tokens (B, N, width) that enter ``block``, from prepared images; ``block == depth`` gives features (B, width)."""
+        vit = self.vit
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        for layer in vit.blocks[: min(block, self.depth)]:
+            x = layer(x)
+        return x if block < self.depth else vit.forward_head(vit.norm(x))
+
+    def features(self, tokens: Tensor, block: int, updates: dict[str, LowRank] | None = None) -> Tensor:
+        """Features (B, width) from the tokens that enter ``block``, whose linear layers get low-rank ``updates``."""
+        if block == self.depth:
+            return tokens
+        with self._adapted(block, updates or {}):
+            x = self.vit.blocks[block](tokens)
+        rest = self.vit.blocks[block + 1 :]
+        if not len(rest):
+            return self.vit.forward_head(self.vit.norm(x))
+        for layer in rest[:-1]:
+            x = layer(x)
+        x = first_token_only(rest[-1], x) if self._reads_first_token_only(rest[-1]) else rest[-1](x)
+        return self.vit.forward_head(self.vit.norm(x))
+
+    @contextmanager
+    def _adapted(self, block: int, updates: dict[str, LowRank]) -> Iterator[None]:
+        hooks = [
+            self.linear(block, target).register_forward_hook(low_rank_hook(update))
+            for target, update in updates.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _reads_first_token_only(self, block: nn.Module) -> bool:
+        attention = block.attn
+        plain = type(block).__name__ == "Block" and type(attention).__name__ == "Attention"
+        return plain and attention.gate is None and self.vit.global_pool == "token" and self.vit.cls_token is not None
+
+
+def first_token_only(block: nn.Module, x: Tensor) -> Tensor:
+    """The first token's output (B, 1, width) of a timm Block: its query, projection and MLP row suffice (exact)."""
+    attention, width = block.attn, x.shape[-1]
+    heads, size = attention.num_heads, attention.head_dim
+    h = block.norm1(x)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    inner = weight.shape[0] // 3
+    q = F.linear(h[:, :1], weight[:inner], None if bias is None else bias[:inner])
+    kv = F.linear(h, weight[inner:], None if bias is None else bias[inner:])
+    q = attention.q_norm(q.unflatten(-1, (heads, size)).transpose(1, 2))  # (B, heads, 1, size)
+    k, v = kv.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)  # (B, heads, N, size) each
+    out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
+    out = attention.norm(out.transpose(1, 2).flatten(-2))
+    first = x[:, :1] + block.ls1(attention.proj(out))
+    assert first.shape[-1] == width
+    return first + block.ls2(block.mlp(block.norm2(first)))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_shared: dict[tuple[FoundationConfig, float | None], Foundation] = {}
+
+
+def foundation(config: FoundationConfig) -> Foundation:
+    """The process's one object for this configuration; a weights file that changed on disk is read anew."""
+    path = Path(config.weights)
+    key = config, path.stat().st_mtime if path.is_file() else None
+    if key not in _shared:
+        _shared[key] = Foundation(config)
+    return _shared[key]
+
+
+def _create(config: FoundationConfig) -> nn.Module:
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    check_timm_name(config.name, "foundation")
+    size = {} if config.image_size is None else {"img_size": config.image_size}
+    try:
+        vit = timm.create_model(config.name, pretrained=config.weights == "timm", num_classes=0, **size)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"foundation {config.name!r} with weights 'timm' could not be made ({_first_line(error)}): "
+            "name a safetensors file in weights, or 'random'."
+        ) from error
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"foundation {config.name!r} is a {type(vit).__name__}: choose one of timm's vit_* or deit_*.")
+    if config.weights not in ("timm", "random"):
+        _load(vit, GLYPH_WEIGHTS if config.weights == "bundled" else Path(config.weights), config)
+    return vit
+
+
+def _load(vit: nn.Module, path: Path, config: FoundationConfig) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    if not path.is_file():
+        raise ValueError(f"weights {str(path)!r} is no file: give a safetensors file, 'timm', 'bundled' or 'random'.")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"weights {str(path)!r} is no safetensors file ({error}): download it again.") from error
+    state = {name: value.float() for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
+    try:
+        vit.load_state_dict(checkpoint_filter_fn(state, vit), strict=True)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"weights {str(path)!r} do not fit {config.name!r} ({_first_line(error)}): "
+            "choose the timm name that they were saved from."
+        ) from error
+
+
+def check_timm_name(name: str, field: str) -> None:
+    """Refuse a name that timm does not know, with the nearest ones that it does."""
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5))
+        raise ValueError(
+            f"{field} {name!r} is unknown to timm: {'did you mean ' + near if near else 'see timm.list_models()'}."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0] if lines else type(error).__name__)[
+        :160
+    ]

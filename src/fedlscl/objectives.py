@@ -1,0 +1,51 @@
+"""The terms that local objectives are made of, as pure functions."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Cross-entropy over the columns ``classes`` (sorted) of logits (B, num_classes); all columns where not given.
+
+    Columns are cut out, not filled with minus infinity, so that no term can become 0 * inf.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, 1.0, 1.0]])
+        >>> round(cross_entropy(logits, torch.tensor([2]), torch.tensor([1, 2])).item(), 4)
+        0.6931
+    """
+    if classes is None:
+        return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float()[:, classes], torch.searchsorted(classes, labels))
+
+
+def sample_losses(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy of each sample over the columns ``classes``, (B,)."""
+    return F.cross_entropy(logits.float()[:, classes], torch.searchsorted(classes, labels), reduction="none")
+
+
+def consistency(current: Tensor, previous: Tensor, chosen: Tensor) -> Tensor:
+    """Mean squared distance ``||current - previous||^2`` (Eq. 4) over the ``chosen`` (B,) rows of (B, d); 0 if none."""
+    distance = (current.float() - previous.float()).square().sum(1)
+    return (distance * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def proximal(parameters: Iterable[Tensor], anchors: Iterable[Tensor]) -> Tensor:
+    """``||w - w_g||^2 / 2`` summed over all tensors (FedProx)."""
+    return torch.stack([(w - anchor).square().sum() for w, anchor in zip(parameters, anchors, strict=True)]).sum() / 2
+
+
+def consolidation(parameters: Iterable[Tensor], anchors: Iterable[Tensor], fishers: Iterable[Tensor]) -> Tensor:
+    """``sum F (w - w*)^2 / 2`` over all tensors (EWC)."""
+    terms = [(f * (w - a).square()).sum() for w, a, f in zip(parameters, anchors, fishers, strict=True)]
+    return torch.stack(terms).sum() / 2
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over rows of (B, C) logits (LwF)."""
+    target = F.log_softmax(teacher.float() / temperature, 1)
+    answer = F.log_softmax(student.float() / temperature, 1)
+    return temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
