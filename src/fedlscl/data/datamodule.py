@@ -214,11 +214,12 @@ class SpatialTemporalDataModule(L.LightningDataModule):
 
     def _load(self, path: str) -> list[ClientSplit]:
         splits = manifests.load_manifest(path, self.data.fingerprint)
-        num_tasks = len(splits[0].classes)
-        if (len(splits), num_tasks) != (self.num_clients, self.num_tasks):
+        tasks = sorted({len(split.classes) for split in splits})
+        if len(splits) != self.num_clients or tasks != [self.num_tasks]:
+            found = f"{len(splits)} clients x {' or '.join(map(str, tasks))} tasks"
             raise ValueError(
-                f"manifest {path} has {len(splits)} clients x {num_tasks} tasks, but num_clients="
-                f"{self.num_clients} and num_tasks={self.num_tasks}: set them to those of the manifest"
+                f"manifest {path} has {found}, but num_clients={self.num_clients} and num_tasks={self.num_tasks}: "
+                "set them to those of the manifest"
             )
         return splits
 

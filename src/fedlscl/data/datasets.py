@@ -49,7 +49,8 @@ def load_images(
         folder = imagenet_r_folder(folder) if dataset == "imagenet-r" else folder
         return load_folder(dataset, folder, image_size, cache_dir, train_per_class, test_per_class, seed)
     if dataset == "fake":
-        num_train, num_test = train_per_class or FAKE_TRAIN, test_per_class or FAKE_TEST
+        num_train = FAKE_TRAIN if train_per_class is None else train_per_class
+        num_test = FAKE_TEST if test_per_class is None else test_per_class
         return make_fake(fake_classes, num_train, num_test, image_size or FAKE_SIZE, seed)
     if image_size is not None:
         raise ValueError(
@@ -93,10 +94,10 @@ def load_digits(seed: int) -> ImageData:
         from sklearn import datasets
     except ImportError:
         raise ValueError("dataset='digits' needs scikit-learn: pip install fedlscl[digits]") from None
-    stored = datasets.load_digits()
-    grey = torch.from_numpy(np.round(stored.images * (255 / 16)).astype(np.uint8))
-    images = grey[:, None].repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(stored.target.astype(np.int64))
+    pixels, digits = datasets.load_digits(return_X_y=True)  # (1797, 64) in 0..16
+    grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8))
+    images = grey.view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.astype(np.int64))
     train, test = split_per_class(labels.numpy(), DIGITS_TRAIN_FRACTION, seed)
     names = tuple(str(digit) for digit in range(10))
     return ImageData("digits", images[train], labels[train], images[test], labels[test], names)

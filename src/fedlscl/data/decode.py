@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
 CACHE_DIR = "~/.cache/fedlscl"

@@ -28,12 +28,13 @@ def batches(
         generator: of the order; none means torch's global one.
         num_workers: processes that fetch; 0 fetches in this one.
     """
-    if generator is None and not shuffle:
-        # A DataLoader draws a seed at every pass: evaluation must not move the global generator.
-        generator = torch.Generator()
-    sampler = EvenBatches(len(ids), batch_size, shuffle, generator)
     return DataLoader(
-        _Fetched(data, ids), batch_size=None, sampler=sampler, num_workers=num_workers, generator=generator
+        _Fetched(data, ids),
+        batch_size=None,
+        sampler=EvenBatches(len(ids), batch_size, shuffle, generator),
+        num_workers=num_workers,
+        # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
+        generator=torch.Generator(),
     )
 
 
@@ -61,11 +62,11 @@ class EvenBatches(Sampler[Tensor]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self.num_batches == 0:
-            return iter(())
-        n = self.num_samples
-        order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
-        return iter(order.tensor_split(self.num_batches))
+        # Drawn at the first batch, not before: with workers a DataLoader asks for an iterator twice and drops one.
+        if self.num_batches:
+            n = self.num_samples
+            order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
+            yield from order.tensor_split(self.num_batches)
 
 
 class _Fetched(Dataset[Batch]):

@@ -1,0 +1,102 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fedlscl.data import load_images
+
+
+def test_digits_are_kept_at_8_pixels_in_the_full_range():
+    data = load_images("digits")
+    assert data.train_images.shape[1:] == data.test_images.shape[1:] == (3, 8, 8)
+    assert len(data.train_images) + len(data.test_images) == 1797
+    assert data.train_images.dtype == torch.uint8
+    assert data.train_images.min() == 0 and data.train_images.max() == 255
+    assert torch.equal(data.train_images[:, 0], data.train_images[:, 2])
+    counts = data.train_labels.bincount(), data.test_labels.bincount()
+    assert ((counts[0] / (counts[0] + counts[1]) - 0.75).abs() < 0.01).all()
+
+
+def test_digits_show_their_label():
+    data = load_images("digits")
+    means = torch.stack([data.train_images[data.train_labels == n].float().mean(0) for n in range(10)]).flatten(1)
+    nearest = torch.cdist(data.test_images.float().flatten(1), means).argmin(1)
+    assert (nearest == data.test_labels).float().mean() > 0.85
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"pip install fedlscl\[digits\]"):
+        load_images("digits")
+
+
+def test_fake_is_learnable_and_made_to_measure():
+    data = load_images("fake", fake_classes=7, train_per_class=5, test_per_class=3, image_size=16)
+    assert data.train_images.shape == (35, 3, 16, 16) and data.test_images.shape == (21, 3, 16, 16)
+    means = torch.stack([data.train_images[data.train_labels == n].float().mean(0) for n in range(7)]).flatten(1)
+    nearest = torch.cdist(data.test_images.float().flatten(1), means).argmin(1)
+    assert torch.equal(nearest, data.test_labels)
+    assert (
+        data.fingerprint
+        == load_images("fake", fake_classes=7, train_per_class=5, test_per_class=3, image_size=16).fingerprint
+    )
+
+
+def test_fetch_mixes_train_and_test_in_the_order_asked():
+    data = load_images("fake", fake_classes=3, train_per_class=2, test_per_class=1)
+    ids = torch.tensor([7, 0, 6, 5])  # 0..5 are train, 6..8 test
+    batch = data.fetch(ids)
+    assert torch.equal(batch.images[0], data.test_images[1])
+    assert torch.equal(batch.images[3], data.train_images[5])
+    assert batch.labels.tolist() == [1, 0, 0, 2]
+    assert torch.equal(batch.ids, ids) and batch.prefix is None
+    for some in (ids[:0], ids[[1, 3]], ids[[0, 2]]):
+        assert torch.equal(data.fetch(some).images, torch.cat([data.train_images, data.test_images])[some])
+
+
+def test_fingerprint_sees_labels_pixels_and_caps():
+    data = load_images("fake", fake_classes=3)
+    fingerprints = {data.fingerprint, data.capped(5, None, 0).fingerprint, data.capped(None, 5, 0).fingerprint}
+    fingerprints.add(load_images("fake", fake_classes=3, seed=1).fingerprint)
+    assert len(fingerprints) == 4
+    assert data.capped(20, 10, 0) is data
+
+
+def test_cifar_keeps_images_labels_and_names_as_torchvision_has_them(monkeypatch, tmp_path):
+    class StoredCifar:
+        classes = ("apple", "bear")
+
+        def __init__(self, root, train, download=False):
+            assert root == str(tmp_path)
+            self.data = np.arange(2 * 32 * 32 * 3).reshape(2, 32, 32, 3).astype(np.uint8) + (0 if train else 1)
+            self.targets = [1, 0] if train else [0, 1]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", StoredCifar)
+    data = load_images("cifar100", str(tmp_path))
+    assert data.class_names == ("apple", "bear")
+    assert data.train_labels.tolist() == [1, 0] and data.test_labels.tolist() == [0, 1]
+    assert data.train_images[0, :, 0, 1].tolist() == [3, 4, 5]  # row 0, column 1
+    assert torch.equal(data.test_images, data.train_images + 1)
+
+
+def test_missing_cifar_says_how_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match=r"cifar100 is not in root=.*: set download=true") as caught:
+        load_images("cifar100", str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "imagenet"}, "dataset='imagenet' is unknown: use 'cifar100'"),
+        ({"dataset": "cifar100"}, "dataset='cifar100' is read from a folder: set root"),
+        ({"dataset": "digits", "image_size": 32}, "image_size=32: 'digits' is kept as stored"),
+        ({"dataset": "digits", "train_per_class": 0}, "is 0: use 1 or more"),
+        ({"dataset": "fake", "train_per_class": 0}, "has no train image of class 'fake0'"),
+        ({"dataset": "fake", "fake_classes": 0}, "fake_classes=0: use 1 or more"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(**options)

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from fedlscl.data import load_images
+
+
+def load(path, **options):
+    return load_images(path.name, str(path.parent), **options)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (5, 6, 3)])
+@pytest.mark.parametrize("label_shape", [(-1,), (-1, 1)])
+def test_every_medmnist_shape_becomes_three_channels(save_npz, shape, label_shape):
+    train = np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
+    test = np.zeros((2, *shape), np.uint8)
+    labels = np.array([0, 1, 0, 1], np.uint8).reshape(label_shape)
+    data = load(save_npz(train_images=train, test_images=test, train_labels=labels))
+    expected = np.broadcast_to(train.reshape(4, 5, 6, -1), (4, 5, 6, 3))
+    assert data.train_images.shape == (4, 3, 5, 6)
+    assert (data.train_images.permute(0, 2, 3, 1).numpy() == expected).all()
+    assert data.train_labels.tolist() == [0, 1, 0, 1]
+    assert data.class_names == ("0", "1")
+
+
+def test_class_names_and_validation_part_are_optional(save_npz):
+    data = load(save_npz(class_names=np.array(["cat", "dog"]), val_images=np.zeros(1), val_labels=np.zeros(1)))
+    assert data.class_names == ("cat", "dog")
+    assert len(data.train_images) == 4 and len(data.test_images) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"test_labels": None}, "lacks test_labels .it has train_images"),
+        ({"train_images": np.zeros((4, 5), np.uint8)}, r"train_images of .* has shape \(4, 5\)"),
+        ({"train_images": np.zeros((4, 5, 6, 2), np.uint8)}, r"train_images of .* has shape \(4, 5, 6, 2\)"),
+        ({"test_images": np.zeros((2, 5, 6))}, "test_images of .* is float64: save uint8"),
+        ({"test_images": np.zeros((2, 9, 9), np.uint8)}, r"are \(3, 5, 6\) and \(3, 9, 9\): save them in one size"),
+        ({"train_labels": np.zeros((4, 3), int)}, r"train_labels of .* has shape \(4, 3\) for 4 images"),
+        ({"train_labels": np.zeros(3, int)}, r"train_labels of .* has shape \(3,\) for 4 images"),
+        ({"train_labels": np.zeros(4)}, "train_labels of .* is float64: save integers"),
+        ({"train_labels": np.array([0, 1, 0, -1])}, "has label -1: save labels from 0"),
+        ({"class_names": np.array(["cat"])}, "has train label 1, but 1 class names"),
+        ({"class_names": np.array(["cat", "dog", "owl"])}, "has no train image of class 'owl'"),
+        ({"class_names": np.array([["cat", "dog"]])}, r"class_names of .* is <U3 \(1, 2\)"),
+        ({"test_labels": np.array([1, 1])}, "has no test image of class '0'"),
+        ({"train_images": np.array([None, "x"], object)}, "is not a readable .npz .*: save it with numpy.savez"),
+    ],
+)
+def test_wrong_arrays_are_named_in_one_line(save_npz, changed, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(save_npz(**changed))
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_and_missing_files_are_named_in_one_line(save_npz, tmp_path):
+    path = save_npz()
+    path.write_bytes(path.read_bytes()[:-40])
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "array", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for name in ("small", "text", "empty", "array"):
+        with pytest.raises(ValueError, match=rf"{name}.npz is not a readable .npz") as caught:
+            load(tmp_path / f"{name}.npz")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"none.npz is missing: set root"):
+        load(tmp_path / "none.npz")
+
+
+def test_real_cifar_loads(cifar_root):
+    data = load_images("cifar100_100x30.npz", str(cifar_root), train_per_class=4)
+    assert data.train_images.shape == (400, 3, 32, 32) and data.test_images.shape == (3000, 3, 32, 32)
+    assert data.class_names[0] == "apple" and data.num_classes == 100
+    assert data.train_labels.bincount().tolist() == [4] * 100

@@ -1,0 +1,181 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlscl.data import dirichlet_split, spatial_temporal_split
+
+
+@st.composite
+def federations(draw):
+    """Labels of a random data set with what a split of it needs."""
+    num_clients = draw(st.integers(1, 5))
+    num_tasks = draw(st.integers(1, 4))
+    per_client = num_tasks * draw(st.integers(1, 3))
+    private = draw(st.integers(0, per_client))
+    public = per_client - private
+    num_classes = private * num_clients + public + draw(st.integers(0, 3))
+    samples = draw(st.lists(st.integers(num_clients, 12), min_size=num_classes, max_size=num_classes))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    train_labels = random.permutation(np.repeat(np.arange(num_classes), samples))
+    test_labels = random.permutation(np.repeat(np.arange(num_classes), 2))
+    kwargs = {
+        "num_clients": num_clients,
+        "num_tasks": num_tasks,
+        "private_classes": private,
+        "public_classes": public,
+        "concentration": draw(st.floats(0.01, 1000)),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+    return train_labels, test_labels, kwargs
+
+
+@settings(deadline=None, max_examples=50)
+@given(federations())
+def test_split_is_disjoint_complete_and_cut_into_equal_tasks(federation):
+    train_labels, test_labels, kwargs = federation
+    splits = spatial_temporal_split(train_labels, test_labels, **kwargs)
+    given_ids = np.concatenate([ids for split in splits for ids in split.train])
+    used = {label for split in splits for task in split.classes for label in task}
+
+    assert len(splits) == kwargs["num_clients"]
+    assert len(np.unique(given_ids)) == len(given_ids)
+    assert set(given_ids) == set(np.flatnonzero(np.isin(train_labels, list(used))))
+    for split in splits:
+        classes = [label for task in split.classes for label in task]
+        assert len(set(classes)) == len(classes) == kwargs["private_classes"] + kwargs["public_classes"]
+        assert len({len(task) for task in split.classes}) == 1
+        assert len(split.classes) == len(split.train) == len(split.test) == kwargs["num_tasks"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(federations())
+def test_private_classes_have_one_owner_and_public_ones_reach_all(federation):
+    train_labels, test_labels, kwargs = federation
+    splits = spatial_temporal_split(train_labels, test_labels, **kwargs)
+    owners = np.zeros(train_labels.max() + 1, dtype=int)
+    for split in splits:
+        for task, ids in zip(split.classes, split.train, strict=True):
+            assert set(train_labels[ids]) == set(task)  # at least one sample of every class
+            owners[list(task)] += 1
+
+    expected = [1] * kwargs["private_classes"] * kwargs["num_clients"]
+    expected += [kwargs["num_clients"]] * kwargs["public_classes"]
+    assert sorted(owners[owners > 0]) == sorted(expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(federations())
+def test_test_ids_are_all_test_samples_of_the_task_after_the_train_ones(federation):
+    train_labels, test_labels, kwargs = federation
+    both = np.concatenate([train_labels, test_labels])
+    for split in spatial_temporal_split(train_labels, test_labels, **kwargs):
+        for task, ids in zip(split.classes, split.test, strict=True):
+            assert ids.min() >= len(train_labels)
+            assert sorted(both[ids]) == sorted(2 * task)  # two test samples per class
+
+
+def test_split_depends_on_the_seed_and_on_nothing_else():
+    labels = np.repeat(np.arange(20), 30)
+
+    def split(seed):
+        kwargs = {"num_clients": 3, "num_tasks": 2, "private_classes": 4, "public_classes": 6}
+        return spatial_temporal_split(labels, labels, **kwargs, seed=seed)
+
+    def ids(splits):
+        return [ids.tolist() for split in splits for ids in split.train]
+
+    assert ids(split(42)) == ids(split(42))
+    assert ids(split(42)) != ids(split(43))
+    assert len({split(42)[client].classes for client in range(3)}) == 3
+
+
+def test_small_concentration_gives_unequal_shares():
+    labels = np.repeat(np.arange(4), 200)
+
+    def largest_share(concentration):
+        kwargs = {"num_clients": 4, "num_tasks": 1, "private_classes": 0, "public_classes": 4, "seed": 1}
+        splits = spatial_temporal_split(labels, labels, **kwargs, concentration=concentration)
+        counts = np.array([np.bincount(labels[split.train[0]], minlength=4) for split in splits])
+        return counts.max() / 200
+
+    assert largest_share(0.01) > 0.9
+    assert largest_share(1000) < 0.3
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    num_clients=st.integers(1, 6),
+    num_tasks=st.integers(1, 3),
+    concentration=st.floats(0.01, 1000),
+    seed=st.integers(0, 2**32),
+)
+def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, num_tasks, concentration, seed):
+    labels = np.repeat(np.arange(7), 5)
+    splits = dirichlet_split(
+        labels,
+        labels,
+        num_clients=num_clients,
+        num_tasks=num_tasks,
+        num_classes=6,
+        concentration=concentration,
+        seed=seed,
+    )
+    assert len({split.classes for split in splits}) == 1
+    for task, classes in enumerate(splits[0].classes):
+        given_ids = np.concatenate([split.train[task] for split in splits])
+        assert sorted(given_ids) == np.flatnonzero(np.isin(labels, classes)).tolist()
+        assert all((split.test[task] == splits[0].test[task]).all() for split in splits)
+
+
+def test_dirichlet_split_may_leave_a_client_without_samples():
+    labels = np.repeat(np.arange(2), 3)
+    splits = dirichlet_split(labels, labels, num_clients=8, num_tasks=2, num_classes=2, concentration=1.0, seed=0)
+    sizes = [len(ids) for split in splits for ids in split.train]
+    assert 0 in sizes and sum(sizes) == 6
+    assert all(ids.dtype == np.int64 for split in splits for ids in split.train)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"private_classes": 15, "public_classes": 30, "num_clients": 5},
+            r"15 private x 5 clients \+ 30 public = 105 classes, but the data set has 100: lower",
+        ),
+        (
+            {"private_classes": 15, "public_classes": 30, "num_clients": 2, "num_tasks": 4},
+            r"15 private \+ 30 public classes = 45 cannot be cut into 4 equal tasks: .* 1, 3, 5, 9, 15, 45",
+        ),
+        ({"private_classes": 0, "public_classes": 0}, "cannot be cut into 5 equal tasks: use more"),
+        ({"num_clients": 0}, "num_clients=0: use"),
+        ({"num_tasks": -1}, "num_tasks=-1: use"),
+        ({"concentration": 0.0}, "concentration=0.0: use"),
+        ({"concentration": float("inf")}, "concentration=inf: use"),
+        ({"private_classes": -1}, "private_classes=-1: use"),
+        (
+            {"private_classes": 0, "num_clients": 4},
+            "has 3 train samples for 4 clients: lower num_clients or raise train_per_class",
+        ),
+    ],
+)
+def test_impossible_splits_are_refused_in_one_line(changed, message):
+    labels = np.repeat(np.arange(100), 3)
+    kwargs = {"num_clients": 2, "num_tasks": 5, "private_classes": 15, "public_classes": 25, "seed": 42} | changed
+    with pytest.raises(ValueError, match=message) as caught:
+        spatial_temporal_split(labels, labels, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_classes": 5}, "5 public classes, but the data set has 4: lower public_classes to 4"),
+        ({"num_tasks": 3}, "4 public classes cannot be cut into 3 equal tasks"),
+    ],
+)
+def test_impossible_dirichlet_splits_are_refused(changed, message):
+    labels = np.repeat(np.arange(4), 3)
+    kwargs = {"num_clients": 2, "num_tasks": 2, "num_classes": 4, "concentration": 1.0, "seed": 42} | changed
+    with pytest.raises(ValueError, match=message):
+        dirichlet_split(labels, labels, **kwargs)
