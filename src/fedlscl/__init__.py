@@ -1,3 +1,50 @@
-"""fedlscl."""
+"""Large-small model collaboration for federated continual learning (Fed-LSCL, arXiv 2508.09489)."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedlscl.data import SpatialTemporalDataModule
+    from fedlscl.distillation import one_by_one_distill
+    from fedlscl.federated.method import Method
+    from fedlscl.federated.trainer import FederatedTrainer
+    from fedlscl.methods.fedlscl import FedLSCL
+    from fedlscl.modules.collaborative import CollaborativeModule
+    from fedlscl.modules.continual import ContinualFineTuningModule
+    from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
+    from fedlscl.nets.vit import FoundationConfig
+
+_PLACES = {
+    "Collaborator": "fedlscl.nets.collaborator",
+    "CollaboratorConfig": "fedlscl.nets.collaborator",
+    "CollaborativeModule": "fedlscl.modules.collaborative",
+    "ContinualFineTuningModule": "fedlscl.modules.continual",
+    "FedLSCL": "fedlscl.methods.fedlscl",
+    "FederatedTrainer": "fedlscl.federated.trainer",
+    "FoundationConfig": "fedlscl.nets.vit",
+    "Method": "fedlscl.federated.method",
+    "SpatialTemporalDataModule": "fedlscl.data",
+    "one_by_one_distill": "fedlscl.distillation",
+}
+
+__all__ = [
+    "CollaborativeModule",
+    "Collaborator",
+    "CollaboratorConfig",
+    "ContinualFineTuningModule",
+    "FedLSCL",
+    "FederatedTrainer",
+    "FoundationConfig",
+    "Method",
+    "SpatialTemporalDataModule",
+    "one_by_one_distill",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch, lightning and timm take seconds."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'fedlscl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

@@ -1,0 +1,1 @@
+"""Algorithm 1: clients, methods, the trainer and what it measures."""

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 class Callback:
     """Observes a federation; every hook does nothing until overridden. Tasks and rounds count from 0.
 
-    A callback reads ``trainer.progress``, ``trainer.matrix``, ``trainer.traffic`` and ``trainer.clients``.
+    A callback reads ``trainer.progress``, ``matrix``, ``traffic`` (bytes and numbers sent, clients x tasks x rounds),
+    ``history`` (one entry per finished stage) and ``clients``.
     """
 
     def on_fit_start(self, trainer: "FederatedTrainer") -> None:
@@ -36,6 +37,12 @@ class Callback:
 
     def on_evaluation_start(self, trainer: "FederatedTrainer", client: "Client", phase: str) -> None:
         """A client is about to be tested, 'before' or 'after' the last aggregation of a task."""
+
+    def on_evaluation_end(self, trainer: "FederatedTrainer", client: "Client", phase: str, seconds: float) -> None:
+        """The matrix has the client's rows."""
+
+    def on_server_end(self, trainer: "FederatedTrainer", seconds: float) -> None:
+        """The server has its answers."""
 
     def on_round_end(self, trainer: "FederatedTrainer") -> None:
         """Answers are downloaded, traffic is counted."""

@@ -62,6 +62,7 @@ class FederatedTrainer:
         self.run_dir: Path | None = None
         self.clients: list[Client] = []
         self.traffic: dict[str, Tensor] = {}
+        self.history: list[dict[str, Any]] = []
         self.progress = Progress(0, 0)
 
     @property
@@ -87,7 +88,7 @@ class FederatedTrainer:
         ``identity`` names the configuration; a checkpoint of another one is refused.
         """
         self.setup(method, datamodule, seed)
-        start = Progress(0, 0) if checkpoint is None else self._restore(checkpoint, identity)
+        start = self.progress = Progress(0, 0) if checkpoint is None else self._restore(checkpoint, identity)
         self.identity = identity
         try:
             self._call("on_fit_start")
@@ -110,7 +111,9 @@ class FederatedTrainer:
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
         self.matrix = AccuracyMatrix(datamodule.num_clients, self.num_tasks)
         shape = (datamodule.num_clients, self.num_tasks, self.rounds_per_task)
-        self.traffic = {"up": torch.zeros(shape, dtype=torch.int64), "down": torch.zeros(shape, dtype=torch.int64)}
+        names = ("up", "down", "up_values", "down_values")
+        self.traffic = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+        self.history = []
 
     def evaluate(self, client: Client) -> Tensor:
         """Accuracies (masks, tasks so far) of a client's net."""
@@ -168,11 +171,16 @@ class FederatedTrainer:
         self._call("on_stage_start", client, stage)
         started = time.perf_counter()
         terms = self.engine.train(stage, lambda size: self._call("on_batch_end", client, size))
-        self._call("on_stage_end", client, stage, terms, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        task, round_ = self.progress
+        self.history.append({"task": task, "round": round_, "client": client.id, "stage": stage.name, "terms": terms})
+        self._call("on_stage_end", client, stage, terms, seconds)
 
     def _server_round(self, uploads: list[Upload]) -> None:
         seed_turn(self.seed, SERVER, *self.progress)
+        started = time.perf_counter()
         answers = self.method.aggregate(uploads, self.progress)
+        self._call("on_server_end", time.perf_counter() - started)
         for client, answer in zip(self.clients, answers, strict=True):
             self._count("down", client, answer)
             self._turn(DOWNLOAD, client)
@@ -180,8 +188,10 @@ class FederatedTrainer:
 
     def _evaluate(self, client: Client, phase: str) -> None:
         self._call("on_evaluation_start", client, phase)
+        started = time.perf_counter()
         with self.engine.on_device(client):
             self.matrix.record(phase, client.id, client.task, self.evaluate(client))
+        self._call("on_evaluation_end", client, phase, time.perf_counter() - started)
 
     def _build_client(self, index: int) -> Client:
         seed_turn(self.seed, BUILD)
@@ -192,7 +202,9 @@ class FederatedTrainer:
         seed_turn(self.seed, kind, client.task, client.round, client.id, number)
 
     def _count(self, direction: str, client: Client, payload: Payload) -> None:
-        self.traffic[direction][client.id, self.progress.task, self.progress.round] = num_bytes(payload)
+        place = client.id, self.progress.task, self.progress.round
+        self.traffic[direction][place] = num_bytes(payload)
+        self.traffic[f"{direction}_values"][place] = sum(value.numel() for value in payload.values())
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
@@ -208,6 +220,7 @@ class FederatedTrainer:
             "clients": [client.state_dict() for client in self.clients],
             "matrix": self.matrix.values,
             "traffic": self.traffic,
+            "history": self.history,
         }
         save_checkpoint(self.run_dir / "checkpoint.pt", state)
         self._call("on_checkpoint")
@@ -224,7 +237,7 @@ class FederatedTrainer:
             client.load_state_dict(values)
             client.task, client.round = min(progress.task, self.num_tasks - 1), progress.round
         self.matrix.values = state["matrix"]
-        self.traffic = state["traffic"]
+        self.traffic, self.history = state["traffic"], state["history"]
         return progress
 
     def _fabric(self) -> Fabric:

@@ -1,0 +1,1 @@
+"""LightningModules, one local objective each."""

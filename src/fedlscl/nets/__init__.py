@@ -1,0 +1,1 @@
+"""Plain torch nets: they know no clients, no tasks and no Lightning."""

@@ -1,11 +1,14 @@
 """What every net of the package promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fedlscl.nets.vit import Foundation
 
 
 class Output(Protocol):
@@ -30,6 +33,8 @@ class Net(nn.Module, ABC):
     """A plain torch module without clients, tasks or Lightning; ``head`` maps features to one row per class."""
 
     head: nn.Module
+    foundation: "Foundation | None" = None
+    """The frozen ViT inside, where there is one; it is no part of the state dict."""
 
     @abstractmethod
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:

@@ -1,0 +1,25 @@
+# Every target sets itself up on a machine that has Python, git and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/fedlscl fit --config configs/digits/fedavg.yaml
+	$(BIN)/fedlscl fit --config configs/digits.yaml
+	$(BIN)/python -m fedlscl.report.compare runs/digits
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock -e .
+	touch $@
+
+clean:
+	rm -rf .venv dist build runs

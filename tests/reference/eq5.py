@@ -1,0 +1,41 @@
+"""Eq. 5 as it is written: a sum over teachers and their samples, and its minimisation by LBFGS."""
+
+import torch
+
+
+def apply(phi, features):
+    """phi(x) = Phi^T [x; 1] for one x (feature_dim,)."""
+    return phi.T @ torch.cat([features, features.new_ones(1)])
+
+
+def eq5(phi, student, generators, feature_sets, lambda_absolute, weights=None, data_anchor=0.0):
+    """sum_{j != i} w_j mean_{x in FS_j} ||phi(x) - phi_j(x)||^2 + lambda ||phi - phi_i||^2 for the client ``student``."""
+    value = lambda_absolute * ((phi - generators[student]) ** 2).sum()
+    for j, (teacher, feature_set) in enumerate(zip(generators, feature_sets, strict=True)):
+        weight = data_anchor if j == student else 1.0 if weights is None else weights[j]
+        for x in feature_set:
+            value = value + weight * ((apply(phi, x) - apply(teacher, x)) ** 2).sum() / len(feature_set)
+    return value
+
+
+def gradient(phi, *arguments, **options):
+    """d Eq. 5 / d Phi."""
+    phi = phi.clone().requires_grad_(True)
+    return torch.autograd.grad(eq5(phi, *arguments, **options), phi)[0]
+
+
+def minimise(student, generators, *arguments, **options):
+    """The minimiser of Eq. 5 by LBFGS from the student's own generator."""
+    phi = generators[student].clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [phi], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = eq5(phi, student, generators, *arguments, **options)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return phi.detach()
