@@ -34,6 +34,7 @@ class Engine:
                 with self.fabric.autocast():
                     terms = module.training_step(placed, steps - 1)
                 self.fabric.backward(terms["loss"])
+                module.on_before_optimizer_step(optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
                 for name, value in terms.items():

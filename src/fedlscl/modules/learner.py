@@ -28,9 +28,11 @@ class Learner(L.LightningModule, ABC):
         lr: float = LR,
         lr_of: Mapping[str, float] | None = None,
         freeze_norm: bool = False,
+        max_norm: float | None = None,
     ) -> None:
-        """``lr_of`` gives parts of the net (by the start of their names) a learning rate of their own."""
+        """``lr_of`` gives parts of the net (by the start of their names) a rate of their own; ``max_norm`` clips."""
         super().__init__()
+        self.max_norm = max_norm
         self.net, self.lr, self.lr_of, self.freeze_norm = net, lr, dict(lr_of or {}), freeze_norm
         self.accuracy = MulticlassAccuracy(len(net.head.weight), average="micro")
 
@@ -56,7 +58,13 @@ class Learner(L.LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the terms; only a stock Trainer calls this hook, our own trainer logs for itself."""
-        self.log_dict({f"train/{name}": value for name, value in outputs.items()})
+        terms = {f"train/{name}": value for name, value in outputs.items()}
+        self.log_dict(terms, batch_size=len(as_batch(batch).labels))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient's norm where asked; both trainers call this hook."""
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Accuracy over all classes."""
@@ -82,7 +90,7 @@ class Learner(L.LightningModule, ABC):
 
     def _measure(self, name: str, batch: Batch) -> None:
         self.accuracy(self(batch.images, batch.prefix), batch.labels)
-        self.log(f"{name}/accuracy", self.accuracy, prog_bar=True)
+        self.log(f"{name}/accuracy", self.accuracy, prog_bar=True, batch_size=len(batch.labels))
 
 
 def as_batch(batch: Sequence[Any]) -> Batch:
