@@ -32,6 +32,7 @@ SIZE = 32
 MAX_STROKES = 4
 SEGMENTS = 32
 PEAK = 1e-3
+SKETCH = 1.0
 RESULTS = Path(__file__).parent / "results" / "glyph_vit.json"
 
 
@@ -163,8 +164,7 @@ def render(glyphs: Glyphs, labels: Tensor, generator: Generator) -> Tensor:
     resample = resampling_matrices().to(device)[resolution]
     ink = resample.mT @ (ink + noise) @ resample
     image = uniform(0, 0.2, 1, 1) + uniform(0.6, 1, 1, 1) * ink
-    image = torch.where(uniform(0, 1, 1, 1) < 0.2, 1 - image, image).clamp(0, 1)
-    return image[:, None].expand(-1, 3, -1, -1)
+    return image.clamp(0, 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def stroke_ink(points: Tensor, present: Tensor, sigma: Tensor) -> Tensor:
@@ -197,36 +197,54 @@ def resampling_matrices() -> Tensor:
 
 
 def train(net: nn.Module, glyphs: Glyphs, steps: int, batch_size: int, generator: Generator) -> None:
-    """Classify endless new renderings; half of the patches are dropped but for the last fifth of the steps."""
+    """Classify endless new renderings and sketch their prototypes, both from the CLS features.
+
+    The sketch is a regression: it tells similar glyphs from different ones long before the classes are told apart.
+    Half of the patches are dropped but for the last tenth of the steps.
+    """
     device = generator.device
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    targets = sketches(glyphs)
+    sketch = nn.Linear(net.num_features, targets.shape[1]).to(device)
+    parameters = [*net.parameters(), *sketch.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     peak = PEAK * math.sqrt(batch_size / 256)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
     warmup = max(1, steps // 20)
     start = time.perf_counter()
     net.train()
     for step in range(steps):
-        if step == steps * 4 // 5:
+        if step == steps * 9 // 10:
             net.patch_drop.prob = 0.0
         progress = max(0, step - warmup) / max(1, steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
-        labels = torch.randint(len(glyphs.control), (batch_size,), generator=generator, device=device)
+        labels = torch.randint(len(targets), (batch_size,), generator=generator, device=device)
         images = render(glyphs, labels, generator)
         with torch.autocast(device.type, torch.bfloat16):
-            logits = net((images - 0.5) / 0.5)
-        loss = F.cross_entropy(logits.float(), labels)
+            features = net.forward_head(net.forward_features((images - 0.5) / 0.5), pre_logits=True)
+            logits, drawn = net.head(features).float(), sketch(features).float()
+        loss = F.cross_entropy(logits, labels) + SKETCH * F.mse_loss(drawn, targets[labels])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 99:
             accuracy = (logits.argmax(1) == labels).float().mean()
             clock = time.perf_counter() - start
             print(f"step {step + 1}: loss {loss:.3f} accuracy {accuracy:.3f} after {clock:.0f} s", flush=True)
     net.eval()
+
+
+def sketches(glyphs: Glyphs) -> Tensor:
+    """Prototypes drawn plainly on 8 x 8 pixels, (classes, 64); each pixel has mean zero and variance one."""
+    points = glyphs.basis @ glyphs.control * 13 + (SIZE - 1) / 2
+    sigma = torch.full_like(points[:, 0, 0, :1], 1.5)
+    ink = torch.sigmoid(10 * (stroke_ink(points, glyphs.present, sigma) - 0.5))
+    pixels = F.avg_pool2d(ink[:, None], SIZE // 8).flatten(1)
+    return (pixels - pixels.mean(0)) / pixels.std(0).clamp(min=1e-3)
 
 
 def report_glyphs(net: nn.Module, head: nn.Module, glyphs: Glyphs, generator: Generator) -> dict[str, float]:

@@ -64,8 +64,8 @@ def one_by_one_distill(
     terms = [client_terms(phi, c, w) for phi, c, w in zip(generators, moments, weights, strict=True)]
     total = add_terms(terms)
     return [
-        solve(phi, subtract_terms(total, own), lambda_proximal, data_anchor, own.moments / max(w, 1e-12))
-        for phi, own, w in zip(generators, terms, weights, strict=True)
+        solve(phi, subtract_terms(total, own), lambda_proximal, data_anchor, moment)
+        for phi, own, moment in zip(generators, terms, moments, strict=True)
     ]
 
 

@@ -68,6 +68,10 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}: use 0 or more")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: use 1 or more")
         self.dataset = dataset
         self.root = root
         self.num_clients = num_clients
@@ -224,7 +228,12 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         return splits
 
     def _meta(self) -> dict[str, str | int | float | None]:
-        meta = {"dataset": self.dataset, "train_per_class": self.train_per_class, "test_per_class": self.test_per_class}
+        meta = {
+            "dataset": self.dataset,
+            "image_size": min(self.data.train_images.shape[2:]),
+            "train_per_class": self.train_per_class,
+            "test_per_class": self.test_per_class,
+        }
         if self.manifest is not None:
             return meta
         return meta | {

@@ -59,7 +59,7 @@ def _write(files: list[Path], image_size: int, cached: Path) -> None:
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
 
         def store(index: int) -> None:
-            images[index] = _decode_one(files[index], image_size)
+            images[index] = decode_one(files[index], image_size)
 
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(store, range(len(files))):
@@ -70,8 +70,12 @@ def _write(files: list[Path], image_size: int, cached: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode_one(file: Path, image_size: int) -> np.ndarray:
-    """(3, image_size, image_size) uint8."""
+def decode_one(file: Path, image_size: int) -> np.ndarray:
+    """One image as (3, image_size, image_size) uint8: shorter side resized (bicubic), centre cropped.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     from PIL import Image
 
     try:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,11 +53,37 @@ def save_manifest(
     temporary.replace(path)
 
 
+class Manifest(NamedTuple):
+    """A saved split with what is needed to use it without the data set."""
+
+    splits: list[ClientSplit]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    """Of the data set, `ImageData.fingerprint`."""
+    meta: dict[str, Any]
+    """How the split was drawn, and the side of the stored images as ``image_size``."""
+
+
 def load_manifest(path: str | Path, fingerprint: str) -> list[ClientSplit]:
     """Read a split back, for the data set with this fingerprint.
 
     Raises:
         ValueError: if the file is missing, changed or of another format, or belongs to another data set.
+    """
+    saved = read_manifest(path)
+    if saved.fingerprint != fingerprint:
+        raise ValueError(
+            f"manifest {path} belongs to a data set with fingerprint {saved.fingerprint[:12]}, this one has "
+            f"{fingerprint[:12]}: use the same dataset, image_size, train_per_class and test_per_class"
+        )
+    return saved.splits
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read a split and what is known about its data set.
+
+    Raises:
+        ValueError: if the file is missing, changed or of another format.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -70,12 +97,7 @@ def load_manifest(path: str | Path, fingerprint: str) -> list[ClientSplit]:
         raise ValueError(f"manifest {path} has format {version!r}, this version reads {FORMAT}: save it again")
     if stored != _sha256(content):
         raise ValueError(f"manifest {path} was changed (its sha256 does not match): save or fetch it again")
-    if content["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"manifest {path} belongs to a data set with fingerprint {content['fingerprint'][:12]}, this one has "
-            f"{fingerprint[:12]}: use the same dataset, image_size, train_per_class and test_per_class"
-        )
-    return [
+    splits = [
         ClientSplit(
             classes=tuple(tuple(task["classes"]) for task in tasks),
             train=tuple(np.array(task["train"], dtype=np.int64) for task in tasks),
@@ -83,6 +105,7 @@ def load_manifest(path: str | Path, fingerprint: str) -> list[ClientSplit]:
         )
         for tasks in content["clients"]
     ]
+    return Manifest(splits, tuple(content["class_names"]), content["fingerprint"], content["meta"])
 
 
 def _sha256(content: dict) -> str:

@@ -24,6 +24,9 @@ class Callback:
     def on_round_start(self, trainer: "FederatedTrainer") -> None:
         """Clients are about to train."""
 
+    def on_client_start(self, trainer: "FederatedTrainer", client: "Client") -> None:
+        """A client's turn in a round begins."""
+
     def on_stage_start(self, trainer: "FederatedTrainer", client: "Client", stage: "Stage") -> None:
         """A client begins a stage."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,41 @@ MAGIC = b"fedlscl\n"
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write beside the target, flush to disk, then rename: a crash or a full disk leaves the last good one."""
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, **state}, buffer)
+    torch.save(canonical({"version": VERSION, **state}), buffer)
     body = buffer.getbuffer()
     digest = hashlib.sha256(body).digest()
     write_atomically(path, MAGIC, digest, body)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def canonical(value: Any, storages: set[int] | None = None) -> Any:
+    """The same values without a history: what is equal becomes equal bytes, resumed or not.
+
+    Pickle writes an object that it meets again as a reference, so equal strings must be one object, and every tensor
+    gets a storage of its own and of its size. State dicts lose their ``_metadata``, which no module here reads.
+    """
+    storages = set() if storages is None else storages
+    if isinstance(value, torch.Tensor):
+        tensor, pointer = value.detach().cpu(), value.untyped_storage().data_ptr()
+        is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        is_first = pointer not in storages
+        storages.add(pointer)
+        return tensor if is_whole and is_first else tensor.clone()
+    if isinstance(value, dict):
+        return {canonical(key, storages): canonical(part, storages) for key, part in value.items()}
+    if isinstance(value, list):
+        return [canonical(part, storages) for part in value]
+    return sys.intern(value) if isinstance(value, str) else value
+
+
+def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
     """Read a checkpoint; nothing in it is ever unpickled beyond tensors and plain values.
 
+    Args:
+        path: the file.
+        identity: of the configuration that it has to belong to; the beginning of one suffices.
+
     Raises:
-        ValueError: if the file is damaged, no checkpoint of ours, or of a newer version.
+        ValueError: if the file is damaged, no checkpoint of ours, of a newer version or of another configuration.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist: give --ckpt_path last or the path of one.")
@@ -40,6 +65,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state["version"] > VERSION:
         raise ValueError(
             f"checkpoint {str(path)!r} has version {state['version']}, this program reads up to {VERSION}: upgrade it."
+        )
+    if not state["identity"].startswith(identity):
+        raise ValueError(
+            f"checkpoint {str(path)!r} belongs to another configuration: use the config.yaml beside it, or start a new "
+            "run without --ckpt_path."
         )
     return state
 

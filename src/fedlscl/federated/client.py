@@ -1,6 +1,6 @@
 """A client A_i: its net, its stream of tasks, and what it keeps private."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,14 +11,20 @@ from torch.utils.data import DataLoader
 
 from fedlscl.data import Batch, Buffer, ClientStream
 from fedlscl.federated.seeding import turn_generator
-from fedlscl.nets.net import Net, Output
+from fedlscl.nets.net import Net
 
 
 class Inference(Protocol):
-    """Runs a net over images in evaluation mode; the trainer provides it."""
+    """Runs nets over images in evaluation mode; the trainer provides it."""
 
-    def infer(self, net: Net, stream: ClientStream, ids: Tensor) -> Iterator[tuple[Batch, Output]]:
-        """Batches on the device with the net's outputs, without gradient."""
+    def infer(
+        self, net: Net, stream: ClientStream, ids: Tensor, part: Callable[[Tensor], Any] | None = None
+    ) -> Iterator[tuple[Batch, Any]]:
+        """Batches on the device with the net's outputs (or those of a part of it), without gradient."""
+        ...
+
+    def place(self, batch: Batch, net: Net) -> Batch:
+        """A batch on the device, with the cached output of the net's frozen part."""
         ...
 
 
@@ -63,9 +69,9 @@ class Client:
         """Shuffled batches of some samples, in an order that the turn's seed decides."""
         return self.data.loader(ids, batch_size, shuffle=True, generator=turn_generator())
 
-    def infer(self, ids: Tensor, net: Net | None = None) -> Iterator[tuple[Batch, Output]]:
-        """Outputs of the client's net (or another) on some samples, batch by batch."""
-        return self.engine.infer(self.net if net is None else net, self.data, ids)
+    def infer(self, ids: Tensor, part: Callable[[Tensor], Any] | None = None) -> Iterator[tuple[Batch, Any]]:
+        """Outputs of the client's net (or of ``part``, which sees images alone) on some samples, batch by batch."""
+        return self.engine.infer(self.net, self.data, ids, part)
 
     def snapshot(self) -> None:
         """Keep the net as it is now as the next task's predecessor."""

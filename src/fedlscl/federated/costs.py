@@ -44,7 +44,7 @@ class Timed(Callback):
     def lap(self) -> Lap:
         """The sums since the last call; counting starts anew."""
         lap = Lap(dict(self._seconds), self._images, self._training_seconds)
-        Timed.__init__(self)
+        self._seconds, self._images, self._training_seconds = Counter(), 0, 0.0
         return lap
 
     def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:
@@ -97,7 +97,8 @@ class CostLog:
 
     def write(self) -> None:
         """Bring the file up to date."""
-        self.session |= {"ended": _now(), "total_seconds": time.perf_counter() - self.began, "peak_memory": peak_memory()}
+        self.session |= {"ended": _now(), "total_seconds": time.perf_counter() - self.began}
+        self.session["peak_memory"] = peak_memory()
         sessions = [*self.earlier, self.session]
         images, training = (sum(session[name] for session in sessions) for name in ("images", "training_seconds"))
         costs = {

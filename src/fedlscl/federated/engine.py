@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -11,7 +12,7 @@ from fedlscl.data import Batch, ClientStream
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Stage
-from fedlscl.nets.net import Net, Output
+from fedlscl.nets.net import Net
 
 
 class Engine:
@@ -45,13 +46,18 @@ class Engine:
         return means
 
     @torch.no_grad()
-    def infer(self, net: Net, stream: ClientStream, ids: Tensor) -> Iterator[tuple[Batch, Output]]:
-        """Batches on the device with the net's outputs, in evaluation mode and in the order of ``ids``."""
+    def infer(
+        self, net: Net, stream: ClientStream, ids: Tensor, part: Callable[[Tensor], Any] | None = None
+    ) -> Iterator[tuple[Batch, Any]]:
+        """Batches on the device with the net's outputs, in evaluation mode and in the order of ``ids``.
+
+        ``part`` computes on images alone what is wanted of the net, such as its small model's features.
+        """
         net.eval()
         for batch in stream.loader(ids, self.infer_batch_size, shuffle=False):
-            batch = self.place(batch, net)
+            batch = self.fabric.to_device(batch) if part else self.place(batch, net)
             with self.fabric.autocast():
-                output = net(batch.images, batch.prefix)
+                output = part(batch.images) if part else net(batch.images, batch.prefix)
             yield batch, output
 
     def place(self, batch: Batch, net: Net) -> Batch:

@@ -29,6 +29,11 @@ class Progress(NamedTuple):
     task: int
     round: int
 
+    @property
+    def learned(self) -> int:
+        """The newest task that was trained on before this place; -1 at the start."""
+        return self.task if self.round else self.task - 1
+
 
 @dataclass(kw_only=True)
 class Method(ABC):
@@ -42,6 +47,12 @@ class Method(ABC):
     """Images per step (ours; not in the paper)."""
     head_aggregation: Literal["classwise", "average"] = "classwise"
     """How uploaded heads are averaged: by the samples of each class (ours), or all rows alike (FedAvg's own)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would train nothing."""
+        for name in ("lr", "local_epochs", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} trains nothing: choose more than 0.")
 
     @abstractmethod
     def build_net(self, client: int, num_classes: int) -> Net:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from fedlscl.data import SpatialTemporalDataModule
@@ -13,6 +12,7 @@ from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
 from fedlscl.federated.client import Client
+from fedlscl.federated.device import connect
 from fedlscl.federated.engine import Engine
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix, correct
@@ -55,6 +55,10 @@ class FederatedTrainer:
     ) -> None:
         if rounds_per_task < 1:
             raise ValueError(f"rounds_per_task {rounds_per_task} trains nothing: choose 1 or more.")
+        if max_tasks is not None and max_tasks < 1:
+            raise ValueError(f"max_tasks {max_tasks} trains nothing: choose 1 or more, or leave it out.")
+        if cache_gb < 0:
+            raise ValueError(f"cache_gb {cache_gb} is no amount of memory: choose 0 or more.")
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
         self.accelerator, self.devices, self.precision, self.cache_gb = accelerator, devices, precision, cache_gb
         self.default_root_dir, self.name = default_root_dir, name
@@ -88,7 +92,7 @@ class FederatedTrainer:
         ``identity`` names the configuration; a checkpoint of another one is refused.
         """
         self.setup(method, datamodule, seed)
-        start = self.progress = Progress(0, 0) if checkpoint is None else self._restore(checkpoint, identity)
+        start = self.progress = Progress(0, 0) if checkpoint is None else self.restore(checkpoint, identity)
         self.identity = identity
         try:
             self._call("on_fit_start")
@@ -105,7 +109,7 @@ class FederatedTrainer:
         self.method, self.datamodule, self.seed = method, datamodule, seed
         datamodule.run_seed = seed
         datamodule.setup()
-        self.fabric = self._fabric()
+        self.fabric = connect(self.accelerator, self.devices, self.precision)
         cache_dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
         self.engine = Engine(self.fabric, PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype))
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
@@ -114,6 +118,18 @@ class FederatedTrainer:
         names = ("up", "down", "up_values", "down_values")
         self.traffic = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
         self.history = []
+
+    def restore(self, path: Path, identity: str = "") -> Progress:
+        """Take up the state of a checkpoint, after ``setup``; the beginning of its identity suffices."""
+        state = load_checkpoint(path, identity)
+        self.method.load_state_dict(state["method"])
+        progress = Progress(*state["progress"])
+        for client, values in zip(self.clients, state["clients"], strict=True):
+            client.load_state_dict(values)
+            client.task, client.round = min(progress.task, self.num_tasks - 1), progress.round
+        self.matrix.values = state["matrix"]
+        self.traffic, self.history = state["traffic"], state["history"]
+        return progress
 
     def evaluate(self, client: Client) -> Tensor:
         """Accuracies (masks, tasks so far) of a client's net."""
@@ -154,6 +170,7 @@ class FederatedTrainer:
 
     def _client_round(self, client: Client, is_last: bool) -> Upload:
         client.round = self.progress.round
+        self._call("on_client_start", client)
         with self.engine.on_device(client):
             self._turn(TRAIN, client)
             for number, stage in enumerate(self.method.stages(client)):
@@ -224,29 +241,3 @@ class FederatedTrainer:
         }
         save_checkpoint(self.run_dir / "checkpoint.pt", state)
         self._call("on_checkpoint")
-
-    def _restore(self, path: Path, identity: str) -> Progress:
-        state = load_checkpoint(path)
-        if state["identity"] != identity:
-            raise ValueError(
-                f"checkpoint {str(path)!r} belongs to another configuration: run with the config.yaml beside it."
-            )
-        self.method.load_state_dict(state["method"])
-        progress = Progress(*state["progress"])
-        for client, values in zip(self.clients, state["clients"], strict=True):
-            client.load_state_dict(values)
-            client.task, client.round = min(progress.task, self.num_tasks - 1), progress.round
-        self.matrix.values = state["matrix"]
-        self.traffic, self.history = state["traffic"], state["history"]
-        return progress
-
-    def _fabric(self) -> Fabric:
-        if self.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-            raise ValueError(f"accelerator {self.accelerator!r} is absent on this machine: choose cpu or auto.")
-        fabric = Fabric(accelerator=self.accelerator, devices=self.devices, precision=self.precision)
-        fabric.launch()
-        if self.precision == "16-mixed" and fabric.device.type != "cuda":
-            raise ValueError("precision '16-mixed' needs CUDA: choose bf16-mixed or 32-true.")
-        if self.precision == "bf16-mixed" and fabric.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError("precision 'bf16-mixed' is not supported by this GPU: choose 16-mixed or 32-true.")
-        return fabric

@@ -1,4 +1,4 @@
-"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629), from scratch or on a frozen ViT; and no federation at all."""
+"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629), from scratch or on a frozen ViT; and none at all."""
 
 from dataclasses import dataclass
 

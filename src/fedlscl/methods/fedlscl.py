@@ -75,7 +75,7 @@ class FedLSCL(Method):
             client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Lines 6 to 21 of Algorithm 1: collaborate on the task, then, from the second task on, fine-tune on the buffer."""
+        """Lines 6 to 21 of Algorithm 1: train on the task, then, from the second task on, fine-tune on the buffer."""
         yield Stage(
             "collaborative",
             self._stage_one(client),
@@ -104,7 +104,7 @@ class FedLSCL(Method):
             return {}
         with torch.no_grad():
             ids = scored_buffer(client, self.buffer_per_class).ids
-            features = torch.cat([output.features for _, output in client.infer(ids)])
+            features = torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)])
         moment = second_moment(features)
         upper = torch.triu_indices(*moment.shape)
         return outgoing({"generator": client.net.generator.matrix, "moments": moment[upper[0], upper[1]].float()})

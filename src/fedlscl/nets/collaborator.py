@@ -62,6 +62,8 @@ class Collaborator(Net):
         super().__init__()
         if config.rank < 1:
             raise ValueError(f"rank {config.rank} makes no adapter: choose 1 or more.")
+        if config.feature_dim < 1:
+            raise ValueError(f"feature_dim {config.feature_dim} leaves no features: choose 1 or more.")
         self.config, self.num_classes = config, num_classes
         self.foundation = foundation(config.foundation)
         self.foundation.block(config.block)
@@ -100,6 +102,7 @@ class Collaborator(Net):
         features, lora = self.generate(images)
         entering = self.frozen_prefix(images) if prefix is None else prefix
         scale = self.config.alpha / self.config.rank
-        updates = dict(zip(self.config.targets, split_lora(lora, self.shapes, scale))) if lora.shape[1] else {}
+        factors = split_lora(lora, self.shapes, scale) if lora.shape[1] else []
+        updates = dict(zip(self.config.targets, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self._entry, updates)
         return Collaboration(features, lora, tokens, self.head(tokens))

@@ -1,4 +1,4 @@
-"""What every net of the package promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
+"""What every net promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, Protocol

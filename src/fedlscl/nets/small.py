@@ -21,7 +21,14 @@ class SmallModel(nn.Module):
         check_timm_name(name, "small_model")
         self.image_size = image_size
         self.cnn = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        self.width = drop_unused(self.cnn, image_size)
+        try:
+            self.width = drop_unused(self.cnn, image_size)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"small_model {name!r} cannot take images of {image_size} pixels ({reason}): choose another "
+                "small_image_size or a CNN."
+            ) from error
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
         self.to(memory_format=torch.channels_last)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlscl.nets.blocks import first_token_only, is_plain, run_block
 from fedlscl.nets.glyph_vit import GLYPH_WEIGHTS
 from fedlscl.nets.lora import LowRank, low_rank_hook
 
@@ -71,7 +71,7 @@ class Foundation:
 
     @torch.no_grad()
     def tokens(self, images: Tensor, block: int) -> Tensor:
-        """Tokens (B, N, width) that enter ``block``, from prepared images; ``block == depth`` gives features (B, width)."""
+        """Tokens (B, N, width) that enter ``block``, from prepared images; features (B, width) at the depth."""
         vit = self.vit
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         for layer in vit.blocks[: min(block, self.depth)]:
@@ -83,13 +83,14 @@ class Foundation:
         if block == self.depth:
             return tokens
         with self._adapted(block, updates or {}):
-            x = self.vit.blocks[block](tokens)
+            x = run_block(self.vit.blocks[block], tokens)
         rest = self.vit.blocks[block + 1 :]
         if not len(rest):
             return self.vit.forward_head(self.vit.norm(x))
         for layer in rest[:-1]:
-            x = layer(x)
-        x = first_token_only(rest[-1], x) if self._reads_first_token_only(rest[-1]) else rest[-1](x)
+            x = run_block(layer, x)
+        short = is_plain(rest[-1]) and self.vit.global_pool == "token" and self.vit.cls_token is not None
+        x = first_token_only(rest[-1], x) if short else rest[-1](x)
         return self.vit.forward_head(self.vit.norm(x))
 
     @contextmanager
@@ -103,29 +104,6 @@ class Foundation:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _reads_first_token_only(self, block: nn.Module) -> bool:
-        attention = block.attn
-        plain = type(block).__name__ == "Block" and type(attention).__name__ == "Attention"
-        return plain and attention.gate is None and self.vit.global_pool == "token" and self.vit.cls_token is not None
-
-
-def first_token_only(block: nn.Module, x: Tensor) -> Tensor:
-    """The first token's output (B, 1, width) of a timm Block: its query, projection and MLP row suffice (exact)."""
-    attention, width = block.attn, x.shape[-1]
-    heads, size = attention.num_heads, attention.head_dim
-    h = block.norm1(x)
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    inner = weight.shape[0] // 3
-    q = F.linear(h[:, :1], weight[:inner], None if bias is None else bias[:inner])
-    kv = F.linear(h, weight[inner:], None if bias is None else bias[inner:])
-    q = attention.q_norm(q.unflatten(-1, (heads, size)).transpose(1, 2))  # (B, heads, 1, size)
-    k, v = kv.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)  # (B, heads, N, size) each
-    out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
-    out = attention.norm(out.transpose(1, 2).flatten(-2))
-    first = x[:, :1] + block.ls1(attention.proj(out))
-    assert first.shape[-1] == width
-    return first + block.ls2(block.mlp(block.norm2(first)))
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -162,8 +140,15 @@ def _create(config: FoundationConfig) -> nn.Module:
             f"foundation {config.name!r} with weights 'timm' could not be made ({_first_line(error)}): "
             "name a safetensors file in weights, or 'random'."
         ) from error
+    except TypeError as error:
+        raise ValueError(
+            f"foundation {config.name!r} takes no image_size: choose one of timm's vit_* or deit_*."
+        ) from error
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"foundation {config.name!r} is a {type(vit).__name__}: choose one of timm's vit_* or deit_*.")
+    patch = vit.patch_embed.patch_size[0]
+    if config.image_size is not None and config.image_size % patch:
+        raise ValueError(f"image_size {config.image_size} is no multiple of the {patch} pixels of a patch: choose one.")
     if config.weights not in ("timm", "random"):
         _load(vit, GLYPH_WEIGHTS if config.weights == "bundled" else Path(config.weights), config)
     return vit

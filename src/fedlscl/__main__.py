@@ -1,0 +1,68 @@
+"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported once a command needs them."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+from fedlscl import __version__
+
+COMMANDS = ("fit", "validate", "test", "predict", "methods")
+
+HELP = """\
+usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
+
+Large-small model collaboration for federated continual learning.
+
+commands:
+  fit        learn all tasks: fedlscl fit --config configs/digits.yaml
+  validate   accuracies of a trained run on its held-out images
+  test       the same as validate
+  predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
+  methods    list the methods
+
+options:
+  --version  show the version and exit
+  -h, --help show this help and exit; fedlscl COMMAND --help lists the options of a command
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if given[0] in ("-V", "--version"):
+        print(f"fedlscl {__version__}")
+        return 0
+    if given[0] not in COMMANDS:
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}."
+        return fail(f"command {given[0]!r} is unknown: {hint}")
+    try:
+        from fedlscl.cli.app import run
+
+        run(given)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except KeyboardInterrupt as stopped:
+        print(f"\nfedlscl: interrupted{''.join(f': {hint}' for hint in stopped.args)}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from fedlscl.cli.errors import explain
+
+        message = explain(error)
+        if message is None:
+            raise
+        return fail(message)
+    return 0
+
+
+def fail(message: str) -> int:
+    """Print one line on stderr and return the exit status of bad input."""
+    print(f"fedlscl: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line over LightningCLI: ``app`` is where it starts."""

@@ -1,0 +1,97 @@
+"""FederatedCLI: LightningCLI with a FederatedTrainer, a Method and the streams of tasks."""
+
+import logging
+
+from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse.typing import restricted_number_type
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from fedlscl import __version__, methods
+from fedlscl.cli.commands import Commands
+from fedlscl.cli.configuration import weights_found, with_saved_config
+from fedlscl.cli.parser import Parser
+from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.federated.method import Method
+from fedlscl.federated.trainer import FederatedTrainer
+
+DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+OF_ONE_CALL = ("config", "ckpt_path")
+"""Options that a saved configuration leaves out."""
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command line whose first word is the command."""
+    if arguments[0] == "methods":
+        print_methods()
+        return
+    for chatty, level in (("lightning.fabric", logging.WARNING), ("huggingface_hub", logging.ERROR)):
+        logging.getLogger(chatty).setLevel(level)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    FederatedCLI(arguments)
+
+
+def print_methods() -> None:
+    """One line per method: its short name and what it is."""
+    width = max(map(len, methods.__all__))
+    for name in methods.__all__:
+        print(f"{name:{width}}  {(getattr(methods, name).__doc__ or '').splitlines()[0]}")
+
+
+class FederatedCLI(LightningCLI):
+    """Groups ``trainer``, ``method`` and ``data``, and one seed; the commands are the methods of `Commands`."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        header = [f"fedlscl=={__version__}"]
+        options = {
+            name: {"usage": f"fedlscl {name} [--config FILE] [--GROUP.OPTION VALUE ...]", "dump_header": header}
+            for name in self.subcommands()
+        }
+        super().__init__(
+            datamodule_class=SpatialTemporalDataModule,
+            trainer_class=Commands,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs={"prog": "fedlscl", **options},
+            args=with_saved_config(arguments),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and which of their arguments are no options."""
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict")}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed for everything."""
+        parser.add_argument("--seed_everything", type=Seed, default=42, help="of the split and of training.")
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The three groups."""
+        parser.add_class_arguments(FederatedTrainer, "trainer", sub_configs=True)
+        parser.add_subclass_arguments(
+            Method,
+            "method",
+            metavar="NAME",
+            help="short name or module.Class; --method.help NAME lists its options, --method.OPTION sets one.",
+        )
+        parser.set_defaults({"method": {"class_path": DEFAULT_METHOD}})
+        parser.add_class_arguments(SpatialTemporalDataModule, "data", sub_configs=True)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Read configuration files and options."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI looks for hyper-parameters in the checkpoint here; ours are in config.yaml."""
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, method and datamodule; no data is read and no net built yet."""
+        given = Namespace({key: value for key, value in self.config[self.subcommand].items() if key not in OF_ONE_CALL})
+        text = self._subcommand_parsers[self.subcommand].dump(given, skip_none=False)
+        config = weights_found(self.config[self.subcommand])
+        self.config_init = self.parser.instantiate(Namespace({**self.config, self.subcommand: config}))
+        made = self.config_init[self.subcommand]
+        self.model, self.datamodule = made.method, made.data
+        self.trainer = Commands(made.trainer, config.as_dict(), text)

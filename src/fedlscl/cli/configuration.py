@@ -1,0 +1,70 @@
+"""What happens to a command line and its configuration before anything is made from them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from fedlscl.cli.runs import CONFIG, find_checkpoint
+
+NAMED_WEIGHTS = ("timm", "bundled", "random")
+
+
+def with_saved_config(arguments: list[str]) -> list[str]:
+    """Check the configuration files; give a command on a trained run the one beside its checkpoint if it has none.
+
+    Raises:
+        ValueError: if a file cannot be read, or there is no checkpoint.
+    """
+    command, options = arguments[0], arguments[1:]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--ckpt_path", default="last")
+    parser.add_argument("--trainer.default_root_dir", dest="root", default="runs")
+    known, _ = parser.parse_known_args(options)
+    for file in known.config:
+        check_config(file)
+    if command == "fit" or known.config or known.help:
+        return arguments
+    checkpoint = find_checkpoint(Path(known.root if known.ckpt_path == "last" else known.ckpt_path))
+    saved = str(checkpoint.with_name(CONFIG))
+    check_config(saved)
+    return [command, "--config", saved, *options, "--ckpt_path", str(checkpoint)]
+
+
+def check_config(file: str) -> None:
+    """Refuse a configuration file that is missing or no mapping in YAML.
+
+    Raises:
+        ValueError: naming the file, and the line where there is one.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise ValueError(f"config {file!r} cannot be read ({error.strerror}): give the path of a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or "not text"
+        raise ValueError(f"config {file!r} is no valid YAML ({problem}{where}): correct it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config {file!r} holds {type(content).__name__}: give groups such as 'trainer:' and 'data:'.")
+
+
+def weights_found(config: Namespace) -> Namespace:
+    """Look for weights files under data.root where a relative path leads to none from the current directory."""
+    return _found(config.clone(), config.data.root)
+
+
+def _found(config: Any, root: str | None) -> Any:
+    for key, value in vars(config).items():
+        if isinstance(value, Namespace):
+            _found(value, root)
+        elif key == "weights" and isinstance(value, str) and value not in NAMED_WEIGHTS and root is not None:
+            beside = Path(root, value)
+            if not Path(value).is_file() and beside.is_file():
+                config[key] = str(beside)
+    return config

@@ -1,0 +1,41 @@
+"""Which exceptions are the user's to mend, and how they read in one line."""
+
+import errno
+import traceback
+from argparse import ArgumentError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what the user can mend; None for a programming error, which keeps its traceback.
+
+    The user can mend what the command line refuses, a ValueError raised by this package's own checks, and whatever the
+    operating system refuses.
+    """
+    if isinstance(error, ArgumentError):
+        return str(error)
+    if isinstance(error, OSError):
+        return explain_os_error(error)
+    if isinstance(error, ValueError):
+        # jsonargparse wraps what a constructor raises.
+        return str(error) if raised_here(error) else explain(cause) if isinstance(cause := error.__cause__, ValueError) else None
+    return None
+
+
+def explain_os_error(error: OSError) -> str:
+    """What could not be done to which file, and the remedy where there is one.
+
+    Example:
+        >>> explain_os_error(PermissionError(errno.EACCES, "Permission denied", "runs/a"))
+        "'runs/a': Permission denied."
+    """
+    reason = error.strerror or str(error)
+    named = f"{error.filename!r}: {reason}" if error.filename is not None else reason
+    return f"{named}: free some space, then continue with --ckpt_path last." if error.errno in FULL else f"{named}."
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether the raise statement itself stands in this package."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).split(".")[0] == "fedlscl"

@@ -1,0 +1,113 @@
+"""Classes of image files by one client's trained net; needs the run directory, not the data set."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlscl.cli.identity import identify, learned_part
+from fedlscl.cli.runs import MANIFEST
+from fedlscl.data.decode import decode_one
+from fedlscl.data.folder import SUFFIXES
+from fedlscl.data.manifest import read_manifest
+from fedlscl.federated.checkpoint import load_checkpoint, write_atomically
+from fedlscl.federated.device import connect
+from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.trainer import FederatedTrainer
+
+CHUNK = 64
+"""Images per forward pass."""
+
+
+class Prediction(NamedTuple):
+    """A line of the CSV."""
+
+    image: str
+    rank: int
+    """From 1, the most probable class."""
+    label: str
+    probability: float
+    """Among the classes that the client has seen."""
+
+
+class Predictor:
+    """One client's net as a checkpoint holds it.
+
+    Args:
+        trainer: gives device and precision.
+        method: builds the net.
+        config: the resolved configuration.
+        checkpoint: file of a run, with manifest.json beside it.
+        client: which client's net.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another configuration, or has no such client.
+    """
+
+    def __init__(
+        self, trainer: FederatedTrainer, method: Method, config: dict[str, Any], checkpoint: Path, client: int
+    ) -> None:
+        manifest = read_manifest(checkpoint.with_name(MANIFEST))
+        identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
+        state = load_checkpoint(checkpoint, identity)
+        if not 0 <= client < len(manifest.splits):
+            raise ValueError(f"client={client} does not exist: choose 0 to {len(manifest.splits) - 1}.")
+        learned = Progress(*state["progress"]).learned + 1
+        classes = sorted(label for task in manifest.splits[client].classes[:learned] for label in task)
+        self.image_size = int(manifest.meta["image_size"])
+        self.names = [manifest.class_names[label] for label in classes]
+        self.fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
+        net = method.build_net(client, len(manifest.class_names))
+        net.load_state_dict(state["clients"][client]["net"])
+        self.net = self.fabric.to_device(net).eval()
+        self.classes = torch.tensor(classes, device=self.fabric.device)
+
+    def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
+        """The ``top`` classes of each file, best first."""
+        for start in range(0, len(files), CHUNK):
+            chunk = files[start : start + CHUNK]
+            images = np.stack([decode_one(file, self.image_size) for file in chunk])
+            values, ranked = self.probabilities(torch.from_numpy(images)).topk(min(top, len(self.names)))
+            for file, row, labels in zip(chunk, values.tolist(), ranked.tolist(), strict=True):
+                for rank, (probability, label) in enumerate(zip(row, labels, strict=True), start=1):
+                    yield Prediction(str(file), rank, self.names[label], probability)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities (B, classes seen) of stored images (B, 3, h, w), uint8."""
+        with self.fabric.autocast():
+            logits = self.net(self.fabric.to_device(images)).logits
+        return logits[:, self.classes].float().softmax(1).cpu()
+
+
+def image_files(path: Path) -> list[Path]:
+    """A file, or all images below a folder in order.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        what = "has no image in it" if path.is_dir() else "does not exist"
+        raise ValueError(f"images {str(path)!r} {what}: give an image file or a folder of images.")
+    return files
+
+
+def write_csv(predictions: list[Prediction], out: Path | None) -> None:
+    """Write a CSV file whole or not at all, or print it where none is named."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "rank", "class", "probability"))
+    writer.writerows((*row[:3], f"{row.probability:.6f}") for row in predictions)
+    if out is None:
+        sys.stdout.write(text.getvalue())
+    else:
+        write_atomically(out, text.getvalue().encode())

@@ -1,0 +1,29 @@
+"""Where a federation computes, and in which precision."""
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+
+def connect(accelerator: str, devices: int, precision: str) -> Fabric:
+    """Fabric on the device and in the precision asked for, or a refusal.
+
+    Raises:
+        ValueError: if this machine lacks them.
+    """
+    if devices != 1:
+        raise ValueError(f"devices {devices} cannot be used: one device trains all clients, choose 1.")
+    has_cuda = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not has_cuda:
+        raise ValueError(f"accelerator {accelerator!r} is absent on this machine: choose cpu or auto.")
+    if precision == "16-mixed" and (not has_cuda or accelerator not in ("gpu", "cuda", "auto")):
+        raise ValueError("precision '16-mixed' needs CUDA: choose bf16-mixed or 32-true.")
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"accelerator {accelerator!r} cannot be used ({reason}): choose cpu or auto.") from error
+    fabric.launch()
+    if precision == "bf16-mixed" and fabric.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("precision 'bf16-mixed' is not supported by this GPU: choose 16-mixed or 32-true.")
+    return fabric

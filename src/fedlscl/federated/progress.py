@@ -1,0 +1,147 @@
+"""The display of a run: bars with time left on a terminal, plain lines elsewhere."""
+
+import time
+from operator import length_hint
+from typing import TYPE_CHECKING
+
+from fedlscl.federated.callbacks import Callback
+from fedlscl.federated.metrics import summary
+from fedlscl.federated.table import print_table
+from fedlscl.federated.wording import accuracies, in_bytes, in_hours, introduction, place
+from fedlscl.federated.workload import workload
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+    from fedlscl.federated.client import Client
+    from fedlscl.federated.method import Stage
+    from fedlscl.federated.trainer import FederatedTrainer
+
+UPDATES_PER_SECOND = 5
+MANY_CLIENTS = 10
+"""Beyond so many, plain lines are one per round in place of one per client and stage."""
+
+
+class ProgressDisplay(Callback):
+    """Shows on stderr where the run is, and at its end prints the result table on stdout.
+
+    Tasks, rounds and batches are counted from 1 on the screen; clients go by their ids, which begin at 0.
+    """
+
+    def __init__(self) -> None:
+        self.console: Console | None = None
+        self.live: Live | None = None
+
+    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+        """Say what is about to be done, and put up the bars."""
+        from rich.console import Console
+
+        self.console = self.console or Console(stderr=True)
+        self.began, self.work = time.perf_counter(), workload(trainer)
+        self.client, self.stage, self.num_batches, self.batch, self.images = 0, "preparing", 0, 0, 0
+        self.stage_began = self.began
+        for line in introduction(trainer):
+            self._say(line)
+        if self.console.is_interactive and trainer.progress.task < trainer.num_tasks:
+            from rich.live import Live
+
+            self.live = Live(
+                console=self.console,
+                get_renderable=lambda: self._bars(trainer),
+                refresh_per_second=UPDATES_PER_SECOND,
+                transient=True,
+            )
+            self.live.start()
+
+    def on_client_start(self, trainer: "FederatedTrainer", client: "Client") -> None:
+        """Another turn."""
+        self.work.begin_turn(client.id, *trainer.progress)
+        self.client, self.stage, self.num_batches, self.batch = client.id, "preparing", 0, 0
+
+    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client", stage: "Stage") -> None:
+        """Another stage."""
+        self.num_batches = length_hint(stage.batches, 0) * stage.epochs
+        self.stage, self.batch, self.images, self.stage_began = stage.name, 0, 0, time.perf_counter()
+        self.work.add_stage(self.num_batches)
+
+    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:
+        """Count; the bars are drawn by their own clock."""
+        self.batch += 1
+        self.images += num_images
+        self.work.add_batch()
+
+    def on_stage_end(
+        self, trainer: "FederatedTrainer", client: "Client", stage: "Stage", terms: dict[str, float], seconds: float
+    ) -> None:
+        """A plain line, unless there are many clients."""
+        if self.live is None and len(trainer.clients) <= MANY_CLIENTS:
+            loss, *parts = (f"{name} {value:.4g}" for name, value in terms.items())
+            made_of = f" = {' + '.join(parts)}" if len(parts) > 1 else ""
+            where = f"{place(trainer)}, client {client.id}, {stage.name}"
+            self._say(f"{where}: {loss}{made_of} ({seconds:.1f} s; {self._outlook()})")
+
+    def on_evaluation_start(self, trainer: "FederatedTrainer", client: "Client", phase: str) -> None:
+        """Show that a client is tested."""
+        self.client, self.stage, self.num_batches = client.id, f"testing {phase} aggregation", 0
+
+    def on_round_end(self, trainer: "FederatedTrainer") -> None:
+        """A plain line with the traffic."""
+        self.work.end_turn()
+        if self.live is None:
+            up, down = (in_bytes(int(trainer.traffic[name][:, *trainer.progress].sum())) for name in ("up", "down"))
+            self._say(f"{place(trainer)}: {up} up, {down} down ({self._outlook()})")
+
+    def on_task_end(self, trainer: "FederatedTrainer") -> None:
+        """The task's accuracies, above the bars or as a line."""
+        task = trainer.progress.task
+        figures = accuracies(summary(trainer.matrix, task))
+        self._say(f"after task {task + 1}/{trainer.num_tasks}: {figures}", "bold green")
+
+    def on_fit_end(self, trainer: "FederatedTrainer") -> None:
+        """Take the bars down and print the table."""
+        self._stop()
+        print_table(trainer)
+
+    def on_exception(self, trainer: "FederatedTrainer") -> None:
+        """Give the terminal back as it was."""
+        self._stop()
+        if self.console is not None:
+            self._say(f"stopped in {place(trainer)}", "bold red")
+
+    def _stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _say(self, line: str, style: str | None = None) -> None:
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def _outlook(self) -> str:
+        share = f"{self.work.fraction:.0%} done"
+        return f"{share}, {in_hours(self.seconds_left)} left" if self.work.done >= 3 else share
+
+    @property
+    def seconds_left(self) -> float:
+        """For the rest of the run, at this session's speed."""
+        return (time.perf_counter() - self.began) * self.work.remaining / max(self.work.done, 1.0)
+
+    def _bars(self, trainer: "FederatedTrainer") -> "RenderableType":
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        task, round_ = trainer.progress
+        clients, gone = len(trainer.clients), time.perf_counter() - self.began
+        rows = [
+            ("Run", self.work.fraction, f"{self._outlook()}, {in_hours(gone)} elapsed"),
+            ("Task", task / trainer.num_tasks, f"{task + 1} of {trainer.num_tasks}"),
+            ("Round", round_ / trainer.rounds_per_task, f"{round_ + 1} of {trainer.rounds_per_task}"),
+            ("Client", self.client / clients, f"{self.client + 1} of {clients}"),
+        ]
+        rate = self.images / max(time.perf_counter() - self.stage_began, 1e-3)
+        batches = f"{self.batch} of {self.num_batches}, {self.stage}, {rate:,.0f} images/s"
+        rows.append(("Batch", self.batch / max(self.num_batches, 1), batches if self.num_batches else self.stage))
+        grid = Table.grid(padding=(0, 2))
+        for name, share, text in rows:
+            grid.add_row(name, ProgressBar(total=1.0, completed=min(share, 1.0), width=30), text)
+        return grid

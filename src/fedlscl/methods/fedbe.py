@@ -1,0 +1,122 @@
+"""FedBE (Huo et al., arXiv 2506.05977): trainable blocks inserted into a frozen ViT, a part of them for each client.
+
+Only abstract and introduction were at hand: new blocks are the only trainable ones, and the server hands each client
+some of them by its data and capacity, anew in every round. Block expansion is LLaMA Pro's (arXiv 2401.02415); the
+allocation rule, the blocks' places and all numbers are our reconstruction, not the authors'.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedlscl.allocation import allocate
+from fedlscl.federated.client import Client
+from fedlscl.federated.method import Method, Progress, Stage, federated_average
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.modules.classification import ClassificationModule
+from fedlscl.nets.classifier import make_head
+from fedlscl.nets.expanded import ExpandedViT
+from fedlscl.nets.vit import FoundationConfig, foundation
+
+BLOCKS, CHANGES = "blocks", "changes"
+"""What a client remembers: its blocks (capacity,), and how far each of them moved in the last training."""
+
+
+@dataclass(kw_only=True)
+class FedBE(Method):
+    """Clients train the expanded blocks that the server allocates to them, and the head."""
+
+    batch_size: int = 16
+    """Images per step (ours)."""
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    """The frozen ViT."""
+    num_expanded: int = 4
+    """New blocks, spread evenly over the depth (ours)."""
+    capacities: Sequence[int] = (2,)
+    """Blocks that a client can train, handed out to the clients in turn (ours)."""
+    allocation: Literal["greedy", "random", "all"] = "greedy"
+    """Who trains which block: by importance and label balance, by chance, or everybody everything (all ours)."""
+    beta: float = 0.1
+    """Weight of the label divergence against the importance of a block (ours)."""
+    block_lr: float = 1e-4
+    """Learning rate of the blocks (ours); ``lr`` is that of the head."""
+    importance: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def build_net(self, client: int, num_classes: int) -> ExpandedViT:
+        """The expanded ViT with a linear head."""
+        head = make_head("linear", foundation(self.foundation).width, num_classes)
+        return ExpandedViT(self.foundation, head, self.num_expanded)
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Train the allocated blocks and the head; note how far each block moved."""
+        blocks = self._blocks(client)
+        client.net.learn(blocks)
+        before = [_flat(client.net.expanded[block]) for block in blocks]
+        module = ClassificationModule(client.net, client.classes, lr=self.lr, lr_of={"expanded": self.block_lr})
+        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        moves = [_flat(client.net.expanded[block]) - old for block, old in zip(blocks, before, strict=True)]
+        client.memory[CHANGES] = torch.stack([move.square().mean().sqrt() for move in moves]).cpu()
+
+    def upload(self, client: Client) -> Payload:
+        """The trained blocks, how far they moved (RMS), and the head."""
+        blocks = self._blocks(client)
+        kept = ("head.", *(f"expanded.{block}." for block in blocks))
+        state = {name: value for name, value in client.net.state_dict().items() if name.startswith(kept)}
+        return outgoing({**state, BLOCKS: torch.tensor(blocks), CHANGES: client.memory[CHANGES]})
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """Average each block over those who trained it, and allocate blocks for the next round."""
+        answer: Payload = {}
+        for part in ("head.", *(f"expanded.{block}." for block in range(self.num_expanded))):
+            states = [{n: v for n, v in upload.payload.items() if n.startswith(part)} for upload in uploads]
+            trained = [replace(u, payload=s) for u, s in zip(uploads, states, strict=True) if s and u.num_samples]
+            answer |= federated_average(trained, self.head_aggregation) if trained else {}
+        for upload in uploads:
+            known = self.importance.get(upload.client, torch.zeros(2, self.num_expanded, dtype=torch.float64)).clone()
+            known[0, upload.payload[BLOCKS]] += upload.payload[CHANGES].double()
+            known[1, upload.payload[BLOCKS]] += 1
+            self.importance[upload.client] = known
+        return [{**answer, BLOCKS: torch.tensor(blocks)} for blocks in self._allocate(uploads)]
+
+    def download(self, client: Client, payload: Payload) -> None:
+        """Take over the blocks that changed, the head, and the allocation."""
+        client.memory[BLOCKS] = payload[BLOCKS]
+        changed = {name: value for name, value in payload.items() if name != BLOCKS}
+        client.net.load_state_dict({**client.net.state_dict(), **changed})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sum and number of each client's reported changes, by block."""
+        return {"importance": dict(self.importance)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the reports."""
+        self.importance = dict(state["importance"])
+
+    def _capacity(self, client: int) -> int:
+        if self.allocation == "all":
+            return self.num_expanded
+        return min(self.capacities[client % len(self.capacities)], self.num_expanded)
+
+    def _blocks(self, client: Client) -> list[int]:
+        """What the server allocated; before its first word, blocks in turn over all clients."""
+        if BLOCKS in client.memory:
+            return client.memory[BLOCKS].tolist()
+        start = sum(self._capacity(earlier) for earlier in range(client.id))
+        return sorted((start + slot) % self.num_expanded for slot in range(self._capacity(client.id)))
+
+    def _allocate(self, uploads: list[Upload]) -> list[list[int]]:
+        capacities = [self._capacity(upload.client) for upload in uploads]
+        if self.allocation == "random":
+            return [sorted(torch.randperm(self.num_expanded)[:capacity].tolist()) for capacity in capacities]
+        reports = [self.importance[upload.client] for upload in uploads]
+        # Optimism: a block that a client never trained counts 1, far above any change that is ever reported.
+        importance = [torch.where(times > 0, sums / times.clamp(min=1), 1.0).tolist() for sums, times in reports]
+        counts = [upload.class_counts.tolist() for upload in uploads]
+        return allocate(importance, counts, capacities, self.beta)
+
+
+def _flat(block: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(block.parameters()).detach()

@@ -1,0 +1,148 @@
+"""LoRM (Salami et al., ICLR 2025, arXiv 2410.17961): LoRA modules merged in closed form over clients and over tasks.
+
+Rounds alternate: in rounds 0, 2, ... of a task only the writing factors B are trained and merged, in the others only
+the reading factors A, so that every merge has one solution. Deviations from the released code:
+- merges keep the clients' mean where nobody has inputs (``regression_mean``), a pseudo-inverse deletes it;
+- Grams are of the inputs of the net just trained (``gram_model: prediction`` is the released one);
+- tasks are merged by the Grams' diagonals after every round, with those of the last round (released: the mean until
+  the task's end, then one more pass with the merged weights, and one more upload);
+- a head row is merged among the clients that have its class (``head_aggregation: average``: among all);
+- only the trained factor, the head and Grams are sent; in B rounds the Gram is A G A^T, taken by the client.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlscl.federated.client import Client
+from fedlscl.federated.method import Method, Progress, Stage, federated_average
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.methods.pilora import require_modules
+from fedlscl.modules.classification import ClassificationModule
+from fedlscl.nets.classifier import make_head
+from fedlscl.nets.lora_vit import LoraViT
+from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.regression_mean import diagonal, input_grams, pack, project, regression_mean, shares, shrink, unpack
+
+
+@dataclass(kw_only=True)
+class LoRM(Method):
+    """Clients train one factor of a task's LoRA and a head; the server merges both so that layer outputs stay."""
+
+    batch_size: int = 16
+    """Images per step."""
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    """The frozen ViT."""
+    num_tasks: int = 5
+    """LoRA modules per layer, one for each task of the stream."""
+    rank: int = 16
+    """LoRA rank; the scale alpha / rank is one."""
+    blocks: Sequence[int] | None = None
+    """Adapted blocks, counted from 0; all where not given."""
+    targets: Sequence[str] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    """Adapted linear layers of a block."""
+    alpha_backbone: float = 0.0
+    """alpha_G of the ViT's layers: weight of a Gram's off-diagonal entries; at 0 they are neither kept nor sent."""
+    alpha_head: float = 0.5
+    """alpha_G of the head."""
+    gram_model: Literal["trained", "prediction"] = "trained"
+    """Whose inputs the Grams are of: the net with the task's module alone, or the one that predicts (released code)."""
+    energy: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def build_net(self, client: int, num_classes: int) -> LoraViT:
+        """A LoRA of each task on every adapted layer, and a linear head."""
+        head = make_head("linear", foundation(self.foundation).width, num_classes)
+        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": self.num_tasks}
+        return LoraViT(self.foundation, head, **shape)
+
+    def begin_task(self, client: Client) -> None:
+        """Predict with the plain mean of the tasks' modules until the server answers."""
+        require_modules(client, self.num_tasks)
+        for layer in client.net.lora:
+            layer.share.zero_()
+            layer.share[: client.task + 1] = 1 / (client.task + 1)
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Train one factor of W_0 + B_t A_t, and the head."""
+        client.net.learn(client.task, (trained_factor(client.round),))
+        module = ClassificationModule(client.net.only(client.task), client.classes, lr=self.lr)
+        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+
+    def upload(self, client: Client) -> Payload:
+        """The trained factor, the head, and Grams of the inputs of every adapted layer and of the head."""
+        net, factor = client.net, trained_factor(client.round)
+        layers = {str(n): net.foundation.linear(layer.block, layer.target) for n, layer in enumerate(net.lora)}
+        full = {"head", *(layers if self.alpha_backbone else ())}
+        model = net.only(client.task) if self.gram_model == "trained" else net
+        with input_grams({**layers, "head": net.head}, full) as grams:
+            for _ in client.engine.infer(model, client.data, client.train_ids):
+                pass
+        payload = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
+        payload["gram.head"] = pack(shrink(grams["head"], self.alpha_head))
+        for n, layer in enumerate(net.lora):
+            gram = shrink(grams[str(n)], self.alpha_backbone)
+            payload[f"lora.{n}.{factor}.{client.task}"] = getattr(layer, factor)[client.task]
+            if factor == "up":
+                payload[f"energy.{n}"] = diagonal(gram)
+                gram = project(gram, layer.down[client.task].detach())
+            payload[f"gram.{n}"] = pack(gram)
+        return outgoing(payload)
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """Merge the trained factors and the head, and weigh the tasks anew."""
+        answer = merge_head(uploads, self.head_aggregation)
+        for name in [name for name in uploads[0].payload if name.startswith("lora.")]:
+            layer = name.split(".")[1]
+            factors = [upload.payload[name] for upload in uploads]
+            grams = [unpack(upload.payload[f"gram.{layer}"], factors[0].shape[1]) for upload in uploads]
+            answer[name] = regression_mean(factors, grams)
+            answer[f"lora.{layer}.share"] = self._weigh(layer, uploads, grams, progress.task)
+        return [answer] * len(uploads)
+
+    def download(self, client: Client, payload: Payload) -> None:
+        """Take over the merged factor, the head and what each task counts for."""
+        client.net.load_state_dict({**client.net.state_dict(), **payload})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every task's summed diagonal Grams."""
+        return {"energy": dict(self.energy)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the Grams."""
+        self.energy = dict(state["energy"])
+
+    def _weigh(self, layer: str, uploads: list[Upload], grams: list[Tensor], task: int) -> Tensor:
+        parts = [
+            upload.payload.get(f"energy.{layer}", diagonal(gram)) for upload, gram in zip(uploads, grams, strict=True)
+        ]
+        total = torch.stack([part.double() for part in parts]).sum(0)
+        energy = self.energy.get(layer, total.new_zeros(self.num_tasks, len(total))).clone()
+        energy[task] = total
+        self.energy[layer] = energy
+        weights = torch.zeros_like(energy)
+        weights[: task + 1] = shares(energy[: task + 1])
+        return weights.float()
+
+
+def trained_factor(round_: int) -> str:
+    """The factor whose turn it is: writing ones, B, first."""
+    return "down" if round_ % 2 else "up"
+
+
+def merge_head(uploads: list[Upload], head_aggregation: str) -> Payload:
+    """Regression mean of the head's rows, among all clients or class by class among its holders; bias by samples."""
+    rows = [upload.payload["head.weight"] for upload in uploads]
+    grams = [unpack(upload.payload["gram.head"], rows[0].shape[1]) for upload in uploads]
+    biases = [replace(upload, payload={"head.bias": upload.payload["head.bias"]}) for upload in uploads]
+    present = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
+    if head_aggregation == "average":
+        present = torch.ones_like(present)
+    merged = torch.empty_like(rows[0])
+    for holders in present.mT.unique(dim=0):
+        classes = (present.mT == holders).all(1)
+        chosen = [i for i, holds in enumerate(holders.tolist()) if holds or not holders.any()]
+        merged[classes] = regression_mean([rows[i][classes] for i in chosen], [grams[i] for i in chosen])
+    return {"head.weight": merged, **federated_average(biases, head_aggregation)}

@@ -1,0 +1,150 @@
+"""PILoRA (Guo et al., ECCV 2024, arXiv 2401.02094): one small LoRA for each task and a classifier of prototypes.
+
+Deviations from the released code:
+- training and evaluation use the sum of all tasks' modules (the released evaluation leaves out all but the first);
+- class means come from one pass in evaluation mode after local training, not from the training steps;
+- prototypes of a class are re-weighted among the clients that have it (``head_aggregation: average``: among all);
+- equal closeness gives uniform weights (0 / 0 there), and a class that nobody has keeps its prototype;
+- fresh Adam, no cosine schedule over rounds.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlscl.aggregation import weighted_average
+from fedlscl.federated.client import Client
+from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.modules.prototypes import PrototypeModule
+from fedlscl.nets.lora_vit import LoraViT
+from fedlscl.nets.prototypes import PrototypeHead
+from fedlscl.nets.vit import FoundationConfig, foundation
+
+
+@dataclass(kw_only=True)
+class PILoRA(Method):
+    """Clients train a task's LoRA and prototypes; the server averages the one and re-weights the other."""
+
+    batch_size: int = 16
+    """Images per step (64 in the released code)."""
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    """The frozen ViT (self-supervised DINO in the paper)."""
+    num_tasks: int = 5
+    """LoRA modules, one for each task of the stream."""
+    rank: int = 4
+    """LoRA rank."""
+    blocks: Sequence[int] = (0,)
+    """Adapted blocks, counted from 0."""
+    targets: Sequence[str] = ("attn.q", "attn.v")
+    """Adapted linear layers of a block."""
+    lora_lr: float = 1e-4
+    """Learning rate of LoRA (1e-5 in the released code); ``lr`` is that of the prototypes (2e-3 there)."""
+    lambda_prototype: float = 1e-3
+    """Weight of the prototype loss, the mean distance to one's own prototype."""
+    gamma_orthogonal: float = 0.5
+    """Weight of the overlap with earlier tasks' reading factors."""
+    lambda_sparse: float = 0.01
+    """Weight of the 1-norm of the task's reading factors."""
+    temperature: float = 1.0
+    """tau_d: distances are divided by it in the cross-entropy."""
+    server_temperature: float = 0.2
+    """Temperature of the prototype weights at the server."""
+
+    def build_net(self, client: int, num_classes: int) -> LoraViT:
+        """A LoRA of each task on the frozen ViT, and prototypes."""
+        head = PrototypeHead(foundation(self.foundation).width, num_classes, self.temperature)
+        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": self.num_tasks}
+        return LoraViT(self.foundation, head, **shape)
+
+    def begin_task(self, client: Client) -> None:
+        """Refuse a stream that is longer than the net."""
+        require_modules(client, self.num_tasks)
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Train this task's LoRA and the prototypes of its classes."""
+        client.net.learn(client.task)
+        weights = self.lambda_prototype, self.gamma_orthogonal, self.lambda_sparse
+        rates = {"lr": self.lr, "lr_of": {"lora": self.lora_lr}}
+        module = PrototypeModule(client.net, client.task, client.classes, *weights, **rates)
+        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+
+    def upload(self, client: Client) -> Payload:
+        """A_t and B_t; the class means and the prototypes (one row per class that it has samples of)."""
+        classes, means = raw_class_means(client)
+        lora = task_lora(client.net, client.task)
+        # Without its class a client's prototype is the server's own, but only the released rule wants to see that.
+        rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
+        return outgoing({**lora, "prototypes": rows, "means": means})
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """Average factors by samples and re-weight the prototypes of every class that somebody has."""
+        names = [name for name in uploads[0].payload if name.startswith("lora.")]
+        states = [{name: upload.payload[name] for name in names} for upload in uploads]
+        answer = weighted_average(states, [upload.num_samples for upload in uploads])
+        present = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
+        classes = present.any(0).nonzero().flatten()
+        merged = [self._prototype(uploads, present, label) for label in classes.tolist()]
+        return [{**answer, "classes": classes, "prototypes": torch.stack(merged)}] * len(uploads)
+
+    def download(self, client: Client, payload: Payload) -> None:
+        """Take over the task's LoRA and the prototypes that changed."""
+        prototypes = client.net.head.weight.detach().cpu().clone()
+        prototypes[payload["classes"]] = payload["prototypes"]
+        lora = {name: value for name, value in payload.items() if name.startswith("lora.")}
+        client.net.load_state_dict({**client.net.state_dict(), **lora, "head.weight": prototypes})
+
+    def _prototype(self, uploads: list[Upload], present: Tensor, label: int) -> Tensor:
+        rows = present[:, :label].sum(1).tolist()  # where the class stands among those that a client has
+        holders = present[:, label].nonzero().flatten().tolist()
+        means = torch.stack([uploads[i].payload["means"][rows[i]] for i in holders])
+        if self.head_aggregation == "average":
+            candidates = torch.stack([upload.payload["prototypes"][label] for upload in uploads])
+        else:
+            candidates = torch.stack([uploads[i].payload["prototypes"][rows[i]] for i in holders])
+        weights = prototype_weights(candidates, means, self.server_temperature)
+        return (weights[:, None] * candidates.double()).sum(0).to(candidates.dtype)
+
+
+def prototype_weights(prototypes: Tensor, means: Tensor, temperature: float) -> Tensor:
+    """Weights (n,) of n clients' prototypes (n, width) of a class by closeness to clients' class means (m, width).
+
+    With rho_i = 1 / sum_j ||mu_i - mean_j||, scaled to 0..1, they are softmax(rho / temperature); uniform if all are
+    equally close.
+
+    Example:
+        >>> prototype_weights(torch.tensor([[1.0], [9.0]]), torch.tensor([[0.0]]), 0.2).round(decimals=4)
+        tensor([0.9933, 0.0067], dtype=torch.float64)
+    """
+    distances = (prototypes.double()[:, None] - means.double()[None]).norm(dim=2).sum(1)
+    closeness = 1 / (distances + 1e-10)
+    spread = closeness.max() - closeness.min()
+    if spread < 1e-12:
+        return torch.full_like(closeness, 1 / len(closeness))
+    return ((closeness - closeness.min()) / spread / temperature).softmax(0)
+
+
+@torch.no_grad()
+def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
+    """Sorted classes (n,) of the task's training samples and their mean features (n, width)."""
+    sums = torch.zeros(client.net.head.weight.shape, dtype=torch.float64)
+    for batch, output in client.infer(client.train_ids):
+        sums.index_add_(0, batch.labels.cpu(), output.features.double().cpu())
+    counts = client.data.class_counts(client.task)
+    classes = counts.nonzero().flatten()
+    return classes, (sums[classes] / counts[classes, None]).float()
+
+
+def task_lora(net: LoraViT, task: int) -> dict[str, Tensor]:
+    """The factors of one task by their names in the state dict."""
+    return {name: p for name, p in net.named_parameters() if name.startswith("lora.") and name.endswith(f".{task}")}
+
+
+def require_modules(client: Client, num_tasks: int) -> None:
+    """Refuse a stream with more tasks than the net has modules for."""
+    if client.data.num_tasks > num_tasks:
+        raise ValueError(
+            f"num_tasks {num_tasks} is less than the stream's {client.data.num_tasks}: raise method.num_tasks."
+        )

@@ -1,0 +1,130 @@
+"""Input-level prompts for the frozen ViT, chosen from a pool by the image (L2P, CVPR 2022, arXiv 2112.08654)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlscl.nets.classifier import FoundationClassifier, LinearHead
+from fedlscl.nets.net import prepare
+from fedlscl.nets.vit import Foundation, FoundationConfig
+
+
+class Prompted(NamedTuple):
+    """Output of a net whose prompts are found by keys."""
+
+    features: Tensor
+    """What the head reads, (B, width)."""
+    logits: Tensor
+    """(B, num_classes)."""
+    match: Tensor
+    """Cosine between each image's query and the keys of its prompts, summed over these, (B,): the keys' gradient."""
+    chosen: Tensor
+    """The prompts of each image, (B, top), ascending."""
+
+
+class PromptPool(nn.Module):
+    """Prompts P (size, length, width) with keys k (size, width); both start uniform in (-1, 1), as released."""
+
+    def __init__(self, size: int, length: int, width: int, top: int, vote: bool = True) -> None:
+        super().__init__()
+        if not 1 <= top <= size:
+            raise ValueError(f"top {top} prompts of a pool of {size}: choose 1 to {size}.")
+        self.top, self.vote = top, vote
+        self.prompts = uniform(size, length, width)
+        self.keys = uniform(size, width)
+
+    def choose(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts (B, top) whose keys are nearest to each query (B, width), and the sums (B,) of their cosines.
+
+        With ``vote`` a training batch agrees on one choice. At test time an image never depends on its neighbours.
+        """
+        similarity = cosine(query, self.keys)
+        chosen = similarity.argsort(dim=1, descending=True, stable=True)[:, : self.top]
+        if self.vote and self.training:
+            chosen = majority(chosen, len(self.keys))
+        chosen = chosen.sort(1).values
+        return chosen, similarity.gather(1, chosen).sum(1)
+
+
+class PromptedViT(FoundationClassifier):
+    """L2P: prompts join the image's tokens at the first block, and the head reads the mean of their outputs.
+
+    The query that chooses is the plain ViT's feature, a constant of the image: it is the cached prefix, the same one
+    that a FoundationClassifier has. Embedded tokens are not cached: 200 times the memory for 1 % of the work.
+    """
+
+    def __init__(self, config: FoundationConfig, num_classes: int, pool: PromptPool, hidden: int = 0) -> None:
+        """``hidden`` units stand between features and head where not 0."""
+        super().__init__(config, num_classes)
+        self.pool = pool
+        self.hidden = nn.Identity()
+        if hidden:
+            self.hidden = nn.Sequential(nn.Linear(self.foundation.width, hidden), nn.ReLU())
+            self.head = LinearHead(hidden, num_classes)
+
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Prompted:
+        """Classify stored images (B, 3, h, w)."""
+        x, match, chosen = self.enter(images, prefix)
+        for block in self.foundation.vit.blocks:
+            x = block(x)
+        features = self.read(x)
+        return Prompted(features, self.head(self.hidden(features)), match, chosen)
+
+    def enter(self, images: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N + prompts, width) of images with their prompts, and what ``PromptPool.choose`` said."""
+        query = self.frozen_prefix(images) if prefix is None else prefix
+        chosen, match = self.pool.choose(query)
+        prompts = self.pool.prompts[chosen].flatten(1, 2)
+        return insert(self.foundation, embed(self.foundation, images), prompts), match, chosen
+
+    def read(self, x: Tensor) -> Tensor:
+        """Mean (B, width) of the prompts' outputs among tokens (B, N + prompts, width) of the last block."""
+        vit = self.foundation.vit
+        start = vit.num_prefix_tokens
+        count = self.pool.top * self.pool.prompts.shape[1]
+        return vit.fc_norm(vit.norm(x[:, start : start + count]).mean(1))
+
+
+def uniform(*shape: int) -> nn.Parameter:
+    """A parameter drawn from U(-1, 1)."""
+    return nn.Parameter(torch.empty(shape).uniform_(-1, 1))
+
+
+def cosine(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosines (B, M) of queries (B, width) and keys (M, width), in float32 under any autocast.
+
+    Example:
+        >>> cosine(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        tensor([[1., 0.]])
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        return F.linear(F.normalize(query.float()), F.normalize(keys.float()))
+
+
+def majority(chosen: Tensor, size: int) -> Tensor:
+    """The most frequent ids of (B, top) as everybody's choice, (B, top); ties go to the lowest id.
+
+    Example:
+        >>> majority(torch.tensor([[0, 3], [3, 2]]), 4)
+        tensor([[3, 0],
+                [3, 0]])
+    """
+    votes = F.one_hot(chosen, size).sum((0, 1))
+    return votes.argsort(dim=0, descending=True, stable=True)[: chosen.shape[1]].expand_as(chosen)
+
+
+def embed(model: Foundation, images: Tensor) -> Tensor:
+    """Tokens (B, N, width) that enter the first block, from stored images (B, 3, h, w)."""
+    model = model.to(images.device)
+    return model.tokens(prepare(images, model.image_size, model.mean, model.std), 0)
+
+
+def insert(model: Foundation, tokens: Tensor, prompts: Tensor) -> Tensor:
+    """Put prompts (B, P, width) between the class token and the patches of (B, N, width), all at its position."""
+    vit = model.vit
+    if vit.cls_token is not None and vit.pos_embed is not None and not vit.no_embed_class:
+        prompts = prompts + vit.pos_embed[:, :1]
+    start = vit.num_prefix_tokens
+    return torch.cat([tokens[:, :start], vit.norm_pre(prompts), tokens[:, start:]], 1)

@@ -1,0 +1,64 @@
+"""One table over several runs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "seen/average": "seen %",
+    "seen/worst_client": "worst client %",
+    "seen/forgetting": "forgetting %",
+    "task/average": "task %",
+    "task/current": "current task %",
+}
+"""Figures after the last task, by their names in results.json; accuracies are means over clients and tasks."""
+
+
+def find_results(paths: Sequence[Path]) -> list[Path]:
+    """The newest results.json of each run folder under the given paths, or the files themselves.
+
+    Raises:
+        ValueError: if a path holds no results.
+    """
+    found: list[Path] = []
+    for path in paths:
+        files = [path] if path.is_file() else sorted(path.rglob("results.json"), key=lambda p: p.stat().st_mtime)
+        if not files:
+            raise ValueError(f"{str(path)!r} holds no results.json: give a run directory of fedlscl fit.")
+        newest = {file.parent.parent: file for file in files}
+        found += sorted(newest.values()) if path.is_dir() else files
+    return found
+
+
+def comparison(paths: Sequence[Path]) -> list[list[str]]:
+    """Header and one row per run, best final ``seen`` accuracy first."""
+    runs = [json.loads(path.read_text()) for path in find_results(paths)]
+    runs.sort(key=lambda run: -final(run)["seen/average"])
+    header = ["method", *COLUMNS.values(), "up MB", "down MB", "seed"]
+    return [header] + [_row(run) for run in runs]
+
+
+def final(run: dict[str, Any]) -> dict[str, float]:
+    """The figures after the last task that the run has finished."""
+    return run["summary"][-1]
+
+
+def print_comparison(paths: Sequence[Path]) -> None:
+    """Print the table to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, *rows = comparison(paths)
+    table = Table(title="after the last task, all tasks, mean over clients")
+    for column in header:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _row(run: dict[str, Any]) -> list[str]:
+    figures = final(run)
+    traffic = [f"{run['traffic'][direction] / 1e6:.2f}" for direction in ("up_bytes", "down_bytes")]
+    return [run["method"]["name"], *(f"{100 * figures[name]:.1f}" for name in COLUMNS), *traffic, str(run["seed"])]

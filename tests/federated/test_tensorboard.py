@@ -1,0 +1,108 @@
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fedlscl.federated.heatmap import matrix_pixels
+from fedlscl.federated.metrics import AccuracyMatrix
+
+
+def read(folder):
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def points(events, tag):
+    return [(point.step, point.value) for point in events.Scalars(tag)]
+
+
+@pytest.fixture(scope="session")
+def events(whole):
+    return read(whole.folder)
+
+
+def test_losses_are_at_the_step_of_their_round(events, whole):
+    expected = [
+        (2 * entry["task"] + entry["round"], pytest.approx(entry["terms"]["cross_entropy"], rel=1e-6))
+        for entry in whole.trainer.history
+        if entry["client"] == 1 and entry["stage"] == "collaborative"
+    ]
+    assert points(events, "train/client_1/collaborative/cross_entropy") == expected
+    assert [step for step, _ in points(events, "loss/continual/lora")] == [2, 3]
+
+
+def test_mean_loss_is_over_clients(events, whole):
+    last = [entry["terms"]["loss"] for entry in whole.trainer.history[-4:] if entry["stage"] == "continual"]
+    assert points(events, "loss/continual/loss")[-1] == (3, pytest.approx(sum(last) / 2, rel=1e-6))
+
+
+def test_accuracies_are_at_the_last_step_of_their_task(events, whole):
+    for mask in ("task", "seen"):
+        after = whole.trainer.matrix.of(mask)
+        mean = after.nanmean(2)
+        assert points(events, f"accuracy_{mask}/average") == [
+            (1, pytest.approx(float(mean[:, 0].mean()))),
+            (3, pytest.approx(float(mean[:, 1].mean()))),
+        ]
+        assert points(events, f"accuracy_{mask}/client_1")[-1] == (3, pytest.approx(float(mean[1, 1])))
+        for name in ("current", "forgetting", "backward_transfer", "worst_client", "average_before_aggregation"):
+            assert len(points(events, f"accuracy_{mask}/{name}")) == 2
+
+
+def test_traffic_and_time_are_of_every_round(events, whole):
+    sent = whole.trainer.traffic["up"].sum(0).flatten().tolist()
+    assert points(events, "traffic/up_bytes") == list(enumerate(map(float, sent)))
+    for tag in ("traffic/down_bytes", "seconds/collaborative", "seconds/server", "seconds/round", "images_per_second"):
+        assert [step for step, _ in points(events, tag)] == [0, 1, 2, 3]
+
+
+def test_matrix_is_a_picture_after_every_task(events):
+    pictures = events.Images("accuracy_matrix")
+    assert [picture.step for picture in pictures] == [1, 3]
+    assert pictures[0].encoded_image_string.startswith(b"\x89PNG") and pictures[0].width > 500
+
+
+def test_configuration_layout_and_hyperparameters_are_there(events):
+    tensors = events.Tags()["tensors"]
+    assert "custom_scalars__config__" in tensors
+    assert b"seed_everything: 42" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    plugins = events.PluginTagToContent("hparams")
+    assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)
+    start, experiment = plugins["_hparams_/session_start_info"], plugins["_hparams_/experiment"]
+    assert b"collaborator.foundation.name" in start and b"FedLSCL" in start
+    assert b"accuracy_seen/average" in experiment
+
+
+def test_there_is_one_run(whole):
+    assert [path.is_file() for path in (whole.folder / "tensorboard").iterdir()] == [True]
+
+
+def test_a_resumed_run_has_every_point_once(events, resumed):
+    again = read(resumed[1].folder)
+    assert set(again.Tags()["scalars"]) == set(events.Tags()["scalars"])
+    for tag in events.Tags()["scalars"]:
+        if not tag.startswith(("seconds/", "images_per_second")):
+            assert points(again, tag) == points(events, tag)
+    assert [picture.step for picture in again.Images("accuracy_matrix")] == [1, 3]
+    assert len(again.Tensors("config/text_summary")) == 1
+
+
+def test_points_of_a_lost_round_are_replaced(observe, make_method, tmp_path):
+    stopped = observe(make_method(), tmp_path, stop_at=1)
+    # The checkpoint stands at step 1; what an unlucky process wrote after it must vanish.
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(stopped.folder / "tensorboard", filename_suffix=".lost")
+    writer.add_scalar("traffic/up_bytes", -1.0, 1)
+    writer.close()
+    observe(make_method(), tmp_path, resume=True)
+    values = points(read(tmp_path), "traffic/up_bytes")
+    assert [step for step, _ in values] == [0, 1, 2, 3] and min(value for _, value in values) > 0
+
+
+@pytest.mark.parametrize("num_tasks", [1, 5, 21])
+def test_picture_of_an_unfinished_matrix_is_drawn(num_tasks):
+    matrix = AccuracyMatrix(2, num_tasks)
+    matrix.record("after", 0, 0, torch.rand(2, 1))
+    pixels = matrix_pixels(matrix)
+    assert pixels.shape[2] == 3 and pixels.std() > 1

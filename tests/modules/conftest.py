@@ -1,0 +1,105 @@
+from copy import deepcopy
+
+import lightning
+import pytest
+import torch
+from lightning.fabric import Fabric
+
+from fedlscl.federated.cache import PrefixCache
+from fedlscl.federated.engine import Engine
+from fedlscl.modules.classification import (
+    ClassificationModule,
+    ConsolidationModule,
+    DistillationModule,
+    ProximalModule,
+    trainable,
+)
+from fedlscl.modules.collaborative import CollaborativeModule
+from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.nets.classifier import FoundationClassifier
+from fedlscl.nets.collaborator import Collaborator
+from fedlscl.nets.small import SmallClassifier
+
+NUM_CLASSES = 6
+
+
+@pytest.fixture
+def small_net():
+    torch.manual_seed(0)
+    return SmallClassifier("test_resnet", NUM_CLASSES, image_size=16)
+
+
+@pytest.fixture
+def collaborator(collaborator_config):
+    """One whose adapters do something."""
+    torch.manual_seed(0)
+    net = Collaborator(collaborator_config, NUM_CLASSES)
+    torch.nn.init.normal_(net.generator.weight, std=0.1)
+    return net
+
+
+MODULES = {
+    "classification": lambda small, vit, net: ClassificationModule(small),
+    "classification-vit": lambda small, vit, net: ClassificationModule(vit),
+    "proximal": lambda small, vit, net: ProximalModule(small, mu=0.1),
+    "consolidation": lambda small, vit, net: ConsolidationModule(
+        small,
+        {name: p + 0.1 for name, p in trainable(small).items()},
+        {name: torch.ones_like(p) for name, p in trainable(small).items()},
+        strength=0.1,
+    ),
+    "distillation": lambda small, vit, net: DistillationModule(small, deepcopy(small), torch.tensor([0, 2]), 1.0, 2.0),
+    "collaborative": lambda small, vit, net: CollaborativeModule(net),
+    "continual": lambda small, vit, net: ContinualFineTuningModule(net, deepcopy(net)),
+}
+
+
+@pytest.fixture(params=MODULES)
+def make_module(request, collaborator_config, foundation_config):
+    """A function that builds the same module anew at every call."""
+
+    def make():
+        torch.manual_seed(0)
+        small = SmallClassifier("test_resnet", NUM_CLASSES, image_size=16)
+        vit = FoundationClassifier(foundation_config, NUM_CLASSES)
+        return MODULES[request.param](small, vit, Collaborator(collaborator_config, NUM_CLASSES))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data(make_data):
+    return make_data()
+
+
+@pytest.fixture(scope="session")
+def engine(data):
+    return Engine(Fabric(accelerator="cpu"), PrefixCache(data, 0, torch.float32))
+
+
+@pytest.fixture
+def stock():
+    """A stock trainer that writes nothing."""
+
+    def make(**options):
+        return lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **({"max_epochs": 1} | options),
+        )
+
+    return make
+
+
+@pytest.fixture
+def batches(data):
+    """A loader over the first client's first task, in the same order at every call."""
+
+    def make(client=0, task=0):
+        stream = data.stream(client)
+        return stream.loader(stream.train_ids(task), 6, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+    return make

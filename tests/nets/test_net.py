@@ -1,0 +1,56 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedlscl.nets.net import Frozen, freeze_batch_norm, prepare
+
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.5])
+
+
+@given(st.integers(0, 255), st.integers(1, 40), st.integers(1, 40))
+def test_a_plain_image_stays_plain_at_any_size(value, stored, wanted):
+    images = torch.full((1, 3, stored, stored), value, dtype=torch.uint8)
+    expected = ((value / 255 - MEAN) / STD).view(1, 3, 1, 1).expand(1, 3, wanted, wanted)
+    torch.testing.assert_close(prepare(images, wanted, MEAN, STD), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stored_bytes_and_floats_in_0_to_1_are_the_same_image():
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    for size in (8, 16, 5):
+        assert torch.equal(prepare(images, size, MEAN, STD), prepare(images.float() / 255, size, MEAN, STD))
+
+
+def test_resizing_does_not_overshoot():
+    """Bicubic kernels ring at edges: values stay in 0..1 before normalisation, and the input is not changed."""
+    images = (torch.arange(64).view(8, 8) // 4 % 2 * 255).to(torch.uint8).expand(1, 3, 8, 8)
+    floats = images.float() / 255
+    copy = floats.clone()
+    resized = prepare(floats, 21, torch.zeros(3), torch.ones(3))
+    assert resized.min() == 0 and resized.max() == 1
+    assert torch.equal(floats, copy)
+
+
+def test_a_frozen_net_never_trains_again():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    owner = nn.ModuleDict({"frozen": Frozen(net), "live": nn.Linear(1, 1)})
+    owner.train()
+    assert owner["live"].training
+    assert not any(module.training for module in owner["frozen"].modules())
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    before = net[1].running_mean.clone()
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    first = owner["frozen"](x)
+    assert not first.requires_grad and torch.equal(first, owner["frozen"](x))
+    assert torch.equal(net[1].running_mean, before)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_weights():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    freeze_batch_norm(net)
+    before = net[1].running_mean.clone(), net[1].running_var.clone(), net[1].num_batches_tracked.clone()
+    net(torch.randn(4, 3, 5, 5)).sum().backward()
+    after = net[1].running_mean, net[1].running_var, net[1].num_batches_tracked
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert net[1].weight.grad is not None
+    assert net[2].training

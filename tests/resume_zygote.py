@@ -1,0 +1,82 @@
+"""Forks processes that run the command line and may kill themselves; starting each from scratch would take minutes.
+
+Reads one JSON object per line from stdin (arguments, folder, and the number of the event at which to die, 0 for never),
+answers with the exit status. A process that lives to its end writes the kinds of its events to events.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.utils.tensorboard  # noqa: F401
+
+import fedlscl.cli.app
+import fedlscl.cli.commands
+from fedlscl.__main__ import main
+from fedlscl.federated import checkpoint
+from fedlscl.methods import FedLSCL
+from fedlscl.modules.learner import Learner
+
+EVENTS: list[str] = []
+
+
+def happens(kind, deadly, before_death=lambda: None):
+    EVENTS.append(kind)
+    if len(EVENTS) == deadly:
+        before_death()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lay_traps(deadly):
+    def before(owner, name, kind):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            happens(kind, deadly)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    before(Learner, "training_step", "step")
+    before(FedLSCL, "aggregate", "server")
+    before(FedLSCL, "end_task", "end of task")
+    before(checkpoint.os, "replace", "file written, not yet in place")
+    original = checkpoint.write_atomically
+
+    def torn(path, *parts):
+        data = b"".join(bytes(part) for part in parts)
+        half = path.with_name(f".{path.name}.tmp").write_bytes
+        happens("half a file written", deadly, lambda: half(data[: len(data) // 2]))
+        original(path, *parts)
+        happens("file in place", deadly)
+
+    checkpoint.write_atomically = torn
+
+
+def run(arguments, folder, deadly):
+    os.chdir(folder)
+    for stream in (1, 2):
+        os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    lay_traps(deadly)
+    status = main(arguments)
+    Path("events.json").write_text(json.dumps(EVENTS))
+    sys.stdout.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                run(**json.loads(line))
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(99)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
