@@ -4,18 +4,18 @@ Reads one JSON object per line from stdin (arguments, folder, and the number of 
 answers with the exit status. A process that lives to its end writes the kinds of its events to events.json.
 """
 
+import io
 import json
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-import torch.utils.tensorboard  # noqa: F401
 
-import fedlscl.cli.app
-import fedlscl.cli.commands
 from fedlscl.__main__ import main
+from fedlscl.cli.commands import observers
 from fedlscl.federated import checkpoint
 from fedlscl.methods import FedLSCL
 from fedlscl.modules.learner import Learner
@@ -69,6 +69,10 @@ def run(arguments, folder, deadly):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    with redirect_stdout(io.StringIO()):
+        # Imports everything that a run needs.
+        main(["fit", "--print_config"])
+        observers()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -46,7 +46,9 @@ def start():
     )
 
     def run(folder, *arguments, deadly=0):
-        print(json.dumps({"arguments": arguments, "folder": str(folder), "deadly": deadly}), file=zygote.stdin, flush=True)
+        print(
+            json.dumps({"arguments": arguments, "folder": str(folder), "deadly": deadly}), file=zygote.stdin, flush=True
+        )
         return int(zygote.stdout.readline())
 
     yield run

@@ -1,4 +1,4 @@
-"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported once a command needs them."""
+"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported when a command needs them."""
 
 import difflib
 import sys

@@ -7,19 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, classes: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
     """Cross-entropy over the columns ``classes`` (sorted) of logits (B, num_classes); all columns where not given.
 
-    Columns are cut out, not filled with minus infinity, so that no term can become 0 * inf.
+    Columns are cut out, not filled with minus infinity, so that no term can become 0 * inf. With ``counts``
+    (num_classes,) of training samples it is the balanced softmax (Ren et al., NeurIPS 2020, arXiv 2007.10740): rare
+    classes are not pushed away for being rare.
 
     Example:
         >>> logits = torch.tensor([[9.0, 1.0, 1.0]])
         >>> round(cross_entropy(logits, torch.tensor([2]), torch.tensor([1, 2])).item(), 4)
         0.6931
     """
+    logits = logits.float() if counts is None else logits.float() + counts.clamp(min=1).float().log()
     if classes is None:
-        return F.cross_entropy(logits.float(), labels)
-    return F.cross_entropy(logits.float()[:, classes], torch.searchsorted(classes, labels))
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits[:, classes], torch.searchsorted(classes, labels))
 
 
 def sample_losses(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:

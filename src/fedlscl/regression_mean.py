@@ -22,7 +22,7 @@ def regression_mean(weights: Sequence[Tensor], grams: Sequence[Tensor], epsilon:
 
     Example:
         >>> regression_mean([torch.tensor([[1.0, 1.0]]), torch.tensor([[5.0, 3.0]])],
-        ...                 [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])])
+        ...                 [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], epsilon=1e-9)
         tensor([[2., 2.]])
     """
     stacked = torch.stack([weight.double() for weight in weights])

@@ -152,6 +152,7 @@ def test_distillation_is_weighted_and_over_old_columns_alone(small_net, batch):
     def term(alpha):
         return DistillationModule(small_net, teacher, old, alpha, 2.0).eval().loss(batch)["distillation"].item()
 
+    small_net.eval(), teacher.eval()
     student, answers = small_net(batch.images).logits[:, old] / 2, teacher(batch.images).logits[:, old] / 2
     kl = (answers.softmax(1) * (answers.log_softmax(1) - student.log_softmax(1))).sum(1).mean()
     assert term(1.0) == pytest.approx(4 * kl.item(), rel=1e-4)

@@ -1,8 +1,10 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from reference import objectives as literal
+from torch.utils.data import DataLoader
 
 from fedlscl.federated.method import Stage
 from fedlscl.modules.continual import ContinualFineTuningModule
@@ -47,7 +49,7 @@ def test_nothing_has_to_be_kept_before_anything_was_trained(trainer, collaborato
         terms = engine.train(Stage("continual", module, first, 1))
     else:
         fitted = stock()
-        fitted.fit(module, first)
+        fitted.fit(module, DataLoader(first, batch_size=None))
         terms = {name.removeprefix("train/"): value for name, value in fitted.callback_metrics.items()}
     assert terms["features"] == 0.0 and terms["lora"] == 0.0 and terms["cross_entropy"] > 0
 
@@ -90,8 +92,6 @@ def test_consistency_pulls_towards_the_predecessor(collaborator, previous, batch
 
 
 def test_it_runs_without_collaboration(collaborator_config, batch):
-    from dataclasses import replace
-
     net = Collaborator(replace(collaborator_config, collaboration=False), 6)
     terms = ContinualFineTuningModule(net, deepcopy(net)).training_step(batch)
     assert terms["features"].item() == 0.0 and terms["lora"].item() == 0.0 and terms["loss"].requires_grad

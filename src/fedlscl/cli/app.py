@@ -16,6 +16,7 @@ from fedlscl.federated.trainer import FederatedTrainer
 
 DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+HEADER = [f"fedlscl=={__version__}"]
 OF_ONE_CALL = ("config", "ckpt_path")
 """Options that a saved configuration leaves out."""
 
@@ -25,7 +26,7 @@ def run(arguments: list[str]) -> None:
     if arguments[0] == "methods":
         print_methods()
         return
-    for chatty, level in (("lightning.fabric", logging.WARNING), ("huggingface_hub", logging.ERROR)):
+    for chatty, level in (("lightning", logging.WARNING), ("huggingface_hub", logging.ERROR)):
         logging.getLogger(chatty).setLevel(level)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     FederatedCLI(arguments)
@@ -42,26 +43,22 @@ class FederatedCLI(LightningCLI):
     """Groups ``trainer``, ``method`` and ``data``, and one seed; the commands are the methods of `Commands`."""
 
     def __init__(self, arguments: list[str]) -> None:
-        header = [f"fedlscl=={__version__}"]
-        options = {
-            name: {"usage": f"fedlscl {name} [--config FILE] [--GROUP.OPTION VALUE ...]", "dump_header": header}
-            for name in self.subcommands()
-        }
+        self.command = arguments[0]
+        usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
         super().__init__(
             datamodule_class=SpatialTemporalDataModule,
             trainer_class=Commands,
             save_config_callback=None,
             parser_class=Parser,
-            parser_kwargs={"prog": "fedlscl", **options},
+            parser_kwargs={"prog": "fedlscl", self.command: {"usage": usage, "dump_header": HEADER}},
             args=with_saved_config(arguments),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, and which of their arguments are no options."""
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict")}
+    def subcommands(self) -> dict[str, set[str]]:
+        """The command at hand, and which of its arguments are no options; parsers of the others would take time."""
+        return {self.command: {"model", "datamodule"}}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""
@@ -89,7 +86,7 @@ class FederatedCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make trainer, method and datamodule; no data is read and no net built yet."""
         given = Namespace({key: value for key, value in self.config[self.subcommand].items() if key not in OF_ONE_CALL})
-        text = self._subcommand_parsers[self.subcommand].dump(given, skip_none=False)
+        text = self._subcommand_parsers[self.subcommand].dump(given, skip_unset=False)
         config = weights_found(self.config[self.subcommand])
         self.config_init = self.parser.instantiate(Namespace({**self.config, self.subcommand: config}))
         made = self.config_init[self.subcommand]

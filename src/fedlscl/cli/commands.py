@@ -35,6 +35,8 @@ class Commands:
         """Learn all tasks.
 
         Args:
+            model: the method, under LightningCLI's name for it.
+            datamodule: the streams of tasks.
             ckpt_path: 'last' continues the newest run of this name, or begins if none has a checkpoint; a run
                 directory or a checkpoint file continues that run.
         """
@@ -65,6 +67,8 @@ class Commands:
         """Accuracies of a trained run on its held-out images, the same as test.
 
         Args:
+            model: the method, under LightningCLI's name for it.
+            datamodule: the streams of tasks.
             ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
                 --config is given.
         """
@@ -74,6 +78,8 @@ class Commands:
         """Accuracies of a trained run on its held-out images, per client and task, under both masks.
 
         Args:
+            model: the method, under LightningCLI's name for it.
+            datamodule: the streams of tasks.
             ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
                 --config is given.
         """
@@ -102,6 +108,8 @@ class Commands:
         """Classes of image files by one client's trained net, as CSV: image, rank, class, probability.
 
         Args:
+            model: the method, under LightningCLI's name for it.
+            datamodule: the streams of tasks; not read.
             images: an image file, or a folder whose images are all read.
             client: which client's net, counted from 0; the classes that it has seen compete.
             ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no

@@ -17,9 +17,12 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return explain_os_error(error)
-    if isinstance(error, ValueError):
-        # jsonargparse wraps what a constructor raises.
-        return str(error) if raised_here(error) else explain(cause) if isinstance(cause := error.__cause__, ValueError) else None
+    # jsonargparse wraps what a constructor raises.
+    cause: BaseException | None = error
+    while isinstance(cause, ValueError):
+        if raised_here(cause):
+            return str(cause)
+        cause = cause.__cause__
     return None
 
 

@@ -14,7 +14,7 @@ REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?([\w.]+)")
 KEY = re.compile(r'Parser key "([^"]+)"')
 UNKNOWN = re.compile(r"(?:Group '(?P<group>[^']+)' does not|Option|does not) (?:accept option )?'(?P<key>[^']+)'")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<key>[^\s=]+)")
-INNER = re.compile(r"Problem with given class_path '([^']+)':\n(.+?)\s*(?:\n\s*- Expected|\n\s*Given value|$)", re.DOTALL)
+INNER = re.compile(r"given class_path '([^']+)':\n(.+?)\s*(?:\n\s*- Expected|\n\s*Given value|$)", re.DOTALL)
 NO_CLASS = re.compile(r"Expected a dot import path string|Import path .*does not correspond")
 EXPECTED = re.compile(r"Expected an? (.+?)(?=\. Got value|\s*$)", re.MULTILINE)
 RESTRICTED = re.compile(r"(\S+) does not conform to restriction (.+)")
@@ -38,8 +38,6 @@ def one_line(message: str, options: Iterable[str]) -> str:
     """Reduce jsonargparse's report to the option, its value and the remedy.
 
     Example:
-        >>> one_line('Parser key "data.seed":\\n  Expected a <class \\'int\\'>. Got value: x', [])
-        "data.seed='x' does not fit: give int."
         >>> one_line("unrecognized arguments: --trainer.rounds 3", ["trainer.rounds_per_task"])
         'trainer.rounds is unknown: did you mean trainer.rounds_per_task?'
     """

@@ -16,63 +16,56 @@ CHUNK = 64
 class PrefixCache:
     """Outputs of a net's frozen part by sample id, for as many images as the budget holds.
 
-    Rounding depends on which images share a pass, so passes have a composition that only the split decides: a resumed
-    run fills its cache with the same bits.
+    Rounding depends on which images share a pass, so the split alone decides the composition of the passes and which
+    of them are kept: a resumed run, or another order of clients, gets the same bits.
     """
 
     def __init__(self, datamodule: SpatialTemporalDataModule, budget_bytes: float, dtype: torch.dtype) -> None:
         self.datamodule, self.budget_bytes, self.dtype = datamodule, budget_bytes, dtype
         self.chunks = _chunks(datamodule)
-        self.num_ids = len(datamodule.data.train_labels) + len(datamodule.data.test_labels)
-        self.chunk_of = torch.full((self.num_ids,), -1)
-        for index, chunk in enumerate(self.chunks):
+        num_ids = len(datamodule.data.train_labels) + len(datamodule.data.test_labels)
+        self.chunk_of, self.row = torch.full((num_ids,), -1), torch.full((num_ids,), -1)
+        self.ends = torch.tensor([0, *map(len, self.chunks)]).cumsum(0)[1:].tolist()
+        for index, (chunk, end) in enumerate(zip(self.chunks, self.ends, strict=True)):
             self.chunk_of[chunk] = index
-        self.stores: dict[str, tuple[Tensor, Tensor]] = {}
-        self.is_full = False
+            self.row[chunk] = torch.arange(end - len(chunk), end)
+        self.stores: dict[str, tuple[Tensor, set[int]]] = {}
 
     def attach(self, batch: Batch, net: Net, precision: Callable[[], AbstractContextManager[None]]) -> Batch:
         """Give a batch on the device the prefix of ``net`` for its samples, where net and budget allow it."""
-        if net.prefix_key is None or batch.prefix is not None:
+        ids = batch.ids.cpu()
+        if net.prefix_key is None or batch.prefix is not None or (ids < 0).any():
             return batch
-        known = self.chunk_of[batch.ids.cpu()]
-        if (known < 0).any():
+        chunks = self.chunk_of[ids].unique().tolist()
+        if not all(chunk >= 0 and self._fill(chunk, net, batch.images.device, precision) for chunk in chunks):
             return batch
-        for chunk in known.unique().tolist():
-            if not self._fill(chunk, net, batch.images.device, precision):
-                return batch
-        store, position = self.stores[net.prefix_key]
-        rows = store[position[batch.ids.cpu()].to(store.device)]
+        store, _ = self.stores[net.prefix_key]
+        rows = store[self.row[ids].to(store.device)]
         return batch._replace(prefix=rows.to(batch.images.device, non_blocking=True))
 
     @torch.no_grad()
     def _fill(
-        self, chunk: int, net: Net, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
+        self, index: int, net: Net, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
     ) -> bool:
-        ids = self.chunks[chunk]
-        if net.prefix_key in self.stores:
-            position = self.stores[net.prefix_key][1]
-            if position[ids[0]] >= 0:
-                return True
-            if self.is_full:
-                return False
+        chunk, end, key = self.chunks[index], self.ends[index], net.prefix_key
+        if key in self.stores:
+            store, filled = self.stores[key]
+            if index in filled or end > len(store):
+                return index in filled
         with precision():
-            prefix = net.frozen_prefix(self.datamodule.fetch(ids).images.to(device)).to(self.dtype)
-        store, position = self._store(net.prefix_key, prefix)
-        start = int(position.max()) + 1
-        if start + len(ids) > len(store):
-            self.is_full = True
+            prefix = net.frozen_prefix(self.datamodule.fetch(chunk).images.to(device)).to(self.dtype)
+        store, filled = self._store(key, prefix)
+        if end > len(store):
             return False
-        store[start : start + len(ids)] = prefix
-        position[ids] = torch.arange(start, start + len(ids))
+        store[end - len(chunk) : end] = prefix
+        filled.add(index)
         return True
 
-    def _store(self, key: str, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    def _store(self, key: str, prefix: Tensor) -> tuple[Tensor, set[int]]:
         if key not in self.stores:
-            rows = min(
-                int(self.budget_bytes // (prefix[0].numel() * prefix.element_size())), sum(map(len, self.chunks))
-            )
+            rows = min(int(self.budget_bytes // (prefix[0].numel() * prefix.element_size())), self.ends[-1])
             store = torch.empty(rows, *prefix.shape[1:], dtype=self.dtype, device=prefix.device)
-            self.stores[key] = store, torch.full((self.num_ids,), -1)
+            self.stores[key] = store, set()
         return self.stores[key]
 
 

@@ -101,11 +101,12 @@ class Client:
 def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Tensor, Tensor]:
     """Mean of the normalised features of each class among samples: classes (C,) and means (C, width)."""
     sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
     for batch, output in client.infer(ids):
         rows = torch.nn.functional.normalize(getattr(output, pick).double())
         for label in batch.labels.unique().tolist():
-            part = rows[batch.labels == label].sum(0).cpu()
-            sums[label] = sums.get(label, torch.zeros_like(part)) + part
+            chosen = rows[batch.labels == label].cpu()
+            sums[label] = sums.get(label, 0) + chosen.sum(0)
+            counts[label] = counts.get(label, 0) + len(chosen)
     classes = sorted(sums)
-    means = torch.stack([torch.nn.functional.normalize(sums[label], dim=0) for label in classes])
-    return torch.tensor(classes), means.float()
+    return torch.tensor(classes), torch.stack([sums[label] / counts[label] for label in classes]).float()

@@ -5,7 +5,7 @@ import platform
 import resource
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,13 +38,13 @@ class Timed(Callback):
     """An observer that times the parts of the run."""
 
     def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._images, self._training_seconds = 0, 0.0
 
     def lap(self) -> Lap:
         """The sums since the last call; counting starts anew."""
         lap = Lap(dict(self._seconds), self._images, self._training_seconds)
-        self._seconds, self._images, self._training_seconds = Counter(), 0, 0.0
+        self._seconds, self._images, self._training_seconds = defaultdict(float), 0, 0.0
         return lap
 
     def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:

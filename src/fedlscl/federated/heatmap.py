@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy import ndarray
+    from matplotlib.image import AxesImage
 
 TITLES = {"task": "among the task's own classes", "seen": "among all classes seen"}
 MOST_NUMBERS = 20
@@ -23,18 +25,18 @@ def matrix_figure(matrix: AccuracyMatrix, phase: str = "after") -> "Figure":
     figure = Figure(figsize=(2 * side + 0.8, side + 1.1), dpi=150, layout="constrained")
     figure.suptitle(f"Accuracy in percent, mean over {num_clients} client{'s' * (num_clients > 1)}", fontsize=10)
     panels = figure.subplots(1, len(MASKS), sharey=True)
+    images = []
     for axes, mask in zip(panels, MASKS, strict=True):
         axes.set_title(TITLES[mask], fontsize=9)
-        image = _panel(axes, 100 * matrix.of(mask, phase).mean(0).numpy())
+        images.append(_panel(axes, 100 * matrix.of(mask, phase).mean(0).numpy()))
     panels[0].set_ylabel("after learning task", fontsize=9)
     if num_tasks > MOST_NUMBERS:
-        figure.colorbar(image, ax=panels, shrink=0.8)
+        figure.colorbar(images[0], ax=panels, shrink=0.8)
     return figure
 
 
-def matrix_pixels(matrix: AccuracyMatrix) -> "ndarray":
+def matrix_pixels(matrix: AccuracyMatrix) -> np.ndarray:
     """The picture as (height, width, 3) uint8."""
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(matrix_figure(matrix))
@@ -42,7 +44,7 @@ def matrix_pixels(matrix: AccuracyMatrix) -> "ndarray":
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _panel(axes: "Axes", values: "ndarray") -> object:
+def _panel(axes: "Axes", values: np.ndarray) -> "AxesImage":
     size = len(values)
     image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100)
     axes.set_xlabel("accuracy on task", fontsize=9)
@@ -58,12 +60,8 @@ def _panel(axes: "Axes", values: "ndarray") -> object:
         axes.set_yticks(edges, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.5)
         axes.tick_params(which="minor", length=0)
-        for n, t in zip(*(~_missing(values)).nonzero(), strict=True):
+        for n, t in zip(*np.nonzero(~np.isnan(values)), strict=True):
             value = values[n, t]
             text = f"{value:.1f}" if size <= 8 and value < 99.95 else f"{value:.0f}"
             axes.text(t, n, text, ha="center", va="center", fontsize=9, color="white" if value > 55 else "#10233f")
     return image
-
-
-def _missing(values: "ndarray") -> "ndarray":
-    return values != values

@@ -106,8 +106,7 @@ class ProgressDisplay(Callback):
     def on_exception(self, trainer: "FederatedTrainer") -> None:
         """Give the terminal back as it was."""
         self._stop()
-        if self.console is not None:
-            self._say(f"stopped in {place(trainer)}", "bold red")
+        self._say(f"stopped in {place(trainer)}", "bold red")
 
     def _stop(self) -> None:
         if self.live is not None:
@@ -115,7 +114,8 @@ class ProgressDisplay(Callback):
             self.live = None
 
     def _say(self, line: str, style: str | None = None) -> None:
-        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        if self.console is not None:
+            self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _outlook(self) -> str:
         share = f"{self.work.fraction:.0%} done"

@@ -25,7 +25,7 @@ def results_table(results: dict[str, Any]) -> list[list[str]]:
     Args:
         results: what results.json holds.
     """
-    rows = [list(HEADER)]
+    rows: list[list[str]] = [list(HEADER)]
     for mask in MASKS:
         for task, figures in enumerate(results["summary"], start=1):
             values = [percent(figures[f"{mask}/{name}"]) for name in FIGURES]

@@ -50,9 +50,8 @@ class TensorBoard(Timed):
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        is_resumed = trainer.step > 0
-        self.writer = SummaryWriter(trainer.run_dir / "tensorboard", purge_step=trainer.step if is_resumed else None)
-        if not is_resumed:
+        self.writer = SummaryWriter(trainer.run_dir / "tensorboard", purge_step=trainer.step)
+        if trainer.step == 0:
             self.writer.add_custom_scalars(LAYOUT)
             config = trainer.run_dir / "config.yaml"
             if config.is_file():

@@ -154,9 +154,10 @@ class FederatedTrainer:
             self.progress = Progress(task, round_)
             self._call("on_round_start")
             is_last = round_ == self.rounds_per_task - 1
-            uploads = [self._client_round(client, is_last) for client in self.clients]
+            for client in self.clients:
+                self._local_round(client, is_last)
             if self.server_every == "round" or is_last:
-                self._server_round(uploads)
+                self._server_round([self._upload(client) for client in self.clients])
             self._call("on_round_end")
             if not is_last:
                 self._checkpoint(Progress(task, round_ + 1))
@@ -168,7 +169,7 @@ class FederatedTrainer:
         self._call("on_task_end")
         self._checkpoint(Progress(task + 1, 0))
 
-    def _client_round(self, client: Client, is_last: bool) -> Upload:
+    def _local_round(self, client: Client, is_last: bool) -> None:
         client.round = self.progress.round
         self._call("on_client_start", client)
         with self.engine.on_device(client):
@@ -178,7 +179,10 @@ class FederatedTrainer:
                 self._turn(TRAIN, client, number + 1)
             if is_last:
                 self._evaluate(client, "before")
-            self._turn(UPLOAD, client)
+
+    def _upload(self, client: Client) -> Upload:
+        self._turn(UPLOAD, client)
+        with self.engine.on_device(client):
             payload = self.method.upload(client)
         self._count("up", client, payload)
         counts = client.data.class_counts(client.task)

@@ -82,7 +82,7 @@ class Workload:
         is_known = ~np.isnan(self.known)
         if not is_known.any():
             return self.expected
-        last = int(is_known.any(0).nonzero()[0].max())
+        last = int(np.flatnonzero(is_known.any(axis=0)).max())
         rows = is_known[:, last]
         factor = self.known[rows, last].sum() / self.expected[rows, last].sum()
         return np.where(is_known, self.known, self.expected * factor)

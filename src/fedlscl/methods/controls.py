@@ -5,7 +5,7 @@ both are exact and forget nothing (the analytic family: RanPAC, McDonnell et al.
 federated form AFL, He et al., CVPR 2025, arXiv 2405.16240).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,10 @@ from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig
+from fedlscl.ridge import RidgeSums, ridge_solution, ridge_sums
+
+SENT = "sent"
+"""The task whose statistics a client sent last, in its memory."""
 
 
 @dataclass(kw_only=True)
@@ -33,11 +37,17 @@ class _Statistics(Method):
         """Nothing is trained."""
         return iter(())
 
+    def upload(self, client: Client) -> Payload:
+        """The task's statistics, in the task's first message alone."""
+        return outgoing(self.statistics(client)) if first_of_task(client) else {}
+
+    def statistics(self, client: Client) -> dict[str, Tensor]:
+        """What the client adds to the sums for its task."""
+        raise NotImplementedError
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Add up what is new and send the answer of all that came so far."""
-        for upload in uploads:
-            for name, value in upload.payload.items():
-                self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
+        add_sums(self.sums, [upload.payload for upload in uploads], ("means", *RidgeSums._fields))
         return [self.answer()] * len(uploads)
 
     def answer(self) -> Payload:
@@ -65,14 +75,12 @@ class FedNCM(_Statistics):
         """A frozen ViT and one direction per class."""
         return FoundationClassifier(self.foundation, num_classes, head="cosine")
 
-    def upload(self, client: Client) -> Payload:
+    def statistics(self, client: Client) -> dict[str, Tensor]:
         """Counts times class means of the task, (num_classes, width)."""
-        if client.round:
-            return {}
         classes, means = class_means(client, client.train_ids)
         sums = torch.zeros_like(client.net.head.weight, device="cpu")
         sums[classes] = means * client.data.class_counts(client.task)[classes, None]
-        return outgoing({"means": sums})
+        return {"means": sums}
 
     def answer(self) -> Payload:
         """Unit directions; zero for classes that nobody has met."""
@@ -88,23 +96,41 @@ class FedRidge(_Statistics):
 
     def build_net(self, client: int, num_classes: int) -> Net:
         """A frozen ViT and a linear head."""
-        return FoundationClassifier(self.foundation, num_classes)
+        return FoundationClassifier(self.foundation, num_classes, head="unit")
 
-    def upload(self, client: Client) -> Payload:
+    def statistics(self, client: Client) -> dict[str, Tensor]:
         """Gram matrix (width + 1, width + 1) and products with the labels (width + 1, num_classes) of the task."""
-        if client.round:
-            return {}
-        gram = products = None
-        for batch, output in client.infer(client.train_ids):
-            x = F.pad(output.features.double(), (0, 1), value=1.0)
-            y = F.one_hot(batch.labels, output.logits.shape[1]).double()
-            gram = x.mT @ x if gram is None else gram + x.mT @ x
-            products = x.mT @ y if products is None else products + x.mT @ y
-        return outgoing({} if gram is None else {"gram": gram, "products": products})
+        return ridge_statistics(client, "features")
 
     def answer(self) -> Payload:
         """The ridge solution as a linear head."""
-        gram = self.sums["gram"]
-        scale = self.ridge * gram.diagonal().mean()
-        solution = torch.linalg.solve(gram + scale * torch.eye(len(gram), dtype=gram.dtype), self.sums["products"])
-        return {"head.weight": solution[:-1].mT.float().contiguous(), "head.bias": solution[-1].float()}
+        weight, bias = ridge_solution(RidgeSums(self.sums["gram"], self.sums["products"]), self.ridge)
+        return {"head.weight": weight, "head.bias": bias}
+
+
+def ridge_statistics(client: Client, pick: str) -> dict[str, Tensor]:
+    """Sums over the current task's samples; nothing for a client without any."""
+    total: RidgeSums | None = None
+    for batch, output in client.infer(client.train_ids):
+        part = ridge_sums(getattr(output, pick), batch.labels, output.logits.shape[1])
+        total = part if total is None else RidgeSums(total.gram + part.gram, total.products + part.products)
+    return {} if total is None else total._asdict()
+
+
+def add_sums(
+    sums: dict[str, Tensor], payloads: Iterable[Mapping[str, Tensor]], names: Sequence[str] = RidgeSums._fields
+) -> None:
+    """Add what came under ``names`` to the server's sums, in the given order."""
+    for payload in payloads:
+        for name in names:
+            if name in payload:
+                value = payload[name].double()
+                sums[name] = sums[name] + value if name in sums else value
+
+
+def first_of_task(client: Client) -> bool:
+    """Whether the client has not sent this task's statistics yet; remembers that it now does."""
+    if SENT in client.memory and client.memory[SENT] == client.task:
+        return False
+    client.memory[SENT] = torch.tensor(client.task)
+    return True

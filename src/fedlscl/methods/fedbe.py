@@ -47,6 +47,8 @@ class FedBE(Method):
 
     def build_net(self, client: int, num_classes: int) -> ExpandedViT:
         """The expanded ViT with a linear head."""
+        if not self.capacities or min(self.capacities) < 1:
+            raise ValueError(f"capacities {list(self.capacities)} leave clients without a block: give 1 or more each.")
         head = make_head("linear", foundation(self.foundation).width, num_classes)
         return ExpandedViT(self.foundation, head, self.num_expanded)
 

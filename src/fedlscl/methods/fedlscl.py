@@ -1,12 +1,13 @@
 """Fed-LSCL (Yu et al., arXiv 2508.09489): large-small collaboration for federated continual learning.
 
 Deviations from the letter of the paper, each a field: a cosine head with imprinted rows, the current task's samples
-beside the buffer in Stage 2, second moments in place of raw features, Eq. 5 in closed form with a scale-free lambda.
+beside the buffer in Stage 2, a balanced softmax, an analytic head on the frozen path, second moments in place of raw
+features, Eq. 5 in closed form with a scale-free lambda.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.methods.controls import add_sums, first_of_task, ridge_statistics
 from fedlscl.methods.ewc import consolidate, consolidated
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
-from fedlscl.modules.collaborative import GENERATOR_LR, CollaborativeModule
+from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.objectives import sample_losses
+from fedlscl.ridge import RidgeSums, ridge_solution
 
 
 @dataclass(kw_only=True)
@@ -35,6 +38,12 @@ class FedLSCL(Method):
     """Small models handed out to the clients in turn, in place of collaborator.small_model (Fig. 4)."""
     generator_lr: float = GENERATOR_LR
     """Learning rate of the generator (ours; not in the paper)."""
+    head_lr: float = HEAD_LR
+    """Learning rate of the head (ours; not in the paper)."""
+    balance: bool = True
+    """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
+    ridge: float = 0.1
+    """Regularisation of the analytic head, relative to the mean eigenvalue of its Gram matrix (ours)."""
     imprint: bool = True
     """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
     continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
@@ -59,6 +68,9 @@ class FedLSCL(Method):
     """Penalty of continual 'ewc'."""
     lwf_alpha: float = 1.0
     """Weight of continual 'lwf'."""
+    sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    latest: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    latest_task: int = field(default=0, init=False, repr=False)
 
     def build_net(self, client: int, num_classes: int) -> Collaborator:
         """A collaborator with this client's small model."""
@@ -91,37 +103,48 @@ class FedLSCL(Method):
                 client.previous,
                 classes=client.seen,
                 old_classes=client.old,
+                counts=self._counts(client, ids),
                 lambda_features=self.lambda_features,
                 lambda_lora=self.lambda_lora,
                 lr=self.lr,
                 generator_lr=self.generator_lr,
+                head_lr=self.head_lr,
             )
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
-        """phi_i and the second moment of FS_i, the features of what the buffer would be now; nothing else."""
-        if not self._federates(client):
-            return {}
-        with torch.no_grad():
+        """phi_i and the second moment of FS_i, the features of what the buffer would be now.
+
+        With an analytic head also the second moments of the features that it reads. No CNN, no head, no image and no
+        raw feature ever leaves the client.
+        """
+        payload: dict[str, Tensor] = {}
+        analytic = self.collaborator.analytic
+        if analytic == "adapted" or (analytic == "frozen" and first_of_task(client)):
+            payload |= ridge_statistics(client, "read")
+        if self._federates(client):
             ids = scored_buffer(client, self.buffer_per_class).ids
-            features = torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)])
-        moment = second_moment(features)
-        upper = torch.triu_indices(*moment.shape)
-        return outgoing({"generator": client.net.generator.matrix, "moments": moment[upper[0], upper[1]].float()})
+            moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
+            upper = torch.triu_indices(*moment.shape)
+            payload |= {"generator": client.net.generator.matrix, "moments": moment[upper[0], upper[1]].float()}
+        return outgoing(payload)
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Eq. 5 for every client in closed form."""
-        if not uploads[0].payload:
-            return [{} for _ in uploads]
+        """Eq. 5 for every client in closed form, and the analytic head that follows from all sums so far."""
+        common = self._analytic_head(uploads, progress)
+        if "generator" not in uploads[0].payload:
+            return [dict(common) for _ in uploads]
         generators = [upload.payload["generator"] for upload in uploads]
         moments = [symmetric(upload.payload["moments"], len(upload.payload["generator"])) for upload in uploads]
         fused = one_by_one_distill(generators, moments, self.lambda_proximal, data_anchor=self.data_anchor)
-        return [{"generator": generator} for generator in fused]
+        return [{"generator": generator, **common} for generator in fused]
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the personalised generator."""
-        if payload:
+        """Take over the personalised generator and the analytic head."""
+        if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
+        if "analytic.weight" in payload:
+            client.net.analytic.set(payload["analytic.weight"], payload["analytic.bias"])
 
     def end_task(self, client: Client) -> None:
         """Commit the buffer and keep theta^n, phi^n as they are after the last aggregation."""
@@ -130,9 +153,21 @@ class FedLSCL(Method):
         if self.continual == "ewc":
             consolidate(client, samples=200, gamma=1.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums behind the analytic head."""
+        return {"sums": dict(self.sums), "latest": dict(self.latest), "latest_task": self.latest_task}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sums."""
+        self.sums, self.latest, self.latest_task = dict(state["sums"]), dict(state["latest"]), state["latest_task"]
+
     def _stage_one(self, client: Client) -> Learner:
-        rates = {"lr": self.lr, "freeze_norm": client.task > 0 or self.collaborator.pretrained}
-        parts = {"lr_of": {"generator": self.generator_lr}, **rates}
+        rates = {
+            "lr": self.lr,
+            "freeze_norm": client.task > 0 or self.collaborator.pretrained,
+            "counts": self._counts(client, client.train_ids),
+        }
+        parts = {"lr_of": {"generator": self.generator_lr, "head": self.head_lr}, **rates}
         if self.continual == "lwf" and client.previous is not None:
             return DistillationModule(
                 client.net, client.previous, client.old, self.lwf_alpha, 2.0, client.classes, **parts
@@ -140,7 +175,30 @@ class FedLSCL(Method):
         if self.continual == "ewc" and client.previous is not None:
             anchor, fisher = consolidated(client)
             return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts)
-        return CollaborativeModule(client.net, client.classes, generator_lr=self.generator_lr, **rates)
+        return CollaborativeModule(
+            client.net, client.classes, generator_lr=self.generator_lr, head_lr=self.head_lr, **rates
+        )
+
+    def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
+        if not self.balance:
+            return None
+        return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
+
+    def _analytic_head(self, uploads: list[Upload], progress: Progress) -> Payload:
+        if self.collaborator.analytic == "adapted":  # features move within a task: its sums are replaced every round
+            if progress.task != self.latest_task:
+                add_sums(self.sums, [self.latest])
+                self.latest_task = progress.task
+            self.latest = {}
+            add_sums(self.latest, [upload.payload for upload in uploads])
+        else:
+            add_sums(self.sums, [upload.payload for upload in uploads])
+        total: dict[str, Tensor] = {}
+        add_sums(total, [self.sums, self.latest])
+        if not total:
+            return {}
+        weight, bias = ridge_solution(RidgeSums(**total), self.ridge)
+        return {"analytic.weight": weight, "analytic.bias": bias}
 
     def _federates(self, client: Client) -> bool:
         return self.distill and client.net.config.collaboration
@@ -153,7 +211,7 @@ def scored_buffer(client: Client, per_class: int) -> Buffer:
     for batch, output in client.infer(client.train_ids):
         ids.append(batch.ids.cpu())
         labels.append(batch.labels.cpu())
-        losses.append(sample_losses(output.logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
+        losses.append(sample_losses(output.trained, batch.labels, client.classes.to(batch.labels.device)).cpu())
     if not ids:
         return client.buffer
     return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
@@ -162,7 +220,7 @@ def scored_buffer(client: Client, per_class: int) -> Buffer:
 def draw_per_class(client: Client, per_class: int) -> Tensor:
     """Ids of up to ``per_class`` random training samples of each class of the current task."""
     ids = client.train_ids[torch.randperm(len(client.train_ids))]
-    labels = client.data.fetch(ids[:0]).labels if not len(ids) else client.data.data.labels(ids)
+    labels = client.data.data.labels(ids)
     return torch.cat([ids[labels == label][:per_class] for label in client.classes])
 
 

@@ -55,9 +55,7 @@ class FedMGP(Method):
         """A coarse and a fine part over one ViT."""
         pool = PromptPool(self.pool, self.length, foundation(self.foundation).width, self.top)
         coarse = PromptedViT(self.foundation, num_classes, pool, self.hidden)
-        return MultiGranularityViT(
-            coarse, num_classes, self.fine_blocks, self.fine_length, self.hidden, self.tasks
-        )
+        return MultiGranularityViT(coarse, num_classes, self.fine_blocks, self.fine_length, self.hidden, self.tasks)
 
     def begin_task(self, client: Client) -> None:
         """Give the task's classes its head."""

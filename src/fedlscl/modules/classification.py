@@ -14,14 +14,21 @@ from fedlscl.objectives import consolidation, cross_entropy, distillation, proxi
 class ClassificationModule(Learner):
     """Cross-entropy over the columns ``classes`` (all where not given)."""
 
-    def __init__(self, net: Net, classes: Tensor | None = None, **optimisation: Any) -> None:
-        """``optimisation`` is Learner's lr, lr_of and freeze_norm."""
+    classes: Tensor | None
+    counts: Tensor | None
+
+    def __init__(
+        self, net: Net, classes: Tensor | None = None, counts: Tensor | None = None, **optimisation: Any
+    ) -> None:
+        """``counts`` of samples by class balance the softmax; ``optimisation`` is Learner's lr, lr_of and so on."""
         super().__init__(net, **optimisation)
         self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy."""
-        return {"cross_entropy": cross_entropy(self.net(batch.images, batch.prefix).logits, batch.labels, self.classes)}
+        logits = self.net(batch.images, batch.prefix).logits
+        return {"cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts)}
 
 
 class ProximalModule(ClassificationModule):
@@ -88,7 +95,7 @@ class DistillationModule(ClassificationModule):
         answers: Sequence[Tensor] = self.previous(batch.images, batch.prefix).logits[:, self.old_classes]
         kept = distillation(logits[:, self.old_classes], answers, self.temperature)
         return {
-            "cross_entropy": cross_entropy(logits, batch.labels, self.classes),
+            "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),
             "distillation": self.alpha * kept,
         }
 

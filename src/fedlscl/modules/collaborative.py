@@ -14,6 +14,9 @@ from fedlscl.nets.vit import FoundationConfig
 GENERATOR_LR = 3e-4
 """Learning rate of the generator (ours; the paper has one rate, at which the frozen ViT's features drift)."""
 
+HEAD_LR = 2e-4
+"""Learning rate of the head (ours; an imprinted row needs little, and rows of few samples overfit)."""
+
 
 class CollaborativeModule(ClassificationModule):
     """Minimise the cross-entropy of H(Theta + phi(theta(x))) over the CNN, the generator and the head.
@@ -28,15 +31,24 @@ class CollaborativeModule(ClassificationModule):
         self,
         net: Collaborator | Mapping[str, Any],
         classes: Tensor | None = None,
+        counts: Tensor | None = None,
         lr: float = LR,
         generator_lr: float = GENERATOR_LR,
+        head_lr: float = HEAD_LR,
         freeze_norm: bool = False,
     ) -> None:
         """``net`` is a collaborator, or the description of one that a checkpoint holds."""
         net = as_collaborator(net)
-        super().__init__(net, classes, lr=lr, lr_of={"generator": generator_lr}, freeze_norm=freeze_norm)
+        rates = {"generator": generator_lr, "head": head_lr}
+        super().__init__(net, classes, counts, lr=lr, lr_of=rates, freeze_norm=freeze_norm)
         self.save_hyperparameters(
-            {"net": describe(net), "lr": lr, "generator_lr": generator_lr, "freeze_norm": freeze_norm}
+            {
+                "net": describe(net),
+                "lr": lr,
+                "generator_lr": generator_lr,
+                "head_lr": head_lr,
+                "freeze_norm": freeze_norm,
+            }
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.data.batch import Batch
-from fedlscl.modules.collaborative import GENERATOR_LR, as_collaborator, describe
+from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, as_collaborator, describe
 from fedlscl.modules.learner import LR, Learner
 from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Frozen
@@ -27,15 +27,20 @@ class ContinualFineTuningModule(Learner):
         previous: Collaborator | Mapping[str, Any],
         classes: Tensor | None = None,
         old_classes: Tensor | None = None,
+        counts: Tensor | None = None,
         lambda_features: float = 1.0,
         lambda_lora: float = 1.0,
         lr: float = LR,
         generator_lr: float = GENERATOR_LR,
+        head_lr: float = HEAD_LR,
         freeze_norm: bool = True,
     ) -> None:
-        """``classes`` are the columns of the cross-entropy; None means all, for ``old_classes`` too."""
+        """``classes`` are the columns of the cross-entropy; None means all, for ``old_classes`` too.
+
+        ``counts`` of samples by class balance the softmax.
+        """
         net, previous = as_collaborator(net), as_collaborator(previous)
-        super().__init__(net, lr=lr, lr_of={"generator": generator_lr}, freeze_norm=freeze_norm)
+        super().__init__(net, lr=lr, lr_of={"generator": generator_lr, "head": head_lr}, freeze_norm=freeze_norm)
         self.save_hyperparameters(
             {
                 "net": describe(net),
@@ -44,12 +49,14 @@ class ContinualFineTuningModule(Learner):
                 "lambda_lora": lambda_lora,
                 "lr": lr,
                 "generator_lr": generator_lr,
+                "head_lr": head_lr,
                 "freeze_norm": freeze_norm,
             }
         )
         self.previous = Frozen(previous)
         self.lambda_features, self.lambda_lora = lambda_features, lambda_lora
         self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("old_classes", old_classes, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -59,7 +66,7 @@ class ContinualFineTuningModule(Learner):
             features, lora = self.previous.net.generate(batch.images)
         old = torch.ones_like(batch.labels) if self.old_classes is None else torch.isin(batch.labels, self.old_classes)
         return {
-            "cross_entropy": cross_entropy(now.logits, batch.labels, self.classes),
+            "cross_entropy": cross_entropy(now.logits, batch.labels, self.classes, self.counts),
             "features": self.lambda_features * consistency(now.features, features, old),
             "lora": self.lambda_lora * consistency(now.lora, lora, old),
         }

@@ -51,6 +51,10 @@ class Learner(L.LightningModule, ABC):
             freeze_batch_norm(self.net)
         return self
 
+    def on_fit_start(self) -> None:
+        """Enter training mode, as our own trainer does; a stock Trainer leaves every part in the mode it finds."""
+        self.train()
+
     def training_step(self, batch: Sequence[Any], batch_idx: int = 0) -> dict[str, Tensor]:
         """The sum of all terms as ``loss``, and each term detached under its name."""
         terms = self.loss(as_batch(batch))

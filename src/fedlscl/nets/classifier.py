@@ -15,6 +15,14 @@ class LinearHead(nn.Linear):
         """A linear head starts from its random rows: nothing to set."""
 
 
+class UnitLinearHead(nn.Linear):
+    """A linear head on features scaled to unit norm, as ridge regression solves it."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) to (B, num_classes)."""
+        return F.linear(F.normalize(features.float()), self.weight, self.bias)
+
+
 class CosineHead(nn.Module):
     """Scaled cosine between features and one unit row per class (ours; not in the paper).
 
@@ -37,9 +45,34 @@ class CosineHead(nn.Module):
         self.weight[classes] = F.normalize(means.to(self.weight))
 
 
+class AnalyticHead(nn.Module):
+    """A linear map from unit features to class scores that is solved elsewhere and never trained (ours)."""
+
+    weight: Tensor
+    bias: Tensor
+    is_solved: Tensor
+
+    def __init__(self, width: int, num_classes: int, scale: float = 10.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("weight", torch.zeros(num_classes, width))
+        self.register_buffer("bias", torch.zeros(num_classes))
+        self.register_buffer("is_solved", torch.tensor(False))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) to (B, num_classes); scores near 0 and 1 times ``scale`` serve as logits."""
+        return self.scale * F.linear(F.normalize(features.float()), self.weight, self.bias)
+
+    def set(self, weight: Tensor, bias: Tensor) -> None:
+        """Take over a solution."""
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self.is_solved.fill_(True)
+
+
 def make_head(kind: str, width: int, num_classes: int) -> nn.Module:
     """A head by its configured name."""
-    heads = {"linear": LinearHead, "cosine": CosineHead}
+    heads = {"linear": LinearHead, "cosine": CosineHead, "unit": UnitLinearHead}
     if kind not in heads:
         raise ValueError(f"head {kind!r} is unknown: choose from {', '.join(heads)}.")
     return heads[kind](width, num_classes)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fedlscl.nets.classifier import make_head
+from fedlscl.nets.classifier import AnalyticHead, make_head
 from fedlscl.nets.generator import ParameterGenerator
 from fedlscl.nets.lora import LowRankShape, split_lora
 from fedlscl.nets.net import Net, prepare
@@ -23,8 +24,12 @@ class Collaboration(NamedTuple):
     """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
     tokens: Tensor
     """Features of the adapted foundation model, (B, width): what the head reads."""
+    read: Tensor
+    """What the analytic head reads, where there is one: adapted or frozen features, (B, width)."""
+    trained: Tensor
+    """Logits of the trained head, (B, num_classes)."""
     logits: Tensor
-    """(B, num_classes)."""
+    """(B, num_classes): the analytic head's in evaluation mode where it is solved, the trained head's otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,9 @@ class CollaboratorConfig:
     """LoRA scale numerator, applied as alpha / rank (ours; not in the paper)."""
     head: Literal["cosine", "linear"] = "cosine"
     """'linear' is the paper's; 'cosine' with imprinted rows forgets far less (ours)."""
+    analytic: Literal["adapted", "frozen", "none"] = "adapted"
+    """Features that a closed-form head reads, which answers in place of the trained head at evaluation once it is
+    solved (ours; 'none' is the paper's)."""
     collaboration: bool = True
     """Without it the frozen ViT and the head remain (ablation)."""
 
@@ -74,20 +82,33 @@ class Collaborator(Net):
             self.unit = UnitFeatures(self.small.width, config.feature_dim)
             self.generator = ParameterGenerator(config.feature_dim, self.shapes)
         self.head = make_head(config.head, self.foundation.width, num_classes)
+        self.analytic = AnalyticHead(self.foundation.width, num_classes)
 
     @property
     def prefix_key(self) -> str:
-        """The ViT's weights, its input size and the block at which the cached tokens enter."""
-        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self._entry}"
+        """The ViT's weights, its input size, the block at which cached tokens enter, and what comes with them."""
+        extra = "+frozen" if self._keeps_frozen else ""
+        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self._entry}{extra}"
 
     @property
     def _entry(self) -> int:
         return self.config.block if self.config.collaboration else self.foundation.depth
 
+    @property
+    def _keeps_frozen(self) -> bool:
+        return self.config.collaboration and self.config.analytic == "frozen"
+
     def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, width) that enter the adapted block; the blocks before it see no adapter."""
+        """Tokens (B, N, width) that enter the adapted block; the blocks before it see no adapter.
+
+        With an analytic head on the frozen path, the frozen ViT's features follow as one more token, (B, N + 1, width).
+        """
         model = self.foundation.to(images.device)
-        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self._entry)
+        tokens = model.tokens(prepare(images, model.image_size, model.mean, model.std), self._entry)
+        if not self._keeps_frozen:
+            return tokens
+        with torch.no_grad():
+            return torch.cat([tokens, model.features(tokens, self._entry)[:, None]], 1)
 
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """E = theta_i(x) and W = phi_i(E), Eq. 2: (B, feature_dim) and (B, lora_dim)."""
@@ -101,8 +122,14 @@ class Collaborator(Net):
         """Classify stored images (B, 3, h, w) with a LoRA of their own each."""
         features, lora = self.generate(images)
         entering = self.frozen_prefix(images) if prefix is None else prefix
+        frozen = entering[:, -1] if self._keeps_frozen else entering
+        if self._keeps_frozen:
+            entering = entering[:, :-1]
         scale = self.config.alpha / self.config.rank
         factors = split_lora(lora, self.shapes, scale) if lora.shape[1] else []
         updates = dict(zip(self.config.targets, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self._entry, updates)
-        return Collaboration(features, lora, tokens, self.head(tokens))
+        read = tokens if self.config.analytic == "adapted" else frozen
+        trained = self.head(tokens)
+        answers = not self.training and self.config.analytic != "none" and bool(self.analytic.is_solved)
+        return Collaboration(features, lora, tokens, read, trained, self.analytic(read) if answers else trained)

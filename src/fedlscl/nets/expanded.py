@@ -6,6 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from fedlscl.nets.blocks import is_plain, run_block
 from fedlscl.nets.net import Classification, Net, prepare
 from fedlscl.nets.vit import FoundationConfig, foundation
 
@@ -48,9 +49,9 @@ class ExpandedViT(Net):
         new = dict(zip(self.places, self.expanded, strict=True))
         for place in range(self.entry, depth + 1):
             if place in new:
-                tokens = new[place](tokens)
+                tokens = run_block(new[place], tokens)
             if place < depth:
-                tokens = vit.blocks[place](tokens)
+                tokens = run_block(vit.blocks[place], tokens)
         features = vit.forward_head(vit.norm(tokens))
         return Classification(features, self.head(features))
 
@@ -79,7 +80,7 @@ def identity_copy(block: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the block is no plain timm Block; in a post-norm one zeros would not be the identity.
     """
-    if type(block).__name__ != "Block":
+    if not is_plain(block):
         raise ValueError(
             f"a {type(block).__name__} cannot be expanded: choose a foundation with plain pre-norm blocks."
         )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlscl.nets.blocks import run_block
 from fedlscl.nets.net import Classification, Net, prepare
 from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
 
@@ -116,7 +117,7 @@ class LoraViT(Net):
             return self.foundation.features(tokens, self.entry)
         # The short cut of Foundation.features would pass by a hook on the last block's attn.qkv.
         for block in vit.blocks[self.entry :]:
-            tokens = block(tokens)
+            tokens = run_block(block, tokens)
         return vit.forward_head(vit.norm(tokens))
 
     @contextmanager

@@ -1,0 +1,323 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlscl.distillation import one_by_one_distill, second_moment
+from fedlscl.federated.callbacks import Callback
+from fedlscl.methods import FedLSCL
+from fedlscl.methods.fedlscl import draw_per_class, scored_buffer, symmetric
+from fedlscl.modules.classification import ConsolidationModule, DistillationModule
+from fedlscl.modules.collaborative import CollaborativeModule
+from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.objectives import sample_losses
+
+M = 3
+
+
+@pytest.fixture(scope="module")
+def make_method(collaborator_config):
+    def make(collaborator=None, **options):
+        shape = replace(collaborator_config, **(collaborator or {}))
+        return FedLSCL(collaborator=shape, **({"local_epochs": 1, "batch_size": 8, "buffer_per_class": M} | options))
+
+    return make
+
+
+class Watch(Callback):
+    """Messages, stages, and copies of what matters at the right moments."""
+
+    def __init__(self, method):
+        self.uploads, self.answers, self.stages, self.features = [], [], [], []
+        upload, aggregate, stages = method.upload, method.aggregate, method.stages
+
+        def watched_upload(client):
+            payload = upload(client)
+            ids = scored_buffer(client, method.buffer_per_class).ids
+            with torch.no_grad():
+                features = client.net.eval().generate(client.data.fetch(ids).images)[0]
+            self.features.append(features)
+            self.uploads.append(payload)
+            return payload
+
+        def watched_aggregate(uploads, progress):
+            self.answers.append(aggregate(uploads, progress))
+            return self.answers[-1]
+
+        def watched_stages(client):
+            for stage in stages(client):
+                samples = torch.cat([batch.ids for batch in stage.batches])
+                self.stages.append((client, client.task, client.buffer, client.previous, stage, samples))
+                yield stage
+
+        method.upload, method.aggregate, method.stages = watched_upload, watched_aggregate, watched_stages
+
+
+@pytest.fixture(scope="module")
+def watched(make_method, federate):
+    """Two tasks of two rounds, and what was seen of them."""
+    method = make_method()
+    watch = Watch(method)
+    return federate(method, rounds_per_task=2), watch
+
+
+def test_uploads_are_generator_and_moments_and_nothing_else(watched):
+    trainer, watch = watched
+    p, lora_dim = 17, 4 * (64 + 192)
+    assert len(watch.uploads) == 8
+    for payload in watch.uploads:
+        assert {name: tuple(value.shape) for name, value in payload.items()} == {
+            "generator": (p, lora_dim),
+            "moments": (p * (p + 1) // 2,),
+        }
+    assert (trainer.traffic["up_values"] == p * lora_dim + p * (p + 1) // 2).all()
+
+
+def test_no_cnn_head_image_or_raw_feature_is_in_an_upload(watched):
+    """No value of theirs: a raw feature row, a weight or a pixel would be found again."""
+    trainer, watch = watched
+    client = trainer.clients[1]
+    sent = torch.cat([value.flatten() for value in watch.uploads[-1].values()]).double()
+    private = [value for name, value in client.net.state_dict().items() if not name.startswith("generator.")]
+    private += [watch.features[-1], client.data.fetch(client.buffer.ids).images.float() / 255]
+    for value in private:
+        own = value.double().flatten()
+        own = own[(own != 0) & (own != 1)]
+        assert torch.isin(own, sent).sum() <= 1e-3 * len(own) + 1
+
+
+def test_moments_are_those_of_the_features_of_the_buffer_to_be(watched):
+    _, watch = watched
+    for payload, features in zip(watch.uploads, watch.features, strict=True):
+        expected = second_moment(features)
+        torch.testing.assert_close(symmetric(payload["moments"], 17).double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(expected.trace().item(), 2.0, rtol=1e-3, atol=0)  # unit-norm features and the 1
+
+
+def test_answers_are_eq5_and_become_the_clients_generators(watched):
+    trainer, watch = watched
+    assert len(watch.answers) == 4
+    for round_, answers in enumerate(watch.answers):
+        payloads = watch.uploads[2 * round_ : 2 * round_ + 2]
+        moments = [symmetric(payload["moments"], 17) for payload in payloads]
+        fused = one_by_one_distill([payload["generator"] for payload in payloads], moments, 1.0)
+        for answer, expected, payload in zip(answers, fused, payloads, strict=True):
+            assert answer.keys() == {"generator"} and torch.equal(answer["generator"], expected)
+            assert not torch.equal(expected, payload["generator"])
+    for client, answer in zip(trainer.clients, watch.answers[-1], strict=True):
+        assert torch.equal(client.net.generator.matrix, answer["generator"])
+
+
+def test_only_the_generator_comes_back(watched):
+    """CNNs, projections and heads stay with their clients."""
+    first, second = (client.net.state_dict() for client in watched[0].clients)
+    for part in ("small.", "unit.", "head."):
+        names = [name for name in first if name.startswith(part) and name.endswith("weight")]
+        assert names and not all(torch.equal(first[name], second[name]) for name in names)
+
+
+def test_the_buffer_holds_the_best_samples_of_every_class(watched):
+    trainer, _ = watched
+    for client in trainer.clients:
+        assert torch.equal(client.buffer.classes, client.seen)
+        own = torch.cat([client.data.train_ids(task) for task in range(2)])
+        assert torch.isin(client.buffer.ids, own).all() and len(client.buffer.ids.unique()) == len(client.buffer)
+        counts = client.data.class_counts(0) + client.data.class_counts(1)
+        for label in client.seen:
+            assert (client.buffer.labels == label).sum() == min(M, int(counts[label]))
+        batch = client.data.fetch(client.train_ids)
+        with torch.no_grad():
+            losses = sample_losses(client.net.eval()(batch.images).logits, batch.labels, client.classes)
+        for label in client.classes:
+            kept = torch.isin(batch.ids, client.buffer.ids) & (batch.labels == label)
+            dropped = ~kept & (batch.labels == label)
+            assert losses[kept].max() <= losses[dropped].min() + 1e-6
+
+
+def test_samples_of_earlier_tasks_stay_in_the_buffer(watched):
+    trainer, watch = watched
+    for client in trainer.clients:
+        before = next(buffer for owner, task, buffer, *_ in watch.stages if owner is client and task == 1)
+        assert torch.equal(
+            client.buffer.ids[torch.isin(client.buffer.ids, before.ids)].sort().values, before.ids.sort().values
+        )
+
+
+def test_stages_are_those_of_algorithm_1(watched):
+    _, watch = watched
+    names = [(client.id, task, stage.name) for client, task, _, _, stage, _ in watch.stages]
+    first = [(client, 0, "collaborative") for _ in range(2) for client in range(2)]
+    second = [(client, 1, name) for _ in range(2) for client in range(2) for name in ("collaborative", "continual")]
+    assert names == first + second
+    for client, task, buffer, previous, stage, samples in watch.stages:
+        assert stage.epochs == 1 and stage.module.net is client.net
+        rates = {
+            id(p): group["lr"] for group in stage.module.configure_optimizers().param_groups for p in group["params"]
+        }
+        assert rates[id(client.net.generator.weight)] == 3e-4 and rates[id(client.net.head.weight)] == 1e-3
+        if stage.name == "collaborative":
+            assert type(stage.module) is CollaborativeModule
+            assert torch.equal(stage.module.classes, client.data.classes(task))
+            assert sorted(samples.tolist()) == sorted(client.data.train_ids(task).tolist())
+            assert stage.module.freeze_norm is (task > 0)
+        else:
+            assert type(stage.module) is ContinualFineTuningModule and stage.module.freeze_norm
+            assert stage.module.previous.net is previous
+            assert torch.equal(stage.module.classes, client.data.seen(1))
+            assert torch.equal(stage.module.old_classes, client.data.seen(0))
+            current = samples[~torch.isin(samples, buffer.ids)]
+            assert torch.isin(buffer.ids, samples).all() and torch.isin(current, client.data.train_ids(1)).all()
+            labels = client.data.data.labels(current)
+            counts = client.data.class_counts(1)
+            assert all((labels == label).sum() == min(M, int(counts[label])) for label in client.data.classes(1))
+
+
+def test_the_predecessor_is_the_net_after_the_last_aggregation(watched):
+    trainer, watch = watched
+    for client in trainer.clients:
+        assert torch.equal(client.previous.generator.matrix, client.net.generator.matrix)
+        before = next(previous for owner, task, _, previous, *_ in watch.stages if owner is client and task == 1)
+        assert torch.equal(before.generator.matrix, watch.answers[1][client.id]["generator"])
+
+
+def test_new_classes_begin_with_the_direction_of_their_mean(make_method, federate):
+    class Start(Callback):
+        def on_task_start(self, trainer):
+            for client in trainer.clients:
+                batch = client.data.fetch(client.train_ids)
+                with torch.no_grad():
+                    tokens = torch.nn.functional.normalize(client.net.eval()(batch.images).tokens)
+                for label in client.classes:
+                    mean = torch.nn.functional.normalize(tokens[batch.labels == label].mean(0), dim=0)
+                    torch.testing.assert_close(client.net.head.weight[label], mean, rtol=1e-3, atol=1e-4)
+            self.rows = trainer.clients[0].net.head.weight.detach().clone()
+
+    on, off = Start(), Callback()
+    federate(make_method(), callbacks=[on], max_tasks=1)
+    assert on.rows.norm(dim=1).sub(1).abs().lt(1e-5).sum() == 2
+
+    class Untouched(Callback):
+        def on_task_start(self, trainer):
+            assert not trainer.clients[0].net.head.weight.norm(dim=1).sub(1).abs().lt(1e-5).any()
+
+    federate(make_method(imprint=False), callbacks=[Untouched(), off], max_tasks=1)
+
+
+def test_consistency_of_the_first_step_is_zero_where_stage_one_made_no_step(make_method, federate):
+    """The predecessor is the net after aggregation, so at the start of a task nothing has to be kept."""
+    method = make_method(lr=1e-30, generator_lr=1e-30)
+    trainer = federate(method)
+    terms = [entry["terms"] for entry in trainer.history if entry["stage"] == "continual"]
+    assert len(terms) == 2
+    assert all(term["features"] == 0.0 and term["lora"] == 0.0 for term in terms)
+
+
+def test_without_distillation_clients_keep_their_generators(make_method, federate):
+    trainer = federate(make_method(distill=False))
+    assert all(not values.any() for values in trainer.traffic.values())
+    for mask in ("task", "seen"):
+        before, after = trainer.matrix.of(mask, "before"), trainer.matrix.of(mask, "after")
+        assert torch.equal(before.nan_to_num(-1), after.nan_to_num(-1))
+
+
+@pytest.mark.parametrize(
+    ("continual", "expected"),
+    [
+        ("none", {0: [CollaborativeModule], 1: [CollaborativeModule]}),
+        ("ewc", {0: [CollaborativeModule], 1: [ConsolidationModule]}),
+        ("lwf", {0: [CollaborativeModule], 1: [DistillationModule]}),
+        ("replay", {0: [CollaborativeModule], 1: [CollaborativeModule, ContinualFineTuningModule]}),
+    ],
+)
+def test_stage_two_can_be_left_out_or_replaced(make_method, federate, continual, expected):
+    method = make_method(continual=continual)
+    watch = Watch(method)
+    federate(method)
+    for task, modules in expected.items():
+        found = [type(stage.module) for client, n, _, _, stage, _ in watch.stages if n == task and client.id == 0]
+        assert found == modules
+        for _, n, _, _, stage, _ in watch.stages:
+            assert n == 0 or stage.module.lr_of == {"generator": 3e-4}
+            assert n == 0 or stage.module.freeze_norm
+
+
+@pytest.mark.parametrize("continual", ["replay", "ewc", "lwf", "none"])
+def test_it_runs_without_collaboration(make_method, federate, continual):
+    trainer = federate(make_method({"collaboration": False}, continual=continual))
+    assert all(not values.any() for values in trainer.traffic.values())
+    assert set(trainer.clients[0].net.state_dict()) == {"head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("collaborator", "options"),
+    [
+        ({"head": "linear"}, {"imprint": False, "replay_current": False, "shared_initialisation": False}),
+        ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "block": 5, "rank": 1}, {"data_anchor": 0.5}),
+        ({}, {"buffer_per_class": 1, "replay_current": False}),
+    ],
+    ids=["paper", "other-targets", "one-sample-per-class"],
+)
+def test_variants_run(make_method, federate, collaborator, options):
+    trainer = federate(make_method(collaborator, **options))
+    values = trainer.matrix.of("seen")[:, [0, 1, 1], [0, 0, 1]]
+    assert ((values >= 0) & (values <= 1)).all()
+    assert all(value.isfinite().all() for client in trainer.clients for value in client.net.state_dict().values())
+
+
+def test_the_papers_stage_two_replays_the_buffer_alone(make_method, federate):
+    method = make_method(replay_current=False)
+    watch = Watch(method)
+    federate(method)
+    for _, _, buffer, _, stage, samples in watch.stages:
+        if stage.name == "continual":
+            assert sorted(samples.tolist()) == sorted(buffer.ids.tolist())
+
+
+def test_clients_with_other_small_models_meet_in_one_generator_space(make_method, make_data, federate):
+    method = make_method(small_models=("test_resnet", "test_byobnet"))
+    watch = Watch(method)
+    trainer = federate(method, make_data(num_clients=3, fake_classes=8), max_tasks=1)
+    assert [c.net.config.small_model for c in trainer.clients] == ["test_resnet", "test_byobnet", "test_resnet"]
+    assert trainer.clients[0].net.small.width != trainer.clients[1].net.small.width
+    assert len({tuple(value.shape for value in payload.values()) for payload in watch.uploads}) == 1
+    assert all(answer["generator"].isfinite().all() for answers in watch.answers for answer in answers)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_clients_start_alike_if_so_asked(make_method, federate, shared):
+    class Start(Callback):
+        def on_fit_start(self, trainer):
+            first, second = (client.net.state_dict() for client in trainer.clients)
+            self.equal = [torch.equal(first[name], second[name]) for name in first if name.endswith("conv1.0.weight")]
+
+    start = Start()
+    federate(make_method(shared_initialisation=shared), callbacks=[start], max_tasks=1)
+    assert start.equal == [shared]
+
+
+def test_permuting_clients_permutes_answers(watched):
+    trainer, _ = watched
+    trainer.progress = type(trainer.progress)(1, 1)
+    uploads = [trainer._upload(client) for client in trainer.clients]
+    plain = trainer.method.aggregate(uploads, trainer.progress)
+    swapped = trainer.method.aggregate(uploads[::-1], trainer.progress)
+    for left, right in zip(plain, swapped[::-1], strict=True):
+        torch.testing.assert_close(left["generator"], right["generator"], rtol=1e-5, atol=1e-7)
+
+
+def test_drawn_samples_are_of_the_current_task_and_balanced(watched):
+    client = watched[0].clients[0]
+    ids = draw_per_class(client, 2)
+    assert len(ids.unique()) == len(ids) == 4 and torch.isin(ids, client.train_ids).all()
+    assert client.data.data.labels(ids).bincount(minlength=6)[client.classes].tolist() == [2, 2]
+    torch.manual_seed(1)
+    first = draw_per_class(client, 2)
+    torch.manual_seed(2)
+    assert not torch.equal(first, draw_per_class(client, 2))
+
+
+def test_a_triangle_becomes_the_matrix_it_was_taken_from():
+    half = torch.randn(5, 5)
+    matrix = half + half.T
+    rows, columns = torch.triu_indices(5, 5)
+    assert torch.equal(symmetric(matrix[rows, columns], 5), matrix)

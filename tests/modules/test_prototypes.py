@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedlscl.federated.method import Stage
+from fedlscl.modules.prototypes import PrototypeModule, overlap
+from fedlscl.nets.lora_vit import LoraViT
+from fedlscl.nets.prototypes import PrototypeHead
+from fedlscl.nets.vit import foundation
+
+CLASSES = torch.tensor([1, 3, 4])
+
+
+@pytest.fixture
+def net(foundation_config):
+    """Three tasks, of which two were trained."""
+    torch.manual_seed(0)
+    head = PrototypeHead(foundation(foundation_config).width, 6, temperature=0.5)
+    net = LoraViT(foundation_config, head, rank=2, blocks=(0,), targets=("attn.q", "attn.v"), num_tasks=3)
+    for layer in net.lora:
+        for factor in layer.up[:2]:
+            nn.init.normal_(factor, std=0.1)
+    net.learn(2)
+    return net
+
+
+@pytest.fixture
+def batch(data):
+    ids = torch.arange(len(data.data.train_labels))
+    return data.fetch(ids[torch.isin(data.data.train_labels, CLASSES)][:9])
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(4, 9), st.integers(0, 99))
+def test_overlap_is_the_entrywise_norm_of_all_products(rank, num_earlier, width, seed):
+    torch.manual_seed(seed)
+    current, earlier = torch.randn(rank, width), [torch.randn(rank, width) for _ in range(num_earlier)]
+    exact = sum(abs(float(a @ b)) for factor in earlier for a in factor for b in current)
+    assert overlap(current, earlier).item() == pytest.approx(exact, rel=1e-4, abs=1e-4)
+
+
+def test_orthogonal_factors_do_not_overlap():
+    basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    assert overlap(basis[:2], [basis[2:4], basis[4:6]]).item() < 1e-12
+    assert overlap(basis[:2], []).item() == 0.0
+
+
+def test_overlap_moves_the_current_factor_only():
+    earlier, current = (nn.Parameter(torch.randn(2, 8)) for _ in range(2))
+    overlap(current, [earlier]).backward()
+    assert earlier.grad is None and current.grad.abs().sum() > 0
+
+
+def test_terms_are_those_of_the_paper(net, batch):
+    module = PrototypeModule(net, 2, CLASSES, lambda_prototype=0.3, gamma_orthogonal=0.5, lambda_sparse=0.7)
+    terms = module.loss(batch)
+    features = net(batch.images).features
+    distances = (features[:, None] - net.head.weight).square().mean(2).sqrt()
+    columns = torch.searchsorted(CLASSES, batch.labels)
+    expected = nn.functional.cross_entropy(-distances[:, CLASSES] / 0.5, columns)
+    assert terms["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
+    own = torch.stack([row[label] for row, label in zip(distances, batch.labels, strict=True)]).mean()
+    assert terms["prototype"].item() == pytest.approx(0.3 * own.item(), rel=1e-4)
+    query, value = net.lora
+    pairs = [(layer.down[s], layer.down[2]) for layer in (query, value) for s in (0, 1)]
+    crossed = sum((a @ b.mT).abs().sum() for a, b in pairs)
+    assert terms["orthogonality"].item() == pytest.approx(0.5 * crossed.item(), rel=1e-4)
+    sizes = query.down[2].abs().sum() + value.down[2].abs().sum()
+    assert terms["sparsity"].item() == pytest.approx(0.7 * sizes.item(), rel=1e-4)
+
+
+def test_the_first_task_has_nothing_to_be_orthogonal_to(net, batch):
+    net.learn(0)
+    assert PrototypeModule(net, 0, CLASSES).loss(batch)["orthogonality"].item() == 0.0
+
+
+def test_training_moves_this_tasks_factors_and_prototypes_alone(net, engine, data, batch):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    module = PrototypeModule(net, 2, CLASSES, lr=1e-2, lr_of={"lora": 1e-3})
+    engine.train(Stage("train", module, [batch, batch, batch], 2))
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {f"lora.{n}.{kind}.2" for n in (0, 1) for kind in ("down", "up")} | {"head.weight"}
+    rows = (net.head.weight != before["head.weight"]).any(1).nonzero().flatten()
+    assert torch.equal(rows, CLASSES)
+
+
+def test_a_stock_trainer_runs_it(net, data, stock):
+    before = net.head.weight.detach().clone()
+    trainer = stock()
+    trainer.fit(PrototypeModule(net, 2), datamodule=data.at(0, 0))
+    assert trainer.callback_metrics["train/orthogonality"] > 0
+    assert not torch.equal(net.head.weight, before)
+
+
+def test_bfloat16(net, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = PrototypeModule(net, 2, CLASSES).training_step(batch)
+    terms["loss"].backward()
+    assert terms["loss"].dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)

@@ -1,0 +1,295 @@
+"""Bad input: one line that names the thing, its value and the remedy, status 2, no traceback, nothing half-written."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import tiny
+from fedlscl.__main__ import main
+from fedlscl.federated import checkpoint
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run a command, check how it is refused, and return its one line."""
+
+    def run(*arguments):
+        folder = tmp_path / "runs"
+        assert main([*arguments, *tiny.inside(folder)]) == 2
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("fedlscl: error: ")
+        assert captured.out == ""
+        assert not folder.exists()
+        return lines[0].removeprefix("fedlscl: error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        # Unknown keys, at every depth.
+        ("--trainer.rounds 3", "trainer.rounds is unknown: did you mean trainer.rounds_per_task?"),
+        ("--method.local_epoch 3", "method.local_epoch is unknown: did you mean method.local_epochs?"),
+        (
+            "--method.collaborator.blok 3",
+            "method.collaborator.blok is unknown: did you mean method.collaborator.block?",
+        ),
+        ("--method.collaborator.foundation.nam x", "did you mean method.collaborator.foundation.name?"),
+        ("--method FedProx --method.collaborator.block 3", "method.collaborator.block is unknown"),
+        ("positional", "positional is unknown: --help lists what there is."),
+        ("--method FedProxx", "method='FedProxx' is unknown: did you mean FedProx?"),
+        ("--method nothing.Foo", "method='nothing.Foo' cannot be used (No module named 'nothing')"),
+        # Wrong types and values.
+        ("--trainer.rounds_per_task three", "trainer.rounds_per_task='three' does not fit: give int."),
+        ("--data.num_clients 1.5", "data.num_clients='1.5' does not fit: give int."),
+        ("--method.local_epochs x", "method.local_epochs='x' does not fit: give int."),
+        ("--method.collaborator.block x", "method.collaborator.block='x' does not fit: give int."),
+        ("--method.head_aggregation x", "method.head_aggregation='x' does not fit: give 'classwise' or 'average'."),
+        ("--trainer.precision 8", "trainer.precision='8' does not fit: give '32-true' or 'bf16-mixed' or '16-mixed'."),
+        ("--seed_everything -1", "seed_everything='-1' does not fit: give a number >=0"),
+        ("--trainer.rounds_per_task", "argument --trainer.rounds_per_task: expected one argument"),
+        ("--trainer.rounds_per_task 0", "rounds_per_task 0 trains nothing: choose 1 or more."),
+        ("--method.lr 0", "lr 0.0 trains nothing: choose more than 0."),
+        ("--method.batch_size 0", "batch_size 0 trains nothing: choose more than 0."),
+        # Classes that do not add up.
+        ("--data.private_classes 4", "4 private x 2 clients + 2 public = 10 classes, but the data set has 6"),
+        ("--data.num_tasks 3", "cannot be cut into 3 equal tasks: set num_tasks to one of 1, 2, 4"),
+        ("--data.num_clients 7 --data.private_classes 0", "has 6 train samples for 7 clients: lower num_clients"),
+        # Nets.
+        (
+            "--method.collaborator.small_model resnet19",
+            "small_model 'resnet19' is unknown to timm: did you mean resnet18",
+        ),
+        ("--method.collaborator.foundation.name deit_tinny_patch16_224", "did you mean deit_tiny_patch16_224"),
+        (
+            "--method.collaborator.foundation.name resnet18",
+            "'resnet18' takes no image_size: choose one of timm's vit_*",
+        ),
+        ("--method.collaborator.block 12", "block 12 is beyond test_vit: choose 0 to 5."),
+        ("--method.collaborator.rank 0", "rank 0 makes no adapter: choose 1 or more."),
+        ("--method.collaborator.foundation.image_size 33", "image_size 33 is no multiple of the 16 pixels of a patch"),
+        ("--method.collaborator.foundation.weights no.safetensors", "weights 'no.safetensors' is no file: give a"),
+        # Data.
+        ("--data.dataset imagenet --data.image_size null", "dataset='imagenet' is unknown: use 'cifar100'"),
+        ("--data.dataset folder", "dataset='folder' is read from a folder: set root to it"),
+        ("--data.dataset folder --data.root no/where", "image folder no/where is missing: set root to a folder"),
+        ("--data.dataset x.npz --data.image_size null", "x.npz is missing: set root to its folder"),
+        ("--data.manifest no.json", "manifest no.json cannot be read (No such file or directory)"),
+        # Devices.
+        ("--trainer.accelerator abacus", "accelerator 'abacus' cannot be used"),
+        ("--trainer.devices 2", "devices 2 cannot be used: one device trains all clients, choose 1."),
+        ("--trainer.precision 16-mixed", "precision '16-mixed' needs CUDA: choose bf16-mixed or 32-true."),
+        # Places.
+        ("--ckpt_path no/where", "checkpoint 'no/where' does not exist: run fedlscl fit first"),
+        (
+            "--config no.yaml",
+            "config 'no.yaml' cannot be read (No such file or directory): give the path of a YAML file.",
+        ),
+    ],
+)
+def test_option_is_refused(options, said, refused):
+    assert said in refused("fit", *tiny.FEDLSCL, *options.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainer: {rounds: 3}", "trainer.rounds is unknown: did you mean trainer.rounds_per_task?"),
+        ("nonsense: 3", "nonsense is unknown"),
+        ("trainer: {rounds_per_task: three}", "trainer.rounds_per_task='three' does not fit: give int."),
+        ("method: {class_path: FedAvg, init_args: {small_modl: x}}", "did you mean method.small_model?"),
+        ("method: {class_path: FedAvg, init_args: {foundation: {nam: x}}}", "method.foundation.nam is unknown"),
+        ("method: {class_path: FedAvg, init_args: {batch_size: x}}", "method.batch_size='x' does not fit: give int."),
+        ("method: {class_path: FedAvg, lr: 3}", "class_path is unknown beside options: put these under init_args."),
+        ("trainer: [\n", "is no valid YAML"),
+        ("just words", "holds str: give groups such as 'trainer:' and 'data:'."),
+        ("", "holds NoneType"),
+    ],
+)
+def test_configuration_file_is_refused(text, said, refused, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    assert said in refused("fit", "--config", str(tmp_path / "config.yaml"))
+
+
+def test_command_is_refused(capsys):
+    assert main(["fitt"]) == 2
+    assert capsys.readouterr().err == "fedlscl: error: command 'fitt' is unknown: did you mean fit?\n"
+
+
+@pytest.mark.skipif(CUDA, reason="this machine has CUDA")
+@pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
+def test_cuda_is_refused_where_it_is_absent(accelerator, refused):
+    line = refused("fit", *tiny.FEDLSCL, "--trainer.accelerator", accelerator)
+    assert line == f"accelerator '{accelerator}' is absent on this machine: choose cpu or auto."
+
+
+def test_bf16_is_refused_where_it_is_unsupported(refused, monkeypatch):
+    class OldGPU:
+        device = torch.device("cuda")
+
+        def __init__(self, **options): ...
+        def launch(self): ...
+
+    monkeypatch.setattr("fedlscl.federated.device.Fabric", OldGPU)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    line = refused("fit", *tiny.FEDLSCL, "--trainer.precision", "bf16-mixed")
+    assert line == "precision 'bf16-mixed' is not supported by this GPU: choose 16-mixed or 32-true."
+
+
+@pytest.mark.parametrize("broken", ["other shapes", "cut short"])
+def test_weights_that_do_not_fit_are_refused(broken, refused, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"patch_embed.proj.weight": torch.zeros(3, 3)}, file)
+    if broken == "cut short":
+        file.write_bytes(file.read_bytes()[:-9])
+    line = refused("fit", *tiny.FEDLSCL, "--method.collaborator.foundation.weights", str(file))
+    assert f"weights '{file}'" in line
+    assert ("do not fit 'test_vit'" if broken == "other shapes" else "is no safetensors file") in line
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"), [("image", "cannot be read"), ("class", "has 0 images"), ("all", "is empty")]
+)
+def test_image_folder_is_refused(spoil, said, refused, tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for label in range(6 if spoil != "all" else 0):
+        (root / f"class{label}").mkdir()
+        for number in range(8 if (spoil, label) != ("class", 3) else 0):
+            pixels = np.full((16, 16, 3), 40 * label + number, dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{label}" / f"{number}.png")
+    if spoil == "image":
+        (root / "class2" / "1.png").write_bytes(b"no image")
+    options = ["--data.dataset", "folder", "--data.root", str(root), "--data.train_per_class", "null"]
+    line = refused("fit", *tiny.FEDLSCL, *options, "--data.cache_dir", str(tmp_path / "cache"))
+    assert str(root) in line
+    assert said in line
+    assert ("1.png" in line) == (spoil == "image")
+
+
+@pytest.mark.parametrize("place", ["file", "no rights"])
+def test_run_directory_that_cannot_be_written_is_refused_before_training(place, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "place"
+    if place == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir(mode=0o555)
+        if os.access(folder, os.W_OK):
+            pytest.skip("the superuser may write anywhere")
+    monkeypatch.setattr("fedlscl.data.datamodule.load_images", None)
+    assert main(["fit", *tiny.FEDLSCL, *tiny.inside(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run directory '{folder}/FedLSCL' cannot be written" in line
+    assert line.endswith("choose another --trainer.default_root_dir.")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["fit", *tiny.FEDAVG, *tiny.inside(folder)]) == 0
+    return folder / "FedAvg" / "version_0" / "checkpoint.pt"
+
+
+def damaged(trained, path, damage):
+    data = trained.read_bytes()
+    if damage == "cut short":
+        data = data[: len(data) // 2]
+    elif damage == "one bit":
+        data = data[:-99] + bytes([data[-99] ^ 1]) + data[-98:]
+    elif damage == "foreign":
+        data = b"something else"
+    path.write_bytes(data)
+    for name in ("config.yaml", "manifest.json"):
+        path.with_name(name).write_bytes(trained.with_name(name).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("cut short", "is damaged"),
+        ("one bit", "is damaged"),
+        ("foreign", "is not one of fedlscl"),
+        ("newer", "version 99"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_checkpoint_is_refused(command, damage, said, trained, tmp_path, refused, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    damaged(trained, path, damage)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    if damage == "newer":
+        state = checkpoint.load_checkpoint(trained)
+        del state["version"]
+        with monkeypatch.context() as later:
+            later.setattr(checkpoint, "VERSION", 99)
+            checkpoint.save_checkpoint(path, state)
+    options = tiny.FEDAVG if command == "fit" else ["--images", str(tmp_path / "x.png")] if command == "predict" else []
+    before = path.read_bytes()
+    line = refused(command, *options, "--ckpt_path", str(path))
+    assert str(path) in line
+    assert said in line
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["--method.lr 0.1", "--seed_everything 1", "--data.private_classes 0"])
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_checkpoint_of_another_configuration_is_refused(command, change, trained, refused):
+    before, config = trained.read_bytes(), str(trained.with_name("config.yaml"))
+    line = refused(command, "--config", config, *change.split(), "--ckpt_path", str(trained))
+    assert line.startswith(f"checkpoint '{trained}' belongs to another configuration: use the config.yaml beside it")
+    assert trained.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--images no.png", "images 'no.png' does not exist: give an image file or a folder of images."),
+        ("--images EMPTY", "has no image in it: give an image file or a folder of images."),
+        ("--images BROKEN", "cannot be read"),
+        ("--images GOOD --client 2", "client=2 does not exist: choose 0 to 1."),
+        ("--images GOOD --top 0", "top=0 lists nothing: choose 1 or more."),
+        ("--images GOOD --out no/where.csv", "could not write no/where.csv (No such file or directory)"),
+        ("", "option images is missing: add --images VALUE."),
+    ],
+)
+def test_prediction_is_refused(options, said, trained, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    places = {"EMPTY": "empty", "BROKEN": "broken.png", "GOOD": "good.png"}
+    options = [str(tmp_path / places[word]) if word in places else word for word in options.split()]
+    assert said in refused("predict", "--ckpt_path", str(trained), *options)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    sync, saves = os.fsync, []
+
+    def full(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(".checkpoint.pt.tmp"):
+            saves.append(handle)
+            if len(saves) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    assert main(["fit", *tiny.FEDAVG, *tiny.inside(tmp_path)]) == 2
+    run = tmp_path / "FedAvg" / "version_0"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"could not write {run / 'checkpoint.pt'} (No space left on device); what stood there is intact" in last
+    assert last.endswith("free some space, then continue with --ckpt_path last.")
+    assert checkpoint.load_checkpoint(run / "checkpoint.pt")["progress"] == [1, 0]
+    assert list(run.glob(".*.tmp")) == []
+    monkeypatch.undo()
+    assert main(["fit", *tiny.FEDAVG, *tiny.inside(tmp_path), "--ckpt_path", "last"]) == 0
+    assert main(["fit", *tiny.FEDAVG, *tiny.inside(tmp_path / "again")]) == 0
+    assert (run / "checkpoint.pt").read_bytes() == (tmp_path / "again/FedAvg/version_0/checkpoint.pt").read_bytes()
