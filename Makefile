@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/fedlscl fit --config configs/digits/fedavg.yaml
 	$(BIN)/fedlscl fit --config configs/digits.yaml
-	$(BIN)/python -m fedlscl.report.compare runs/digits
+	$(BIN)/fedlscl report runs/digits
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

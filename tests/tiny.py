@@ -13,7 +13,7 @@ DATA = {
     "image_size": 16,
 }
 METHOD = {"local_epochs": 1, "batch_size": 8}
-SMALL = {"small_model": "test_resnet", "small_image_size": 16}
+SMALL = {"small_model": "test_resnet", "small_image_size": 32}
 VIT = {"name": "test_vit", "weights": "random", "image_size": 32}
 
 

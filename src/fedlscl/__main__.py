@@ -1,4 +1,4 @@
-"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported when a command needs them."""
+"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning wait until a command needs them."""
 
 import difflib
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedlscl import __version__
 
-COMMANDS = ("fit", "validate", "test", "predict", "methods")
+COMMANDS = ("fit", "validate", "test", "predict", "report", "methods")
 
 HELP = """\
 usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
@@ -18,6 +18,7 @@ commands:
   validate   accuracies of a trained run on its held-out images
   test       the same as validate
   predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
+  report     one table over runs: fedlscl report RUN [RUN ...]
   methods    list the methods
 
 options:

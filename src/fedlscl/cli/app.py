@@ -1,6 +1,7 @@
 """FederatedCLI: LightningCLI with a FederatedTrainer, a Method and the streams of tasks."""
 
 import logging
+from pathlib import Path
 
 from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
@@ -13,6 +14,7 @@ from fedlscl.cli.parser import Parser
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.report.table import print_comparison
 
 DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
@@ -26,6 +28,9 @@ def run(arguments: list[str]) -> None:
     if arguments[0] == "methods":
         print_methods()
         return
+    if arguments[0] == "report":
+        print_report(arguments[1:])
+        return
     for chatty, level in (("lightning", logging.WARNING), ("huggingface_hub", logging.ERROR)):
         logging.getLogger(chatty).setLevel(level)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -37,6 +42,13 @@ def print_methods() -> None:
     width = max(map(len, methods.__all__))
     for name in methods.__all__:
         print(f"{name:{width}}  {(getattr(methods, name).__doc__ or '').splitlines()[0]}")
+
+
+def print_report(paths: list[str]) -> None:
+    """One table over the newest versions of some runs, best first."""
+    if not paths or any(path.startswith("-") for path in paths):
+        raise ValueError(f"report {' '.join(paths) or 'of nothing'} cannot be made: fedlscl report RUN [RUN ...].")
+    print_comparison([Path(path) for path in paths])
 
 
 class FederatedCLI(LightningCLI):

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedlscl.analytic import MomentSums, moment_sums, ridge_solution
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig
-from fedlscl.ridge import RidgeSums, ridge_solution, ridge_sums
 
 SENT = "sent"
 """The task whose statistics a client sent last, in its memory."""
@@ -47,7 +47,7 @@ class _Statistics(Method):
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Add up what is new and send the answer of all that came so far."""
-        add_sums(self.sums, [upload.payload for upload in uploads], ("means", *RidgeSums._fields))
+        add_sums(self.sums, [upload.payload for upload in uploads], ("means", *MomentSums._fields))
         return [self.answer()] * len(uploads)
 
     def answer(self) -> Payload:
@@ -100,25 +100,25 @@ class FedRidge(_Statistics):
 
     def statistics(self, client: Client) -> dict[str, Tensor]:
         """Gram matrix (width + 1, width + 1) and products with the labels (width + 1, num_classes) of the task."""
-        return ridge_statistics(client, "features")
+        return moments_of_task(client, "features")
 
     def answer(self) -> Payload:
         """The ridge solution as a linear head."""
-        weight, bias = ridge_solution(RidgeSums(self.sums["gram"], self.sums["products"]), self.ridge)
+        weight, bias = ridge_solution(MomentSums(self.sums["gram"], self.sums["products"]), self.ridge)
         return {"head.weight": weight, "head.bias": bias}
 
 
-def ridge_statistics(client: Client, pick: str) -> dict[str, Tensor]:
+def moments_of_task(client: Client, pick: str) -> dict[str, Tensor]:
     """Sums over the current task's samples; nothing for a client without any."""
-    total: RidgeSums | None = None
+    total: MomentSums | None = None
     for batch, output in client.infer(client.train_ids):
-        part = ridge_sums(getattr(output, pick), batch.labels, output.logits.shape[1])
-        total = part if total is None else RidgeSums(total.gram + part.gram, total.products + part.products)
+        part = moment_sums(getattr(output, pick), batch.labels, output.logits.shape[1])
+        total = part if total is None else MomentSums(total.gram + part.gram, total.products + part.products)
     return {} if total is None else total._asdict()
 
 
 def add_sums(
-    sums: dict[str, Tensor], payloads: Iterable[Mapping[str, Tensor]], names: Sequence[str] = RidgeSums._fields
+    sums: dict[str, Tensor], payloads: Iterable[Mapping[str, Tensor]], names: Sequence[str] = MomentSums._fields
 ) -> None:
     """Add what came under ``names`` to the server's sums, in the given order."""
     for payload in payloads:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedlscl.analytic import MomentSums, discriminant_solution
 from fedlscl.data import Buffer
 from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.methods.controls import add_sums, first_of_task, ridge_statistics
+from fedlscl.methods.controls import add_sums, first_of_task, moments_of_task
 from fedlscl.methods.ewc import consolidate, consolidated
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
@@ -25,7 +26,6 @@ from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.objectives import sample_losses
-from fedlscl.ridge import RidgeSums, ridge_solution
 
 
 @dataclass(kw_only=True)
@@ -42,8 +42,8 @@ class FedLSCL(Method):
     """Learning rate of the head (ours; not in the paper)."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
-    ridge: float = 0.1
-    """Regularisation of the analytic head, relative to the mean eigenvalue of its Gram matrix (ours)."""
+    shrinkage: float = 0.2
+    """Of the analytic head's covariance, 1 being nearest class mean (ours)."""
     imprint: bool = True
     """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
     continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
@@ -121,7 +121,7 @@ class FedLSCL(Method):
         payload: dict[str, Tensor] = {}
         analytic = self.collaborator.analytic
         if analytic == "adapted" or (analytic == "frozen" and first_of_task(client)):
-            payload |= ridge_statistics(client, "read")
+            payload |= moments_of_task(client, "read")
         if self._federates(client):
             ids = scored_buffer(client, self.buffer_per_class).ids
             moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
@@ -197,7 +197,7 @@ class FedLSCL(Method):
         add_sums(total, [self.sums, self.latest])
         if not total:
             return {}
-        weight, bias = ridge_solution(RidgeSums(**total), self.ridge)
+        weight, bias = discriminant_solution(MomentSums(**total), self.shrinkage)
         return {"analytic.weight": weight, "analytic.bias": bias}
 
     def _federates(self, client: Client) -> bool:

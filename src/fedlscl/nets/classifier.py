@@ -52,16 +52,15 @@ class AnalyticHead(nn.Module):
     bias: Tensor
     is_solved: Tensor
 
-    def __init__(self, width: int, num_classes: int, scale: float = 10.0) -> None:
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.scale = scale
         self.register_buffer("weight", torch.zeros(num_classes, width))
         self.register_buffer("bias", torch.zeros(num_classes))
         self.register_buffer("is_solved", torch.tensor(False))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, width) to (B, num_classes); scores near 0 and 1 times ``scale`` serve as logits."""
-        return self.scale * F.linear(F.normalize(features.float()), self.weight, self.bias)
+        """(B, width) to (B, num_classes)."""
+        return F.linear(F.normalize(features.float()), self.weight, self.bias)
 
     def set(self, weight: Tensor, bias: Tensor) -> None:
         """Take over a solution."""

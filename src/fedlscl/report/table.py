@@ -26,8 +26,7 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
         files = [path] if path.is_file() else sorted(path.rglob("results.json"), key=lambda p: p.stat().st_mtime)
         if not files:
             raise ValueError(f"{str(path)!r} holds no results.json: give a run directory of fedlscl fit.")
-        newest = {file.parent.parent: file for file in files}
-        found += sorted(newest.values()) if path.is_dir() else files
+        found += sorted({file.parent.parent: file for file in files}.values()) if path.is_dir() else files
     return found
 
 
@@ -45,17 +44,36 @@ def final(run: dict[str, Any]) -> dict[str, float]:
 
 
 def print_comparison(paths: Sequence[Path]) -> None:
-    """Print the table to the terminal."""
+    """Print the table to the terminal, or as Markdown where the output goes elsewhere."""
+    import sys
+
+    header, *rows = comparison(paths)
+    if not sys.stdout.isatty():
+        print(markdown([header, *rows]))
+        return
     from rich.console import Console
     from rich.table import Table
 
-    header, *rows = comparison(paths)
-    table = Table(title="after the last task, all tasks, mean over clients")
+    table = Table(title="After the last task: all tasks, mean over clients")
     for column in header:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table whose first row is the header.
+
+    Example:
+        >>> print(markdown([["method", "seen %"], ["FedAvg", "41.0"]]))
+        | method | seen % |
+        |---|---:|
+        | FedAvg | 41.0 |
+    """
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
 def _row(run: dict[str, Any]) -> list[str]:
