@@ -65,7 +65,7 @@ def test_a_task_starts_from_the_frozen_weights(run):
 
 def test_a_task_does_not_touch_the_factors_of_the_one_before(run):
     turns = run.method.turns
-    last_of_first = [t for t in turns if t[:2] == (1, 0)][0][3]
+    last_of_first = next(turn for turn in turns if turn[:2] == (1, 0))[3]
     for *_, state in [t for t in turns if t[0] == 1]:
         assert not {name for name in moved(last_of_first, state) if name.endswith(".0")}
 

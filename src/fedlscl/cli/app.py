@@ -97,10 +97,10 @@ class FederatedCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make trainer, method and datamodule; no data is read and no net built yet."""
-        given = Namespace({key: value for key, value in self.config[self.subcommand].items() if key not in OF_ONE_CALL})
-        text = self._subcommand_parsers[self.subcommand].dump(given, skip_unset=False)
-        config = weights_found(self.config[self.subcommand])
-        self.config_init = self.parser.instantiate(Namespace({**self.config, self.subcommand: config}))
-        made = self.config_init[self.subcommand]
+        given = Namespace({key: value for key, value in self.config[self.command].items() if key not in OF_ONE_CALL})
+        text = self._subcommand_parsers[self.command].dump(given, skip_unset=False)
+        config = weights_found(self.config[self.command])
+        self.config_init = self.parser.instantiate(Namespace({**self.config, self.command: config}))
+        made = self.config_init[self.command]
         self.model, self.datamodule = made.method, made.data
         self.trainer = Commands(made.trainer, config.as_dict(), text)

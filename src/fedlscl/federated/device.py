@@ -1,11 +1,15 @@
 """Where a federation computes, and in which precision."""
 
+from typing import Literal
+
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-def connect(accelerator: str, devices: int, precision: str) -> Fabric:
+
+def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:
     """Fabric on the device and in the precision asked for, or a refusal.
 
     Raises:

@@ -75,7 +75,7 @@ def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
     client.net.eval()
     for sample in ids:
         batch = client.engine.place(client.data.fetch(sample[None]), client.net)
-        logits = client.net(batch.images, batch.prefix).logits
+        logits = client.net(batch.images, batch.prefix).trained
         loss = sample_losses(logits, batch.labels, client.classes.to(logits.device)).sum()
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for total, gradient in zip(totals.values(), gradients, strict=True):

@@ -172,8 +172,8 @@ class FedLSCL(Method):
             return DistillationModule(
                 client.net, client.previous, client.old, self.lwf_alpha, 2.0, client.classes, **parts
             )
-        if self.continual == "ewc" and client.previous is not None:
-            anchor, fisher = consolidated(client)
+        anchor, fisher = consolidated(client)
+        if fisher:
             return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts)
         return CollaborativeModule(
             client.net, client.classes, generator_lr=self.generator_lr, head_lr=self.head_lr, **rates

@@ -19,6 +19,11 @@ class Output(Protocol):
         """Scores, (B, num_classes)."""
         ...
 
+    @property
+    def trained(self) -> Tensor:
+        """Scores of the trained head: the same, unless a head of another origin answers."""
+        ...
+
 
 class Classification(NamedTuple):
     """Output of a net that is an encoder and a head."""
@@ -27,6 +32,11 @@ class Classification(NamedTuple):
     """What the head reads, (B, width)."""
     logits: Tensor
     """(B, num_classes)."""
+
+    @property
+    def trained(self) -> Tensor:
+        """The trained head is the only one."""
+        return self.logits
 
 
 class Net(nn.Module, ABC):
