@@ -3,7 +3,8 @@
 After Kataoka et al., Pre-training without Natural Images, ACCV 2020, with stroke glyphs in place of fractals. A class
 is a random prototype of one to four strokes (lines, cubic Bezier curves, elliptical arcs); a sample is its prototype
 with jittered control points, a smooth warp, an affine map, and random stroke width, resolution, contrast and noise.
-scikit-learn's digits are only read in `report_digits`, after training: no choice here was made on them.
+scikit-learn's digits are only read in `report_digits`, after training, and no run was selected on them; but the drawing
+has them in view: glyphs are bright on dark, and a third of them are drawn on 8 x 8 pixels.
 
     PYTHONPATH=src python benchmarks/pretrain_glyph_vit.py
 """

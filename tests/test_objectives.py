@@ -33,6 +33,18 @@ def test_cross_entropy_is_eq3(case):
         assert cross_entropy(logits, labels, chosen).item() == expected
 
 
+@given(classified(), st.data())
+def test_counts_balance_the_softmax(case, data):
+    """-log n_y exp(z_y) / sum_c n_c exp(z_c); a class without samples counts as one."""
+    logits, labels, classes = case
+    width = logits.shape[1]
+    counts = data.draw(st.lists(st.integers(0, 300), min_size=width, max_size=width))
+    shifted = logits + torch.tensor([max(n, 1) for n in counts]).log()
+    expected = literal.eq3(shifted, labels, classes.tolist())
+    found = cross_entropy(logits, labels, classes, torch.tensor(counts)).item()
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 @given(classified())
 def test_columns_outside_the_classes_get_no_gradient(case):
     logits, labels, classes = case

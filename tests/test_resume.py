@@ -83,7 +83,7 @@ def test_a_run_repeats_to_the_byte(start, uninterrupted, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_anywhere_a_run_resumes_to_the_byte(start, uninterrupted, tmp_path_factory):
     events = json.loads((uninterrupted / "events.json").read_text())
     numbers = {kind: [n for n, event in enumerate(events, start=1) if event == kind] for kind in dict.fromkeys(events)}

@@ -29,7 +29,7 @@ def test_nearest_class_means_are_those_of_the_pooled_data(federate, foundation_c
 def test_ridge_is_that_of_the_pooled_data(federate, foundation_config, rounds_per_task):
     trainer = federate(FedRidge(foundation=foundation_config, ridge=0.1), rounds_per_task=rounds_per_task)
     features, labels = pooled(trainer)
-    x = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
+    x = torch.cat([F.normalize(features), torch.ones(len(features), 1, dtype=torch.float64)], 1)
     y = F.one_hot(labels, 6).double()
     shrink = 0.1 * (x.T @ x).trace() / 65
     expected = torch.linalg.solve(x.T @ x + shrink * torch.eye(65, dtype=torch.float64), x.T @ y)

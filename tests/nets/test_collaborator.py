@@ -12,6 +12,7 @@ from fedlscl.nets.lora import split_lora
 from fedlscl.nets.net import prepare
 from fedlscl.nets.vit import fingerprint
 
+PARTS = {"small", "unit", "generator", "head"}
 TARGETS = [("attn.qkv",), ("attn.proj",), ("mlp.fc1",), ("mlp.fc2",), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
@@ -80,9 +81,11 @@ def test_every_sample_runs_through_a_vit_of_its_own(collaborator_config, images,
 
 @pytest.mark.parametrize("block", [0, 3, 5])
 @pytest.mark.parametrize("collaboration", [True, False])
-def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration):
-    config = replace(collaborator_config, block=block, collaboration=collaboration)
-    net = awake(config) if collaboration else Collaborator(config, 5)
+@pytest.mark.parametrize("analytic", ["adapted", "frozen", "none"])
+def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration, analytic):
+    config = replace(collaborator_config, block=block, collaboration=collaboration, analytic=analytic)
+    net = awake(config) if collaboration else Collaborator(config, 5).eval()
+    net.analytic.set(torch.randn(5, 64), torch.randn(5))
     direct, cached = net(images), net(images, net.frozen_prefix(images))
     assert all(torch.equal(a, b) for a, b in zip(direct, cached, strict=True))
 
@@ -91,14 +94,15 @@ def test_prefixes_are_shared_exactly_when_they_are_equal(collaborator_config, fo
     def key(**changed):
         return Collaborator(replace(collaborator_config, **changed), 5).prefix_key
 
-    assert key() == key(rank=2, head="linear", small_image_size=20)
+    assert key() == key(rank=2, head="linear", small_image_size=20, analytic="none")
     others = [
         key(block=2),
         key(collaboration=False),
+        key(analytic="frozen"),
         key(foundation=replace(foundation_config, image_size=48)),
         key(foundation=replace(foundation_config, name="test_vit2")),
     ]
-    assert len({key(), *others}) == 5
+    assert len({key(), *others}) == 6
 
 
 def test_gradients_reach_cnn_generator_and_head_and_never_the_vit(collaborator_config, images):
@@ -106,7 +110,7 @@ def test_gradients_reach_cnn_generator_and_head_and_never_the_vit(collaborator_c
     before = fingerprint(net.foundation.vit)
     net(images).logits.logsumexp(1).sum().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"small", "unit", "generator", "head"}
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == PARTS
     assert all(parameter.grad is None for parameter in net.foundation.vit.parameters())
     assert fingerprint(net.foundation.vit) == before == net.foundation.fingerprint
 
@@ -121,11 +125,9 @@ def test_the_first_step_already_moves_the_writing_factors(collaborator_config, i
 
 def test_the_state_is_what_the_client_owns(collaborator_config):
     net = Collaborator(collaborator_config, 5)
-    assert {name.split(".")[0] for name in net.state_dict()} == {"small", "unit", "generator", "head"}
+    assert {name.split(".")[0] for name in net.state_dict()} == {*PARTS, "analytic"}
     assert not net.foundation.vit.state_dict().keys() & net.state_dict().keys()
-    assert sum(p.numel() for p in net.parameters()) == sum(
-        value.numel() for name, value in net.state_dict().items() if "running" not in name and "tracked" not in name
-    )
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == PARTS
 
 
 def test_loading_is_strict(collaborator_config):
@@ -168,7 +170,34 @@ def test_without_collaboration_the_frozen_vit_and_the_head_remain(collaborator_c
     output = net(images)
     torch.testing.assert_close(output.tokens, net.foundation.vit(entering), rtol=0, atol=1e-5)
     assert output.features.shape == output.lora.shape == (4, 0)
-    assert {name.split(".")[0] for name in net.state_dict()} == {"head"}
+    assert {name.split(".")[0] for name in net.state_dict()} == {"head", "analytic"}
+
+
+@pytest.mark.parametrize("collaboration", [True, False])
+@pytest.mark.parametrize("analytic", ["adapted", "frozen", "none"])
+def test_an_analytic_head_answers_at_evaluation_once_it_is_solved(
+    collaborator_config, images, entering, analytic, collaboration
+):
+    config = replace(collaborator_config, analytic=analytic, collaboration=collaboration)
+    net = awake(config) if collaboration else Collaborator(config, 5).eval()
+    output = net(images)
+    assert torch.equal(output.logits, output.trained) and torch.equal(output.trained, net.head(output.tokens))
+    if analytic == "frozen":
+        torch.testing.assert_close(output.read, net.foundation.vit(entering), rtol=0, atol=1e-5)
+    elif analytic == "adapted":
+        assert torch.equal(output.read, output.tokens)
+    weight, bias = torch.randn(5, 64), torch.randn(5)
+    net.analytic.set(weight, bias)
+    solved = net(images)
+    assert torch.equal(solved.trained, output.trained)
+    expected = torch.nn.functional.normalize(output.read) @ weight.T + bias
+    if analytic == "none":
+        assert torch.equal(solved.logits, solved.trained)
+    else:
+        torch.testing.assert_close(solved.logits, expected)
+    training = net.train()(images)
+    assert torch.equal(training.logits, training.trained)
+    assert not {"analytic.weight", "analytic.bias"} & {name for name, _ in net.named_parameters()}
 
 
 @pytest.mark.parametrize(

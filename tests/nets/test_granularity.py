@@ -17,11 +17,11 @@ def images():
 
 @pytest.fixture
 def make_net(foundation_config):
-    def make(blocks=(2, 3, 4), length=3, tasks=2):
+    def make(blocks=(2, 3, 4), length=3, num_tasks=2):
         torch.manual_seed(0)
         pool = PromptPool(1, 4, foundation(foundation_config).width, 1)
         net = MultiGranularityViT(
-            PromptedViT(foundation_config, CLASSES, pool, hidden=8), CLASSES, blocks, length, 8, tasks
+            PromptedViT(foundation_config, CLASSES, pool, hidden=8), CLASSES, blocks, length, 8, num_tasks
         )
         net.meet(torch.tensor([0, 1, 4]), 0)
         net.meet(torch.tensor([2, 5]), 1)
@@ -31,8 +31,9 @@ def make_net(foundation_config):
 
 
 def test_without_fine_tokens_the_fine_pass_is_the_coarse_one(make_net, images):
-    net = make_net(length=0)
-    assert torch.equal(net(images).features, net.coarse(images).features)
+    net = make_net(length=0).eval()
+    with torch.no_grad():
+        assert torch.equal(net(images).features, net.coarse(images).features)
 
 
 def test_query_is_the_coarse_features_and_the_prefix_that_of_the_nearest_met_class(make_net, images):

@@ -6,7 +6,8 @@ import torch
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
-from fedlscl.nets.prefix import PrefixedViT, Prefixes, check_plain, prefixed_attention, prefixed_block, run_blocks
+from fedlscl.nets.blocks import attend, run_block
+from fedlscl.nets.prefix import PrefixedViT, Prefixes, check_plain, run_blocks
 from fedlscl.nets.prompts import embed
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation
 from reference import prompts as literal
@@ -64,7 +65,8 @@ def test_attention_is_the_literal_one_of_each_image(model):
     attention = model.block(2).attn
     x, prefix = torch.randn(4, 5, model.width), torch.randn(2, 4, 3, model.width)
     expected = torch.stack([literal.attention_with_prefix(attention, x[i], prefix[:, i]) for i in range(4)])
-    torch.testing.assert_close(prefixed_attention(attention, x, prefix), expected, **CLOSE)
+    for is_explicit in (False, True):
+        torch.testing.assert_close(attend(attention, x, prefix, is_explicit), expected, **CLOSE)
 
 
 def test_net_is_the_literal_one_of_each_image(make_net, images):
@@ -88,7 +90,7 @@ def test_an_empty_prefix_is_the_plain_vit_bit_for_bit(make_net, images, name):
     net = make_net(general_length=0, expert_length=0, config=config)
     x = embed(net.foundation, images)
     for block in net.foundation.vit.blocks[:5]:
-        x = block(x)
+        x = run_block(block, x)
     assert torch.equal(net(images).features, net.foundation.features(x, 5))
 
 
@@ -96,7 +98,7 @@ def test_a_zero_key_and_value_scale_each_head_by_its_softmax_sum(model):
     torch.manual_seed(0)
     attention, x = deepcopy(model.block(0).attn), torch.randn(2, 5, model.width)
     attention.proj = nn.Identity()
-    plain, scaled = (prefixed_attention(attention, x, torch.zeros(2, 2, length, model.width)) for length in (0, 1))
+    plain, scaled = (attend(attention, x, torch.zeros(2, 2, length, model.width)) for length in (0, 1))
     q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     z = (q @ k.mT * attention.scale).exp().sum(-1)  # (B, heads, N)
     expected = plain.unflatten(-1, (attention.num_heads, -1)) * (z / (z + 1)).mT[..., None]
@@ -108,7 +110,7 @@ def test_a_prefix_in_the_last_block_counts(make_net, images):
     first, second = (net(images, slots=torch.full((6,), slot)).features for slot in (0, 1))
     assert not torch.allclose(first, second, atol=1e-3)
     x = run_blocks(net.foundation, embed(net.foundation, images), 0, 5, net.general(torch.zeros(6, dtype=torch.long)))
-    x = prefixed_block(net.foundation.vit.blocks[5], x, net.expert(torch.zeros(6, dtype=torch.long))[5])
+    x = run_block(net.foundation.vit.blocks[5], x, net.expert(torch.zeros(6, dtype=torch.long))[5])
     torch.testing.assert_close(first, net.foundation.vit.norm(x)[:, 0], **CLOSE)
 
 

@@ -2,10 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlscl import __version__, methods
 from fedlscl.cli.commands import Commands
@@ -59,7 +60,7 @@ class FederatedCLI(LightningCLI):
         usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
         super().__init__(
             datamodule_class=SpatialTemporalDataModule,
-            trainer_class=Commands,
+            trainer_class=cast(Any, Commands),
             save_config_callback=None,
             parser_class=Parser,
             parser_kwargs={"prog": "fedlscl", self.command: {"usage": usage, "dump_header": HEADER}},
@@ -88,7 +89,7 @@ class FederatedCLI(LightningCLI):
         parser.set_defaults({"method": {"class_path": DEFAULT_METHOD}})
         parser.add_class_arguments(SpatialTemporalDataModule, "data", sub_configs=True)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read configuration files and options."""
         self.config = parser.parse_args(args)
 

@@ -6,6 +6,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlscl.federated.allocator import keep_freed_memory
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -30,4 +32,6 @@ def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:
     fabric.launch()
     if precision == "bf16-mixed" and fabric.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("precision 'bf16-mixed' is not supported by this GPU: choose 16-mixed or 32-true.")
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     return fabric

@@ -12,7 +12,7 @@ from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
 from fedlscl.federated.client import Client
-from fedlscl.federated.device import connect
+from fedlscl.federated.device import Precision, connect
 from fedlscl.federated.engine import Engine
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix, correct
@@ -46,7 +46,7 @@ class FederatedTrainer:
         server_every: Literal["round", "task"] = "round",
         accelerator: str = "auto",
         devices: int = 1,
-        precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+        precision: Precision = "32-true",
         cache_gb: float = 4.0,
         max_tasks: int | None = None,
         default_root_dir: str = "runs",
@@ -60,7 +60,8 @@ class FederatedTrainer:
         if cache_gb < 0:
             raise ValueError(f"cache_gb {cache_gb} is no amount of memory: choose 0 or more.")
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
-        self.accelerator, self.devices, self.precision, self.cache_gb = accelerator, devices, precision, cache_gb
+        self.accelerator, self.devices, self.cache_gb = accelerator, devices, cache_gb
+        self.precision: Precision = precision
         self.default_root_dir, self.name = default_root_dir, name
         self.callbacks = list(callbacks or [])
         self.run_dir: Path | None = None

@@ -3,8 +3,25 @@
 from fedlscl.methods.controls import FedNCM, FedRidge
 from fedlscl.methods.ewc import EWC
 from fedlscl.methods.fedavg import FedAvg, Local
+from fedlscl.methods.fedbe import FedBE
 from fedlscl.methods.fedlscl import FedLSCL
 from fedlscl.methods.fedprox import FedProx
+from fedlscl.methods.joint import Joint
+from fedlscl.methods.lorm import LoRM
 from fedlscl.methods.lwf import LwF
+from fedlscl.methods.pilora import PILoRA
 
-__all__ = ["EWC", "FedAvg", "FedLSCL", "FedNCM", "FedProx", "FedRidge", "Local", "LwF"]
+__all__ = [
+    "EWC",
+    "FedAvg",
+    "FedBE",
+    "FedLSCL",
+    "FedNCM",
+    "FedProx",
+    "FedRidge",
+    "Joint",
+    "LoRM",
+    "Local",
+    "LwF",
+    "PILoRA",
+]

@@ -11,6 +11,7 @@ import torch
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Stage
+from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.prompting import PromptingModule
 from fedlscl.nets.net import Net
 from fedlscl.nets.prefix import PrefixedViT
@@ -31,10 +32,12 @@ class FedDualP(Method):
     """Blocks with the expert prefix."""
     expert_length: int = 5
     """Keys, and values, that an expert adds to a block; 20 officially for ImageNet-R."""
-    slots: int = 5
+    num_tasks: int = 5
     """Experts, one for each task of the stream (10 officially, for 10 tasks)."""
     copy_previous: bool = True
     """A task's expert starts as that of the task before; its key does not."""
+    key_lr: float = 0.01
+    """Learning rate of the keys (ours: at 1e-3 Adam turns a key by a radian in some 600 steps, more than a task has)."""
     lambda_pull: float = 1.0
     """Weight of the pull of the task's key towards queries."""
     max_norm: float = 1.0
@@ -46,13 +49,12 @@ class FedDualP(Method):
         """A ViT with prefixes."""
         return PrefixedViT(
             self.foundation, num_classes, self.general_blocks, self.expert_blocks,
-            self.general_length, self.expert_length, self.slots,
+            self.general_length, self.expert_length, self.num_tasks,
         )  # fmt: skip
 
     def begin_task(self, client: Client) -> None:
         """Copy the last task's expert; every client holds the server's copy, so that all do the same."""
-        if client.data.num_tasks > self.slots:
-            raise ValueError(f"slots {self.slots} for {client.data.num_tasks} tasks: give each task one.")
+        require_modules(client, self.num_tasks)
         if client.task and self.copy_previous:
             with torch.no_grad():
                 experts = client.net.expert.prompts
@@ -61,7 +63,6 @@ class FedDualP(Method):
     def stages(self, client: Client) -> Iterator[Stage]:
         """Cross-entropy through the task's expert, and the pull of its key."""
         slots = torch.full((len(client.net.head.weight),), client.task)
-        module = PromptingModule(
-            client.net, self.lambda_pull, client.classes, slots, lr=self.lr, max_norm=self.max_norm
-        )
+        options = {"lr": self.lr, "lr_of": {"keys": self.key_lr}, "max_norm": self.max_norm}
+        module = PromptingModule(client.net, self.lambda_pull, client.classes, slots, **options)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)

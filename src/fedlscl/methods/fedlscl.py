@@ -69,8 +69,6 @@ class FedLSCL(Method):
     lwf_alpha: float = 1.0
     """Weight of continual 'lwf'."""
     sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    latest: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    latest_task: int = field(default=0, init=False, repr=False)
 
     def build_net(self, client: int, num_classes: int) -> Collaborator:
         """A collaborator with this client's small model."""
@@ -115,13 +113,12 @@ class FedLSCL(Method):
     def upload(self, client: Client) -> Payload:
         """phi_i and the second moment of FS_i, the features of what the buffer would be now.
 
-        With an analytic head also the second moments of the features that it reads. No CNN, no head, no image and no
-        raw feature ever leaves the client.
+        With an analytic head, once per task, also the second moments of the frozen ViT's features. No CNN, no head, no
+        image and no raw feature ever leaves the client.
         """
         payload: dict[str, Tensor] = {}
-        analytic = self.collaborator.analytic
-        if analytic == "adapted" or (analytic == "frozen" and first_of_task(client)):
-            payload |= moments_of_task(client, "read")
+        if self.collaborator.analytic_weight > 0 and first_of_task(client):
+            payload |= moments_of_task(client, "frozen")
         if self._federates(client):
             ids = scored_buffer(client, self.buffer_per_class).ids
             moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
@@ -131,7 +128,7 @@ class FedLSCL(Method):
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic head that follows from all sums so far."""
-        common = self._analytic_head(uploads, progress)
+        common = self._analytic_head(uploads)
         if "generator" not in uploads[0].payload:
             return [dict(common) for _ in uploads]
         generators = [upload.payload["generator"] for upload in uploads]
@@ -155,11 +152,11 @@ class FedLSCL(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """The sums behind the analytic head."""
-        return {"sums": dict(self.sums), "latest": dict(self.latest), "latest_task": self.latest_task}
+        return {"sums": dict(self.sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the sums."""
-        self.sums, self.latest, self.latest_task = dict(state["sums"]), dict(state["latest"]), state["latest_task"]
+        self.sums = dict(state["sums"])
 
     def _stage_one(self, client: Client) -> Learner:
         rates = {
@@ -184,20 +181,11 @@ class FedLSCL(Method):
             return None
         return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
 
-    def _analytic_head(self, uploads: list[Upload], progress: Progress) -> Payload:
-        if self.collaborator.analytic == "adapted":  # features move within a task: its sums are replaced every round
-            if progress.task != self.latest_task:
-                add_sums(self.sums, [self.latest])
-                self.latest_task = progress.task
-            self.latest = {}
-            add_sums(self.latest, [upload.payload for upload in uploads])
-        else:
-            add_sums(self.sums, [upload.payload for upload in uploads])
-        total: dict[str, Tensor] = {}
-        add_sums(total, [self.sums, self.latest])
-        if not total:
+    def _analytic_head(self, uploads: list[Upload]) -> Payload:
+        add_sums(self.sums, [upload.payload for upload in uploads])
+        if not self.sums:
             return {}
-        weight, bias = discriminant_solution(MomentSums(**total), self.shrinkage)
+        weight, bias = discriminant_solution(MomentSums(**self.sums), self.shrinkage)
         return {"analytic.weight": weight, "analytic.bias": bias}
 
     def _federates(self, client: Client) -> bool:

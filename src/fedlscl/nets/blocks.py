@@ -10,17 +10,29 @@ def is_plain(block: nn.Module) -> bool:
     return type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention" and block.attn.gate is None
 
 
-def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """Tokens (B, N, width) through a block.
+def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    """Tokens (B, N, width) through a block, plain where it gets a ``prefix`` (2, B, length, width): see `attend`.
 
     Fused attention is slow to differentiate on a CPU (explicit products took half its time on DeiT-tiny in bfloat16),
     so there, and only under gradients, attention is written out; the difference is rounding.
     """
-    if not (x.requires_grad or torch.is_grad_enabled()) or x.device.type != "cpu" or not is_plain(block):
+    is_explicit = torch.is_grad_enabled() and x.device.type == "cpu" and is_plain(block)
+    if prefix is None and not is_explicit:
         return block(x)
-    h = block.norm1(x)
-    x = x + block.ls1(_attend(block.attn, h))
+    x = x + block.ls1(attend(block.attn, block.norm1(x), prefix, is_explicit))
     return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def attend(attention: nn.Module, h: Tensor, prefix: Tensor | None = None, is_explicit: bool = False) -> Tensor:
+    """Att(q, [p_K; k], [p_V; v]) on (B, N, width): N stays, and no projection sees the prefix (p_K, p_V)."""
+    heads, size = attention.num_heads, attention.head_dim
+    q, k, v = attention.qkv(h).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)  # (B, heads, N, size) each
+    if prefix is not None:
+        keys, values = prefix.to(v.dtype).unflatten(-1, (heads, size)).transpose(2, 3)
+        k, v = torch.cat([keys, k.to(v.dtype)], 2), torch.cat([values, v], 2)
+    out = (_explicit if is_explicit else F.scaled_dot_product_attention)(q, k, v, scale=attention.scale)
+    return attention.proj(attention.norm(out.transpose(1, 2).flatten(-2)))
 
 
 def first_token_only(block: nn.Module, x: Tensor) -> Tensor:
@@ -40,13 +52,9 @@ def first_token_only(block: nn.Module, x: Tensor) -> Tensor:
     return first + block.ls2(block.mlp(block.norm2(first)))
 
 
-def _attend(attention: nn.Module, h: Tensor) -> Tensor:
-    heads, size = attention.num_heads, attention.head_dim
-    q, k, v = attention.qkv(h).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    heads = q.shape[1]
     with torch.autocast("cpu", enabled=False):  # a softmax in float32 would double the memory that is moved
         q, k, v = (part.to(v.dtype).flatten(0, 1) for part in (q, k, v))  # (B * heads, N, size) each
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=attention.scale)
-        out = torch.bmm(scores.softmax(-1), v)
-    out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(-2)  # (B, N, heads * size)
-    return attention.proj(attention.norm(out))
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=scale)
+        return torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads))

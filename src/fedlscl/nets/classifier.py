@@ -46,17 +46,15 @@ class CosineHead(nn.Module):
 
 
 class AnalyticHead(nn.Module):
-    """A linear map from unit features to class scores that is solved elsewhere and never trained (ours)."""
+    """A linear map from unit features to class scores that is solved elsewhere and never trained; zero until then."""
 
     weight: Tensor
     bias: Tensor
-    is_solved: Tensor
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(num_classes, width))
         self.register_buffer("bias", torch.zeros(num_classes))
-        self.register_buffer("is_solved", torch.tensor(False))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, width) to (B, num_classes)."""
@@ -66,7 +64,6 @@ class AnalyticHead(nn.Module):
         """Take over a solution."""
         self.weight.copy_(weight)
         self.bias.copy_(bias)
-        self.is_solved.fill_(True)
 
 
 def make_head(kind: str, width: int, num_classes: int) -> nn.Module:

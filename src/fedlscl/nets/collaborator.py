@@ -24,12 +24,12 @@ class Collaboration(NamedTuple):
     """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
     tokens: Tensor
     """Features of the adapted foundation model, (B, width): what the head reads."""
-    read: Tensor
-    """What the analytic head reads, where there is one: adapted or frozen features, (B, width)."""
+    frozen: Tensor
+    """Features of the frozen ViT, (B, width), where there is an analytic head to read them."""
     trained: Tensor
     """Logits of the trained head, (B, num_classes)."""
     logits: Tensor
-    """(B, num_classes): the analytic head's in evaluation mode where it is solved, the trained head's otherwise."""
+    """(B, num_classes): the trained head's, and in evaluation mode the analytic head's added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,9 @@ class CollaboratorConfig:
     """LoRA scale numerator, applied as alpha / rank (ours; not in the paper)."""
     head: Literal["cosine", "linear"] = "cosine"
     """'linear' is the paper's; 'cosine' with imprinted rows forgets far less (ours)."""
-    analytic: Literal["adapted", "frozen", "none"] = "adapted"
-    """Features that a closed-form head reads, which answers in place of the trained head at evaluation once it is
-    solved (ours; 'none' is the paper's)."""
+    analytic_weight: float = 2.0
+    """Weight at evaluation of a closed-form head on the frozen ViT's features beside the trained head's logits; with 0
+    there is none, as in the paper (ours)."""
     collaboration: bool = True
     """Without it the frozen ViT and the head remain (ablation)."""
 
@@ -96,7 +96,7 @@ class Collaborator(Net):
 
     @property
     def _keeps_frozen(self) -> bool:
-        return self.config.collaboration and self.config.analytic == "frozen"
+        return self.config.collaboration and self.config.analytic_weight > 0
 
     def frozen_prefix(self, images: Tensor) -> Tensor:
         """Tokens (B, N, width) that enter the adapted block; the blocks before it see no adapter.
@@ -129,7 +129,7 @@ class Collaborator(Net):
         factors = split_lora(lora, self.shapes, scale) if lora.shape[1] else []
         updates = dict(zip(self.config.targets, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self._entry, updates)
-        read = tokens if self.config.analytic == "adapted" else frozen
-        trained = self.head(tokens)
-        answers = not self.training and self.config.analytic != "none" and bool(self.analytic.is_solved)
-        return Collaboration(features, lora, tokens, read, trained, self.analytic(read) if answers else trained)
+        trained = logits = self.head(tokens)
+        if not self.training and self.config.analytic_weight > 0:
+            logits = trained + self.config.analytic_weight * self.analytic(frozen)
+        return Collaboration(features, lora, tokens, frozen, trained, logits)

@@ -18,14 +18,14 @@ class MultiGranularityViT(Net):
     """
 
     def __init__(
-        self, coarse: PromptedViT, num_classes: int, blocks: Sequence[int], length: int, hidden: int, tasks: int
+        self, coarse: PromptedViT, num_classes: int, blocks: Sequence[int], length: int, hidden: int, num_tasks: int
     ) -> None:
         """Fine prefixes of ``length`` tokens stand in ``blocks``; each task has a head with ``hidden`` units."""
         super().__init__()
         self.foundation, self.coarse = coarse.foundation, coarse
         self.fine = Prefixes(self.foundation, blocks, num_classes, length)
         self.fine_keys = uniform(num_classes, self.foundation.width)
-        self.fine_heads = nn.ModuleList(_mlp(self.foundation.width, hidden, num_classes) for _ in range(tasks))
+        self.fine_heads = nn.ModuleList(_mlp(self.foundation.width, hidden, num_classes) for _ in range(num_tasks))
         self.register_buffer("task_of_class", torch.full((num_classes,), -1))
 
     @property

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlscl.nets.blocks import is_plain, run_block
 from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.prompts import Prompted, cosine, embed, uniform
 from fedlscl.nets.vit import Foundation, FoundationConfig
@@ -62,28 +62,12 @@ class PrefixedViT(FoundationClassifier):
 def run_blocks(model: Foundation, x: Tensor, start: int, stop: int, prefixes: Mapping[int, Tensor]) -> Tensor:
     """Tokens (B, N, width) after blocks ``start`` to ``stop - 1``, with the prefix of those that have one."""
     for index, block in enumerate(model.vit.blocks[start:stop], start):
-        x = prefixed_block(block, x, prefixes[index]) if index in prefixes else block(x)
+        x = run_block(block, x, prefixes.get(index))
     return x
 
 
-def prefixed_block(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
-    """A timm Block on tokens (B, N, width) with a prefix (2, B, length, width); as without it where length is 0."""
-    x = x + block.ls1(prefixed_attention(block.attn, block.norm1(x), prefix))
-    return x + block.ls2(block.mlp(block.norm2(x)))
-
-
-def prefixed_attention(attention: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
-    """Att(q, [p_K; k], [p_V; v]) on (B, N, width): N does not change, and no projection sees the prefix."""
-    heads, size = attention.num_heads, attention.head_dim
-    q, k, v = attention.qkv(x).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)  # (B, heads, N, size) each
-    keys, values = prefix.to(v.dtype).unflatten(-1, (heads, size)).transpose(2, 3)  # (B, heads, length, size) each
-    q, k = attention.q_norm(q), torch.cat([keys, attention.k_norm(k)], 2)
-    out = F.scaled_dot_product_attention(q, k, torch.cat([values, v], 2), scale=attention.scale)
-    return attention.proj(attention.norm(out.transpose(1, 2).flatten(-2)))
-
-
 def check_plain(model: Foundation, index: int) -> None:
-    """Refuse a block that is beyond the ViT, or whose attention is not the one written out here."""
+    """Refuse a block that is beyond the ViT, or that is written in another way than `run_block`."""
     block = model.block(index)
-    if type(block).__name__ != "Block" or type(block.attn).__name__ != "Attention" or block.attn.gate is not None:
+    if not is_plain(block):
         raise ValueError(f"block {index} of {model.config.name} takes no prefix: choose a plain vit_* or deit_* model.")
