@@ -36,7 +36,9 @@ def test_sums_over_parts_are_the_sums_over_all(seed, sizes, data):
 @given(st.integers(0, 2**32), st.floats(0.01, 100))
 def test_only_directions_of_features_count(seed, scale):
     features, labels = draw(seed, [3] * CLASSES)
-    for left, right in zip(moment_sums(features, labels, CLASSES), moment_sums(scale * features, labels, CLASSES), strict=True):
+    for left, right in zip(
+        moment_sums(features, labels, CLASSES), moment_sums(scale * features, labels, CLASSES), strict=True
+    ):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 

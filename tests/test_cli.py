@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -263,13 +262,3 @@ def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing(error, tmp_p
     else:
         assert fit(tmp_path / "runs") == 130
     assert list(tmp_path.rglob("version_*")) == []
-
-
-def test_equal_states_are_equal_bytes(tmp_path):
-    from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
-
-    name = "".join(["a", "_name"])
-    state = {"identity": "", "parts": [{name: torch.arange(6)[2:4]}, {"a_name": torch.arange(2, 4)}]}
-    save_checkpoint(tmp_path / "a.pt", state)
-    save_checkpoint(tmp_path / "b.pt", load_checkpoint(tmp_path / "a.pt"))
-    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import eq5
 
 from fedlscl.distillation import (
     Sums,
@@ -15,6 +14,7 @@ from fedlscl.distillation import (
     solve,
     subtract_terms,
 )
+from reference import eq5
 
 
 class Federation(NamedTuple):
@@ -37,7 +37,8 @@ class Federation(NamedTuple):
     def lambda_absolute(self, i, weights=None):
         """lambda times the mean eigenvalue of S_i, from the raw features."""
         p = len(self.generators[0])
-        traces = [w * (1 + x.square().sum(1).mean()) for x, w in zip(self.features, weights or [1.0] * 99)]
+        weights = weights or [1.0] * len(self.features)
+        traces = [w * (1 + x.square().sum(1).mean()) for x, w in zip(self.features, weights, strict=True)]
         return float(self.lambda_proximal * sum(self.others(i, traces)) / p)
 
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import objectives as literal
 
 from fedlscl.objectives import (
     consistency,
@@ -12,6 +11,7 @@ from fedlscl.objectives import (
     proximal,
     sample_losses,
 )
+from reference import objectives as literal
 
 
 @st.composite

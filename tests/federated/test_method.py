@@ -15,8 +15,12 @@ def uploads():
     """Class 0 is the first client's alone, class 1 is shared, class 2 is nobody's."""
     torch.manual_seed(0)
     return [
-        upload(0, [6, 2, 0], **{"small.w": torch.randn(4), "head.weight": torch.randn(3, 2), "head.bias": torch.randn(3)}),
-        upload(1, [0, 4, 0], **{"small.w": torch.randn(4), "head.weight": torch.randn(3, 2), "head.bias": torch.randn(3)}),
+        upload(
+            0, [6, 2, 0], **{"small.w": torch.randn(4), "head.weight": torch.randn(3, 2), "head.bias": torch.randn(3)}
+        ),
+        upload(
+            1, [0, 4, 0], **{"small.w": torch.randn(4), "head.weight": torch.randn(3, 2), "head.bias": torch.randn(3)}
+        ),
     ]
 
 

@@ -265,7 +265,9 @@ def test_traffic_is_what_was_really_sent(make_method, federate):
 
 def test_hooks_are_called_in_the_order_of_algorithm_1(make_method, make_data, tmp_path):
     events = Events()
-    trainer = FederatedTrainer(accelerator="cpu", rounds_per_task=1, max_tasks=1, callbacks=[InFolder(tmp_path), events])
+    trainer = FederatedTrainer(
+        accelerator="cpu", rounds_per_task=1, max_tasks=1, callbacks=[InFolder(tmp_path), events]
+    )
     trainer.fit(make_method("fedvit"), make_data())
     batches = len(make_data().train_dataloader(0, 0))
     client = [

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from reference import objectives as literal
 
 from fedlscl.federated.method import Stage
 from fedlscl.modules.collaborative import CollaborativeModule, as_collaborator, describe
 from fedlscl.nets.collaborator import Collaborator
+from reference import objectives as literal
 
 
 def test_loss_is_eq3(collaborator, batches):
@@ -65,7 +65,9 @@ def test_a_net_is_described_by_plain_values(collaborator):
     def plain(value):
         if isinstance(value, dict):
             return all(isinstance(key, str) and plain(item) for key, item in value.items())
-        return isinstance(value, list | tuple) and all(map(plain, value)) or isinstance(value, str | int | float | None)
+        if isinstance(value, list | tuple):
+            return all(map(plain, value))
+        return isinstance(value, str | int | float | None)
 
     description = describe(collaborator)
     assert plain(description)

@@ -3,12 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import objectives as literal
 from torch.utils.data import DataLoader
 
 from fedlscl.federated.method import Stage
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.nets.collaborator import Collaborator
+from reference import objectives as literal
 
 
 @pytest.fixture
@@ -28,12 +28,8 @@ def batch(batches):
 
 def test_loss_is_eq4(collaborator, previous, batch):
     classes = batch.labels.unique()
-    module = ContinualFineTuningModule(
-        collaborator, previous, classes, lambda_features=0.3, lambda_lora=0.7
-    ).eval()
-    expected = literal.eq4(
-        collaborator(batch.images), previous(batch.images), batch.labels, classes.tolist(), 0.3, 0.7
-    )
+    module = ContinualFineTuningModule(collaborator, previous, classes, lambda_features=0.3, lambda_lora=0.7).eval()
+    expected = literal.eq4(collaborator(batch.images), previous(batch.images), batch.labels, classes.tolist(), 0.3, 0.7)
     terms = module.loss(batch)
     assert terms.keys() == {"cross_entropy", "features", "lora"}
     assert sum(terms.values()).item() == pytest.approx(expected, rel=1e-4)
@@ -63,8 +59,10 @@ def test_only_samples_of_old_classes_are_kept_in_place(collaborator, previous, b
     for name in ("features", "lora"):
         expected = ContinualFineTuningModule(collaborator, previous).eval().loss(alone)[name].item()
         assert module.loss(batch)[name].item() == pytest.approx(expected, rel=1e-4)
-    none = ContinualFineTuningModule(collaborator, previous, old_classes=torch.tensor([5])).eval().loss(
-        batch._replace(labels=torch.zeros_like(batch.labels))
+    none = (
+        ContinualFineTuningModule(collaborator, previous, old_classes=torch.tensor([5]))
+        .eval()
+        .loss(batch._replace(labels=torch.zeros_like(batch.labels)))
     )
     assert none["features"].item() == 0.0 and none["lora"].item() == 0.0
 

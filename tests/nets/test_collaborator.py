@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import lora as literal
 
 from fedlscl.nets import vit
 from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.lora import split_lora
 from fedlscl.nets.net import prepare
 from fedlscl.nets.vit import fingerprint
+from reference import lora as literal
 
 PARTS = {"small", "unit", "generator", "head"}
 TARGETS = [("attn.qkv",), ("attn.proj",), ("mlp.fc1",), ("mlp.fc2",), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -81,9 +81,9 @@ def test_every_sample_runs_through_a_vit_of_its_own(collaborator_config, images,
 
 @pytest.mark.parametrize("block", [0, 3, 5])
 @pytest.mark.parametrize("collaboration", [True, False])
-@pytest.mark.parametrize("analytic", ["adapted", "frozen", "none"])
-def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration, analytic):
-    config = replace(collaborator_config, block=block, collaboration=collaboration, analytic=analytic)
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration, weight):
+    config = replace(collaborator_config, block=block, collaboration=collaboration, analytic_weight=weight)
     net = awake(config) if collaboration else Collaborator(config, 5).eval()
     net.analytic.set(torch.randn(5, 64), torch.randn(5))
     direct, cached = net(images), net(images, net.frozen_prefix(images))
@@ -94,11 +94,11 @@ def test_prefixes_are_shared_exactly_when_they_are_equal(collaborator_config, fo
     def key(**changed):
         return Collaborator(replace(collaborator_config, **changed), 5).prefix_key
 
-    assert key() == key(rank=2, head="linear", small_image_size=20, analytic="none")
+    assert key() == key(rank=2, head="linear", small_image_size=20, analytic_weight=0.3)
     others = [
         key(block=2),
         key(collaboration=False),
-        key(analytic="frozen"),
+        key(analytic_weight=0.0),
         key(foundation=replace(foundation_config, image_size=48)),
         key(foundation=replace(foundation_config, name="test_vit2")),
     ]
@@ -174,27 +174,22 @@ def test_without_collaboration_the_frozen_vit_and_the_head_remain(collaborator_c
 
 
 @pytest.mark.parametrize("collaboration", [True, False])
-@pytest.mark.parametrize("analytic", ["adapted", "frozen", "none"])
-def test_an_analytic_head_answers_at_evaluation_once_it_is_solved(
-    collaborator_config, images, entering, analytic, collaboration
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_an_analytic_head_adds_to_the_trained_one_at_evaluation(
+    collaborator_config, images, entering, share, collaboration
 ):
-    config = replace(collaborator_config, analytic=analytic, collaboration=collaboration)
+    config = replace(collaborator_config, analytic_weight=share, collaboration=collaboration)
     net = awake(config) if collaboration else Collaborator(config, 5).eval()
     output = net(images)
     assert torch.equal(output.logits, output.trained) and torch.equal(output.trained, net.head(output.tokens))
-    if analytic == "frozen":
-        torch.testing.assert_close(output.read, net.foundation.vit(entering), rtol=0, atol=1e-5)
-    elif analytic == "adapted":
-        assert torch.equal(output.read, output.tokens)
     weight, bias = torch.randn(5, 64), torch.randn(5)
     net.analytic.set(weight, bias)
     solved = net(images)
     assert torch.equal(solved.trained, output.trained)
-    expected = torch.nn.functional.normalize(output.read) @ weight.T + bias
-    if analytic == "none":
-        assert torch.equal(solved.logits, solved.trained)
-    else:
-        torch.testing.assert_close(solved.logits, expected)
+    frozen = net.foundation.vit(entering)
+    expected = output.trained + share * (torch.nn.functional.normalize(frozen) @ weight.T + bias)
+    torch.testing.assert_close(solved.logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(solved.logits, solved.trained) == (share == 0)
     training = net.train()(images)
     assert torch.equal(training.logits, training.trained)
     assert not {"analytic.weight", "analytic.bias"} & {name for name, _ in net.named_parameters()}

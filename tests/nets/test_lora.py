@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import lora as literal
 from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 
 from fedlscl.nets.lora import LowRank, LowRankShape, low_rank_hook, low_rank_update, split_lora
+from reference import lora as literal
 
 
 def random_update(layer, size, rank=3, scale=0.5):

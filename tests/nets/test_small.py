@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import timm
 import torch
@@ -35,7 +37,7 @@ def test_vgg16_loses_its_124_million_idle_weights():
         features = small(torch.zeros(2, 3, 64, 64))
     assert features.shape == (2, 512) and small.width == WIDTHS["vgg16"]
     channels = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
-    expected = sum(9 * before * after + after for before, after in zip(channels, channels[1:], strict=False))
+    expected = sum(9 * before * after + after for before, after in pairwise(channels))
     assert sum(parameter.numel() for parameter in small.parameters()) == expected == 14_714_688
     features.sum().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())

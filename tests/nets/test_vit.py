@@ -5,13 +5,13 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from reference import lora as literal
 from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 
 from fedlscl.nets import vit
 from fedlscl.nets.lora import LowRank
 from fedlscl.nets.vit import Foundation, FoundationConfig, fingerprint, first_token_only, foundation
+from reference import lora as literal
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -173,7 +173,9 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(model):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"foundation 'deit_tony_patch16_224' is unknown to timm.*deit_tiny_patch16_224"):
+    with pytest.raises(
+        ValueError, match=r"foundation 'deit_tony_patch16_224' is unknown to timm.*deit_tiny_patch16_224"
+    ):
         foundation(FoundationConfig(name="deit_tony_patch16_224", weights="random"))
 
 
@@ -215,5 +217,5 @@ def test_a_failed_download_names_the_ways_out(monkeypatch):
         raise OSError("We couldn't connect to the hub\nmore")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ValueError, match="could not be made .*hub.*: name a safetensors file in weights, or 'random'"):
+    with pytest.raises(ValueError, match=r"could not be made .*hub.*: name a safetensors file in weights, or 'random'"):
         foundation(FoundationConfig(name="test_vit", image_size=48))

@@ -9,7 +9,7 @@ def apply(phi, features):
 
 
 def eq5(phi, student, generators, feature_sets, lambda_absolute, weights=None, data_anchor=0.0):
-    """sum_{j != i} w_j mean_{x in FS_j} ||phi(x) - phi_j(x)||^2 + lambda ||phi - phi_i||^2 for the client ``student``."""
+    """sum_{j != i} w_j mean_{x in FS_j} ||phi(x) - phi_j(x)||^2 + lambda ||phi - phi_i||^2 for i = ``student``."""
     value = lambda_absolute * ((phi - generators[student]) ** 2).sum()
     for j, (teacher, feature_set) in enumerate(zip(generators, feature_sets, strict=True)):
         weight = data_anchor if j == student else 1.0 if weights is None else weights[j]

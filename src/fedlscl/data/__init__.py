@@ -2,11 +2,12 @@
 
 from fedlscl.data.batch import Batch
 from fedlscl.data.buffer import Buffer, lowest_loss
-from fedlscl.data.datamodule import PlaceDataModule, SpatialTemporalDataModule
+from fedlscl.data.datamodule import SpatialTemporalDataModule
 from fedlscl.data.datasets import load_images
 from fedlscl.data.images import ImageData
 from fedlscl.data.loader import EvenBatches, batches
 from fedlscl.data.manifest import load_manifest, save_manifest
+from fedlscl.data.place import PlaceDataModule
 from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
 from fedlscl.data.stream import ClientStream
 

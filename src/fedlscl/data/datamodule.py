@@ -12,6 +12,7 @@ from fedlscl.data.batch import Batch
 from fedlscl.data.datasets import load_images
 from fedlscl.data.images import ImageData
 from fedlscl.data.loader import batches
+from fedlscl.data.place import PlaceDataModule
 from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
 from fedlscl.data.stream import ClientStream
 
@@ -161,7 +162,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         """Loader of even batches over ids (n,), see `fedlscl.data.batches`."""
         return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers)
 
-    def at(self, client: int | None, task: int | None) -> "PlaceDataModule":
+    def at(self, client: int | None, task: int | None) -> PlaceDataModule:
         """A plain datamodule for one place in the streams; ``None`` means every client, or every task."""
         return PlaceDataModule(self, client, task)
 
@@ -243,28 +244,3 @@ class SpatialTemporalDataModule(L.LightningDataModule):
             "concentration": self.concentration,
             "seed": self.run_seed if self.seed is None else self.seed,
         }
-
-
-class PlaceDataModule(L.LightningDataModule):
-    """One place in the streams, for a stock ``lightning.Trainer``."""
-
-    def __init__(self, streams: SpatialTemporalDataModule, client: int | None, task: int | None) -> None:
-        super().__init__()
-        self.streams = streams
-        self.client = client
-        self.task = task
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load and split, if that was not done yet."""
-        self.streams.setup(stage)
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled train samples of this place."""
-        return self.streams.train_dataloader(self.client, self.task)
-
-    def test_dataloader(self) -> DataLoader:
-        """Test samples of this place."""
-        return self.streams.test_dataloader(self.client, self.task)
-
-    val_dataloader = test_dataloader
-    predict_dataloader = test_dataloader

@@ -1,6 +1,7 @@
 """FederatedTrainer: Algorithm 1 from top to bottom, on Lightning Fabric."""
 
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,8 +107,11 @@ class FederatedTrainer:
         return self.matrix
 
     def setup(self, method: Method, datamodule: SpatialTemporalDataModule, seed: int) -> None:
-        """Build Fabric, data and clients without training."""
-        self.method, self.datamodule, self.seed = method, datamodule, seed
+        """Build Fabric, data and clients without training.
+
+        The trainer works on a copy of the method, whose server state would otherwise reach into its next run.
+        """
+        self.method, self.datamodule, self.seed = deepcopy(method), datamodule, seed
         datamodule.run_seed = seed
         datamodule.setup()
         self.fabric = connect(self.accelerator, self.devices, self.precision)

@@ -37,7 +37,7 @@ class FedDualP(Method):
     copy_previous: bool = True
     """A task's expert starts as that of the task before; its key does not."""
     key_lr: float = 0.01
-    """Learning rate of the keys (ours: at 1e-3 Adam turns a key by a radian in some 600 steps, more than a task has)."""
+    """Learning rate of the keys (ours): at 1e-3 Adam turns one by a radian in 600 steps, more than a task has."""
     lambda_pull: float = 1.0
     """Weight of the pull of the task's key towards queries."""
     max_norm: float = 1.0
@@ -63,6 +63,8 @@ class FedDualP(Method):
     def stages(self, client: Client) -> Iterator[Stage]:
         """Cross-entropy through the task's expert, and the pull of its key."""
         slots = torch.full((len(client.net.head.weight),), client.task)
-        options = {"lr": self.lr, "lr_of": {"keys": self.key_lr}, "max_norm": self.max_norm}
-        module = PromptingModule(client.net, self.lambda_pull, client.classes, slots, **options)
+        module = PromptingModule(
+            client.net, self.lambda_pull, client.classes, slots,
+            lr=self.lr, lr_of={"keys": self.key_lr}, max_norm=self.max_norm,
+        )  # fmt: skip
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)

@@ -46,7 +46,7 @@ class FedMGP(Method):
     num_tasks: int = 5
     """Private heads, one for each task of the stream."""
     key_lr: float = 0.01
-    """Learning rate of the classes' keys (ours: at 1e-3 Adam turns a key by a radian in some 600 steps, more than a task has)."""
+    """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one by a radian in 600 steps, more than a task has."""
     lambda_pull: float = 0.1
     """Weight of the pull of keys towards queries, in both phases."""
     max_norm: float = 1.0
@@ -71,8 +71,8 @@ class FedMGP(Method):
         coarse = PromptingModule(net.coarse, self.lambda_pull, client.classes, **options)
         yield Stage("coarse", coarse, client.loader(client.train_ids, self.batch_size), self.local_epochs)
         classes = torch.arange(len(net.head.weight))
-        options["lr_of"] = {"fine_keys": self.key_lr}
-        fine = PromptingModule(net, self.lambda_pull, client.classes, classes, **options)
+        rates = {"fine_keys": self.key_lr}
+        fine = PromptingModule(net, self.lambda_pull, client.classes, classes, lr_of=rates, **options)
         yield Stage("fine", fine, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:

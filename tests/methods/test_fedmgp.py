@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from fedlscl.federated.method import Progress
+from fedlscl.federated.payload import Upload
+from fedlscl.methods.fedmgp import FedMGP
+
+TINY = {"length": 3, "fine_length": 2, "hidden": 8, "num_tasks": 2, "local_epochs": 2, "batch_size": 8}
+
+
+@pytest.fixture
+def make(foundation_config):
+    return lambda **changed: FedMGP(foundation=foundation_config, **(TINY | changed))
+
+
+def copied(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture
+def phases(make, federate):
+    """The first client's states before local work, after phase 1 and after phase 2, in every round."""
+    method, states = make(), []
+    stages = method.stages
+
+    def watched(client):
+        for stage in stages(client):
+            states.append((client.id, client.task, copied(client.net)))
+            yield stage
+        states.append((client.id, client.task, copied(client.net)))
+
+    method.stages = watched
+    trainer = federate(method, rounds_per_task=2)
+    assert len(states) == 2 * 2 * 2 * 3
+    return trainer, states
+
+
+def test_phase_one_moves_the_coarse_part_and_phase_two_the_fine_one(phases):
+    _, states = phases
+    for (_, task, before), (_, _, between), (_, _, after) in zip(*[iter(states)] * 3, strict=True):
+        first, second = moved(before, between), moved(between, after)
+        assert {"coarse.pool.prompts", "coarse.head.weight", "coarse.hidden.0.weight"} <= first
+        assert all(name.startswith("coarse.") for name in first)
+        assert {"fine.prompts", "fine_keys", f"fine_heads.{task}.0.weight", f"fine_heads.{task}.2.weight"} <= second
+        assert not any(name.startswith("coarse.") for name in second)
+        assert not any(name.startswith(f"fine_heads.{1 - task}.") for name in second)
+
+
+def test_phase_two_moves_only_what_belongs_to_the_tasks_classes(phases):
+    trainer, states = phases
+    for (client, task, _), (_, _, between), (_, _, after) in zip(*[iter(states)] * 3, strict=True):
+        classes = trainer.clients[client].data.classes(task).tolist()
+        expected = [label in classes for label in range(6)]
+        keys = (between["fine_keys"] != after["fine_keys"]).any(1)
+        prompts = (between["fine.prompts"] != after["fine.prompts"]).transpose(0, 2).flatten(1).any(1)
+        head = f"fine_heads.{task}.2.weight"
+        assert keys.tolist() == prompts.tolist() == expected
+        assert (between[head] != after[head]).any(1).tolist() == expected
+
+
+def test_nothing_fine_is_ever_in_a_message(make, federate):
+    trainer = federate(make())
+    client = trainer.clients[0]
+    payload = trainer.method.upload(client)
+    hidden = {"hidden.0.weight", "hidden.0.bias"}
+    assert set(payload) == {"pool.prompts", "pool.keys", "head.weight", "head.bias"} | hidden
+    width, classes, units = 64, 6, 8
+    expected = 3 * width + width + width * units + units + units * classes + classes
+    assert trainer.traffic["up_values"][0, 0, 0] == trainer.traffic["down_values"][0, 0, 0] == expected
+    fine = [value for name, value in client.net.state_dict().items() if not name.startswith("coarse.")]
+    for sent in payload.values():
+        assert not any(sent.shape == value.shape and torch.equal(sent, value) for value in fine)
+
+
+def test_the_cards_sizes():
+    """P_g with its key, and h_g, at width 768: 12,288 and, for 100 classes, 445,028 numbers."""
+    assert 15 * 768 + 768 == 12_288
+    assert 768 * 512 + 512 + 513 * 100 == 393_728 + 513 * 100 + 0 == 445_028
+
+
+def upload(client, payload, counts):
+    return Upload(client=client, task=0, round=0, payload=payload, class_counts=torch.tensor(counts))
+
+
+def test_one_client_gets_back_what_it_sent_and_equal_ones_what_they_agree_on(make):
+    method = make()
+    payload = {name: p.detach() for name, p in method.build_net(0, 6).coarse.state_dict().items()}
+    for uploads in (
+        [upload(0, payload, [1, 2, 0, 0, 0, 0])],
+        [upload(i, payload, [1, 2, 0, 0, i, 0]) for i in range(5)],
+    ):
+        for answer in method.aggregate(uploads, Progress(0, 0)):
+            assert answer.keys() == payload.keys()
+            assert all(torch.equal(answer[name], payload[name]) for name in payload)
+
+
+def test_a_download_changes_the_coarse_part_only(make):
+    method = make()
+    torch.manual_seed(0)
+    net, other = method.build_net(0, 6), method.build_net(1, 6)
+    before, client = copied(net), type("Client", (), {"net": net})
+    method.download(client, {name: p.detach() for name, p in other.coarse.state_dict().items()})
+    assert moved(before, copied(net)) == {name for name in before if name.startswith("coarse.")}
+
+
+def test_clients_share_the_coarse_part_but_no_module(phases):
+    trainer, _ = phases
+    first, second = (client.net for client in trainer.clients)
+    assert moved(copied(first.coarse), copied(second.coarse)) == set()
+    assert {"fine.prompts", "fine_keys", "task_of_class"} <= moved(copied(first), copied(second))
+    pointers = [{p.data_ptr() for p in net.parameters()} for net in (first, second)]
+    assert not pointers[0] & pointers[1]
+
+
+def test_every_class_is_given_the_head_of_its_task(phases):
+    trainer, _ = phases
+    for client in trainer.clients:
+        for task in (0, 1):
+            assert (client.net.task_of_class[client.data.classes(task)] == task).all()
+        assert (client.net.task_of_class >= 0).sum() == len(client.seen)
+
+
+def test_keys_have_a_rate_of_their_own_and_classes_their_prefix(make, federate):
+    trainer = federate(make(key_lr=0.5, lr=0.25))
+    coarse, fine = trainer.method.stages(trainer.clients[0])
+    assert coarse.module.net is trainer.clients[0].net.coarse and coarse.module.slot_of_class is None
+    assert fine.module.slot_of_class.tolist() == list(range(6))
+    groups = fine.module.configure_optimizers().param_groups
+    assert [len(group["params"]) for group in groups if group["lr"] == 0.5] == [1]
+
+
+def test_more_tasks_than_heads_are_refused_in_one_line(make, federate):
+    with pytest.raises(ValueError, match=r"^num_tasks 1 is less than the stream's 2: raise method\.num_tasks\.$"):
+        federate(make(num_tasks=1))
+
+
+def test_the_first_task_is_learned_better_than_by_chance(make, federate):
+    trainer = federate(make(local_epochs=20, key_lr=0.05))
+    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.7
+
+
+def test_two_runs_are_the_same_to_the_bit(make, federate, same):
+    assert same(federate(make()), federate(make()))
+
+
+def test_bf16_runs(make, federate):
+    trainer = federate(make(), precision="bf16-mixed")
+    assert all(p.isfinite().all() for client in trainer.clients for p in client.net.parameters())
