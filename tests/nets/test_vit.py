@@ -6,11 +6,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import Block
 
 from fedlscl.nets import vit
 from fedlscl.nets.lora import LowRank
-from fedlscl.nets.vit import Foundation, FoundationConfig, fingerprint, first_token_only, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, fingerprint, foundation
 from reference import lora as literal
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -30,27 +29,6 @@ def images():
 def weights_file(model, tmp_path):
     save_file(model.vit.state_dict(), tmp_path / "vit.safetensors")
     return tmp_path / "vit.safetensors"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"qkv_bias": True},
-        {"qkv_bias": False},
-        {"qkv_bias": True, "init_values": 0.5},
-        {"qkv_bias": True, "qk_norm": True},
-        {"qkv_bias": True, "scale_attn_norm": True, "scale_mlp_norm": True},
-        {"qkv_bias": True, "proj_drop": 0.5, "attn_drop": 0.5, "drop_path": 0.5},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_first_token_of_a_block_needs_only_its_own_row(options):
-    torch.manual_seed(0)
-    block = Block(32, num_heads=4, **options).eval()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(3, 7, 32)
-    torch.testing.assert_close(first_token_only(block, x), block(x)[:, :1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+
+from fedlscl.nets.blocks import first_token_only, is_plain, run_block
+
+OPTIONS = [
+    {"qkv_bias": True},
+    {"qkv_bias": False},
+    {"qkv_bias": True, "init_values": 0.5},
+    {"qkv_bias": True, "qk_norm": True},
+    {"qkv_bias": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    {"qkv_bias": True, "proj_drop": 0.5, "attn_drop": 0.5, "drop_path": 0.5},
+]
+
+
+@pytest.fixture(params=OPTIONS, ids="-".join)
+def block(request):
+    """A block of timm in evaluation mode, with weights large enough to tell its parts apart."""
+    torch.manual_seed(0)
+    block = Block(32, num_heads=4, **request.param).eval().requires_grad_(False)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert is_plain(block)
+    return block
+
+
+@pytest.fixture
+def tokens():
+    return torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_first_token_of_a_block_needs_only_its_own_row(block, tokens):
+    torch.testing.assert_close(first_token_only(block, tokens), block(tokens)[:, :1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_block_computes_what_timm_computes(block, tokens, with_gradient):
+    """Outputs, and the gradient of what enters."""
+    left, right = (tokens.clone().requires_grad_(with_gradient) for _ in range(2))
+    with torch.set_grad_enabled(with_gradient):
+        found, expected = run_block(block, left), block(right)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if with_gradient:
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-4 * right.grad.abs().max().item())
+
+
+def test_hooks_on_a_block_are_called_on_either_path(block, tokens):
+    """Low-rank updates are hooks on linear layers."""
+    with torch.no_grad():
+        plain = run_block(block, tokens)
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        hook = block.get_submodule(name).register_forward_hook(lambda layer, inputs, output: output + 1)
+        with torch.no_grad():
+            fused = run_block(block, tokens)
+        explicit = run_block(block, tokens)
+        hook.remove()
+        torch.testing.assert_close(fused, explicit, rtol=1e-4, atol=1e-4)
+        assert name == "attn.qkv" or (fused - plain).abs().max() > 1e-3
+
+
+def test_mixed_precision_stays_near(block, tokens):
+    with torch.autocast("cpu", torch.bfloat16):
+        left = tokens.clone().requires_grad_(True)
+        found = run_block(block, left)
+    torch.testing.assert_close(found.float(), block(tokens), rtol=0.1, atol=0.1 * block(tokens).abs().max().item())
