@@ -37,7 +37,7 @@ class FedDualP(Method):
     copy_previous: bool = True
     """A task's expert starts as that of the task before; its key does not."""
     key_lr: float = 0.01
-    """Learning rate of the keys (ours): at 1e-3 Adam turns one by a radian in 600 steps, more than a task has."""
+    """Learning rate of the keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
     lambda_pull: float = 1.0
     """Weight of the pull of the task's key towards queries."""
     max_norm: float = 1.0

@@ -46,7 +46,7 @@ class FedMGP(Method):
     num_tasks: int = 5
     """Private heads, one for each task of the stream."""
     key_lr: float = 0.01
-    """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one by a radian in 600 steps, more than a task has."""
+    """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
     lambda_pull: float = 0.1
     """Weight of the pull of keys towards queries, in both phases."""
     max_norm: float = 1.0

@@ -31,11 +31,11 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
 
 
 def comparison(paths: Sequence[Path]) -> list[list[str]]:
-    """Header and one row per run, best final ``seen`` accuracy first."""
-    runs = [json.loads(path.read_text()) for path in find_results(paths)]
-    runs.sort(key=lambda run: -final(run)["seen/average"])
-    header = ["method", *COLUMNS.values(), "up MB", "down MB", "seed"]
-    return [header] + [_row(run) for run in runs]
+    """Header and one row per run under its folder's name, best final ``seen`` accuracy first."""
+    runs = [(path.parent.parent.name, json.loads(path.read_text())) for path in find_results(paths)]
+    runs.sort(key=lambda run: -final(run[1])["seen/average"])
+    header = ["run", *COLUMNS.values(), "up MB", "down MB", "seed"]
+    return [header] + [_row(*run) for run in runs]
 
 
 def final(run: dict[str, Any]) -> dict[str, float]:
@@ -56,7 +56,7 @@ def print_comparison(paths: Sequence[Path]) -> None:
 
     table = Table(title="After the last task: all tasks, mean over clients")
     for column in header:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "run" else "right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -66,8 +66,8 @@ def markdown(rows: list[list[str]]) -> str:
     """A Markdown table whose first row is the header.
 
     Example:
-        >>> print(markdown([["method", "seen %"], ["FedAvg", "41.0"]]))
-        | method | seen % |
+        >>> print(markdown([["run", "seen %"], ["FedAvg", "41.0"]]))
+        | run | seen % |
         |---|---:|
         | FedAvg | 41.0 |
     """
@@ -76,7 +76,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
-def _row(run: dict[str, Any]) -> list[str]:
+def _row(name: str, run: dict[str, Any]) -> list[str]:
     figures = final(run)
     traffic = [f"{run['traffic'][direction] / 1e6:.2f}" for direction in ("up_bytes", "down_bytes")]
-    return [run["method"]["name"], *(f"{100 * figures[name]:.1f}" for name in COLUMNS), *traffic, str(run["seed"])]
+    return [name, *(f"{100 * figures[name]:.1f}" for name in COLUMNS), *traffic, str(run["seed"])]
