@@ -17,7 +17,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; }

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +121,14 @@ def test_option_is_refused(options, said, refused):
 def test_configuration_file_is_refused(text, said, refused, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     assert said in refused("fit", "--config", str(tmp_path / "config.yaml"))
+
+
+def test_nothing_else_is_said_by_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "fedlscl", "fit", *tiny.FEDLSCL, "--method.collaborator.block", "12"]
+    done = subprocess.run([*command, *tiny.inside(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fedlscl: error: block 12 is beyond test_vit: choose 0 to 5.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_is_refused(capsys):

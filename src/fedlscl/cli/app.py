@@ -32,8 +32,8 @@ def run(arguments: list[str]) -> None:
     if arguments[0] == "report":
         print_report(arguments[1:])
         return
-    for chatty, level in (("lightning", logging.WARNING), ("huggingface_hub", logging.ERROR)):
-        logging.getLogger(chatty).setLevel(level)
+    for chatty in ("lightning.fabric", "lightning.pytorch", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     FederatedCLI(arguments)
 
