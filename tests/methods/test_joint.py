@@ -45,7 +45,7 @@ def test_a_task_begins_with_fresh_weights(federate, from_scratch):
     method = Watched(**TINY, from_scratch=from_scratch)
     method.turns, ended = [], []
     method.end_task = lambda client: ended.append(client.net.state_dict()["head.weight"].clone())
-    federate(method)
+    method = federate(method).method
     begin = method.turns[1][-1]["head.weight"]
     assert torch.equal(begin, ended[0]) != from_scratch
     if from_scratch:

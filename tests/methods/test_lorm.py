@@ -197,8 +197,8 @@ def test_other_configurations_train(foundation_config, federate, options):
 def test_whole_grams_are_sent_as_triangles_in_rounds_of_reading_factors(foundation_config, federate):
     method = Watched(foundation=foundation_config, **TINY, alpha_backbone=0.5, blocks=(0,), targets=("attn.qkv",))
     method.turns, method.rounds = [], []
-    federate(method, rounds_per_task=2, max_tasks=1)
-    (_, first, _), (_, second, _) = method.rounds
+    trainer = federate(method, rounds_per_task=2, max_tasks=1)
+    (_, first, _), (_, second, _) = trainer.method.rounds
     assert first[0].payload["gram.0"].shape == (3,) and first[0].payload["energy.0"].shape == (64,)
     assert second[0].payload["gram.0"].shape == (64 * 65 // 2,) and "energy.0" not in second[0].payload
 

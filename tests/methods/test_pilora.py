@@ -122,7 +122,7 @@ def test_a_task_leaves_earlier_modules_and_prototypes_alone(foundation_config, f
     method = Watched(foundation=foundation_config, **TINY)
     method.seen = []
     trainer = federate(method, make_data(private_classes=2, public_classes=0, num_clients=2), rounds_per_task=2)
-    (first, _), (second, _) = method.seen[2], method.seen[-1]  # at the end of each task; all nets agree
+    (first, _), (second, _) = trainer.method.seen[2], trainer.method.seen[-1]  # at the end of each task; all nets agree
     for name in [name for name in first if name.startswith("lora.")]:
         assert torch.equal(first[name], second[name]) == name.endswith((".0", "share")), name
     old = torch.cat([client.data.classes(0) for client in trainer.clients])
