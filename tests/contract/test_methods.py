@@ -8,10 +8,12 @@ import torch
 import fedlscl.methods
 from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.nets.vit import fingerprint
+from fedlscl.nets.vit import FoundationConfig, fingerprint
 
 LOCAL = {"local_epochs": 1, "batch_size": 8}
 SMALL = {"small_model": "test_resnet", "small_image_size": 16, **LOCAL}
+GLYPH = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")
+PROMPTS = {"foundation": GLYPH, "lr": 0.01, **LOCAL}
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +24,10 @@ def tiny(foundation_config, collaborator_config):
         "EWC": lambda: methods.EWC(**SMALL, fisher_samples=4),
         "FedAvg": lambda: methods.FedAvg(**SMALL),
         "FedBE": lambda: methods.FedBE(foundation=foundation_config, num_expanded=3, **LOCAL),
+        "FedDualP": lambda: methods.FedDualP(general_length=1, expert_length=1, num_tasks=2, **PROMPTS),
+        "FedL2P": lambda: methods.FedL2P(length=2, top=2, **PROMPTS),
         "FedLSCL": lambda: methods.FedLSCL(collaborator=collaborator_config, buffer_per_class=3, **LOCAL),
+        "FedMGP": lambda: methods.FedMGP(length=2, fine_length=2, fine_blocks=(10,), hidden=16, num_tasks=2, **PROMPTS),
         "FedNCM": lambda: methods.FedNCM(foundation=foundation_config),
         "FedProx": lambda: methods.FedProx(**SMALL),
         "FedRidge": lambda: methods.FedRidge(foundation=foundation_config),

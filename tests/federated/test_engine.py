@@ -44,7 +44,7 @@ class Spy(Learner):
         self.seen = []
 
     def loss(self, batch):
-        self.seen.append((self.training, batch.ids.tolist(), torch.is_autocast_enabled("cpu"), batch.prefix))
+        self.seen.append((self.net.training, batch.ids.tolist(), torch.is_autocast_enabled("cpu"), batch.prefix))
         anchor = self.net.head.weight.sum() * 0
         return {"first": anchor + len(self.seen), "second": anchor + 10}
 

@@ -109,3 +109,8 @@ def test_state_holds_every_class_s_task_and_loads_back(make_net, images):
 def test_head_is_the_shared_one(make_net):
     net = make_net()
     assert net.head is net.coarse.head and len(net.head.weight) == CLASSES
+
+
+def test_no_block_is_refused_in_one_line(make_net):
+    with pytest.raises(ValueError, match=r"^fine_blocks is empty: name one block or more\.$"):
+        make_net(blocks=())

@@ -4,7 +4,10 @@ from fedlscl.methods.controls import FedNCM, FedRidge
 from fedlscl.methods.ewc import EWC
 from fedlscl.methods.fedavg import FedAvg, Local
 from fedlscl.methods.fedbe import FedBE
+from fedlscl.methods.feddualp import FedDualP
+from fedlscl.methods.fedl2p import FedL2P
 from fedlscl.methods.fedlscl import FedLSCL
+from fedlscl.methods.fedmgp import FedMGP
 from fedlscl.methods.fedprox import FedProx
 from fedlscl.methods.joint import Joint
 from fedlscl.methods.lorm import LoRM
@@ -15,7 +18,10 @@ __all__ = [
     "EWC",
     "FedAvg",
     "FedBE",
+    "FedDualP",
+    "FedL2P",
     "FedLSCL",
+    "FedMGP",
     "FedNCM",
     "FedProx",
     "FedRidge",

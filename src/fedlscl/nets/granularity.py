@@ -22,6 +22,8 @@ class MultiGranularityViT(Net):
     ) -> None:
         """Fine prefixes of ``length`` tokens stand in ``blocks``; each task has a head with ``hidden`` units."""
         super().__init__()
+        if not blocks:
+            raise ValueError("fine_blocks is empty: name one block or more.")
         self.foundation, self.coarse = coarse.foundation, coarse
         self.fine = Prefixes(self.foundation, blocks, num_classes, length)
         self.fine_keys = uniform(num_classes, self.foundation.width)
