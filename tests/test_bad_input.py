@@ -63,6 +63,10 @@ def refused(tmp_path, capsys):
         ("--trainer.rounds_per_task 0", "rounds_per_task 0 trains nothing: choose 1 or more."),
         ("--method.lr 0", "lr 0.0 trains nothing: choose more than 0."),
         ("--method.batch_size 0", "batch_size 0 trains nothing: choose more than 0."),
+        ("--method.generator_lr -1", "generator_lr -1.0 cannot be used: choose more than 0."),
+        ("--method.lambda_proximal 0", "lambda_proximal 0.0 cannot be used: choose more than 0."),
+        ("--method.shrinkage 2", "shrinkage 2.0 is no share: choose up to 1."),
+        ("--method.buffer_per_class -1", "buffer_per_class -1 cannot be kept: choose 0 or more."),
         # Classes that do not add up.
         ("--data.private_classes 4", "4 private x 2 clients + 2 public = 10 classes, but the data set has 6"),
         ("--data.num_tasks 3", "cannot be cut into 3 equal tasks: set num_tasks to one of 1, 2, 4"),

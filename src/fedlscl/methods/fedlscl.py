@@ -70,6 +70,17 @@ class FedLSCL(Method):
     """Weight of continual 'lwf'."""
     sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Refuse values that would end the run later."""
+        super().__post_init__()
+        for name in ("generator_lr", "head_lr", "lambda_proximal", "shrinkage"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} cannot be used: choose more than 0.")
+        if self.shrinkage > 1:
+            raise ValueError(f"shrinkage {self.shrinkage} is no share: choose up to 1.")
+        if self.buffer_per_class < 0:
+            raise ValueError(f"buffer_per_class {self.buffer_per_class} cannot be kept: choose 0 or more.")
+
     def build_net(self, client: int, num_classes: int) -> Collaborator:
         """A collaborator with this client's small model."""
         if not self.shared_initialisation:
