@@ -73,7 +73,7 @@ def test_every_image_is_computed_once(data, net, monkeypatch):
     assert sum(computed) == len(own_ids(cache))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 def test_neither_order_nor_budget_changes_a_bit(data, net, draw):
     """A resumed run asks for other samples first, and must get the same bits, and the same samples from the cache."""
