@@ -1,9 +1,11 @@
 """One table over several runs."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fedlscl.report.finding import find_results, run_folder
+from fedlscl.report.runs import read_json
 
 COLUMNS = {
     "seen/average": "seen %",
@@ -15,24 +17,9 @@ COLUMNS = {
 """Figures after the last task, by their names in results.json; accuracies are means over clients and tasks."""
 
 
-def find_results(paths: Sequence[Path]) -> list[Path]:
-    """The newest results.json of each run folder under the given paths, or the files themselves.
-
-    Raises:
-        ValueError: if a path holds no results.
-    """
-    found: list[Path] = []
-    for path in paths:
-        files = [path] if path.is_file() else sorted(path.rglob("results.json"), key=lambda p: p.stat().st_mtime)
-        if not files:
-            raise ValueError(f"{str(path)!r} holds no results.json: give a run directory of fedlscl fit.")
-        found += sorted({file.parent.parent: file for file in files}.values()) if path.is_dir() else files
-    return found
-
-
 def comparison(paths: Sequence[Path]) -> list[list[str]]:
     """Header and one row per run under its folder's name, best final ``seen`` accuracy first."""
-    runs = [(path.parent.parent.name, json.loads(path.read_text())) for path in find_results(paths)]
+    runs = [(run_folder(path).name, read_json(path)) for path in find_results(paths)]
     runs.sort(key=lambda run: -final(run[1])["seen/average"])
     header = ["run", *COLUMNS.values(), "up MB", "down MB", "seed"]
     return [header] + [_row(*run) for run in runs]
