@@ -1,6 +1,7 @@
 """What every method promises, run for each public one on two tasks of fake data."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -8,40 +9,21 @@ import torch
 import fedlscl.methods
 from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.nets.vit import FoundationConfig, fingerprint
-
-LOCAL = {"local_epochs": 1, "batch_size": 8}
-SMALL = {"small_model": "test_resnet", "small_image_size": 16, **LOCAL}
-GLYPH = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")
-PROMPTS = {"foundation": GLYPH, "lr": 0.01, **LOCAL}
+from fedlscl.nets.vit import fingerprint
+from tiny_methods import METHODS
 
 
-@pytest.fixture(scope="session")
-def tiny(foundation_config, collaborator_config):
-    """A function for every public method that builds it with tiny nets."""
-    methods = fedlscl.methods
-    return {
-        "EWC": lambda: methods.EWC(**SMALL, fisher_samples=4),
-        "FedAvg": lambda: methods.FedAvg(**SMALL),
-        "FedBE": lambda: methods.FedBE(foundation=foundation_config, num_expanded=3, **LOCAL),
-        "FedDualP": lambda: methods.FedDualP(general_length=1, expert_length=1, num_tasks=2, **PROMPTS),
-        "FedL2P": lambda: methods.FedL2P(length=2, top=2, **PROMPTS),
-        "FedLSCL": lambda: methods.FedLSCL(collaborator=collaborator_config, buffer_per_class=3, **LOCAL),
-        "FedMGP": lambda: methods.FedMGP(length=2, fine_length=2, fine_blocks=(10,), hidden=16, num_tasks=2, **PROMPTS),
-        "FedNCM": lambda: methods.FedNCM(foundation=foundation_config),
-        "FedProx": lambda: methods.FedProx(**SMALL),
-        "FedRidge": lambda: methods.FedRidge(foundation=foundation_config),
-        "Joint": lambda: methods.Joint(**SMALL),
-        "LoRM": lambda: methods.LoRM(foundation=foundation_config, num_tasks=2, rank=2, lr=0.01, **LOCAL),
-        "Local": lambda: methods.Local(**SMALL),
-        "LwF": lambda: methods.LwF(**SMALL),
-        "PILoRA": lambda: methods.PILoRA(foundation=foundation_config, num_tasks=2, lr=0.05, **LOCAL),
-    }
+def test_every_public_method_is_under_contract():
+    assert sorted(METHODS) == sorted(fedlscl.methods.__all__)
+    assert all(type(make()).__name__ == name for name, make in METHODS.items())
 
 
-def test_every_public_method_is_under_contract(tiny):
-    assert sorted(tiny) == sorted(fedlscl.methods.__all__)
-    assert all(type(make()).__name__ == name for name, make in tiny.items())
+@pytest.mark.parametrize("name", fedlscl.methods.__all__)
+def test_every_public_method_states_its_own_card(name):
+    card = vars(getattr(fedlscl.methods, name))["card"]
+    assert card.venue and card.trains and card.uploads
+    assert re.fullmatch(r"(\d{4}\.\d{5})?", card.arxiv)
+    assert bool(card.arxiv) == (card.venue not in ("control", "oracle"))
 
 
 class Recorded(FederatedTrainer):
@@ -62,10 +44,10 @@ class Recorded(FederatedTrainer):
 
 
 @pytest.fixture(scope="module", params=fedlscl.methods.__all__)
-def run(request, tiny, make_data):
+def run(request, make_data):
     """A finished run."""
     trainer = Recorded()
-    trainer.fit(tiny[request.param](), make_data())
+    trainer.fit(METHODS[request.param](), make_data())
     return trainer
 
 
@@ -120,13 +102,13 @@ def test_no_message_holds_foundation_weights(run):
             assert not any(value.shape == part.shape and torch.equal(value, part) for part in frozen)
 
 
-def test_its_state_is_plain_and_comes_back(run, tiny, make_data):
+def test_its_state_is_plain_and_comes_back(run, make_data):
     state, buffer = states(run), io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
     other = Recorded()
-    other.setup(tiny[type(run.method).__name__](), make_data(), seed=7)
+    other.setup(METHODS[type(run.method).__name__](), make_data(), seed=7)
     other.method.load_state_dict(loaded["method"])
     for client, values in zip(other.clients, loaded["clients"], strict=True):
         client.load_state_dict(values)
@@ -134,9 +116,9 @@ def test_its_state_is_plain_and_comes_back(run, tiny, make_data):
     assert len(again) == len(expected) and all(map(torch.equal, again, expected))
 
 
-def test_a_second_run_of_the_same_object_is_the_same_to_the_bit(run, tiny, make_data):
+def test_a_second_run_of_the_same_object_is_the_same_to_the_bit(run, make_data):
     """Also after a run on other data: nothing of it may stay behind."""
-    method = tiny[type(run.method).__name__]()
+    method = METHODS[type(run.method).__name__]()
     with torch.random.fork_rng():
         torch.manual_seed(123)
         FederatedTrainer(accelerator="cpu", rounds_per_task=1, max_tasks=1).fit(method, make_data(), seed=7)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from fedlscl.aggregation import classwise_average, weighted_average
 from fedlscl.data import Batch
@@ -35,10 +35,25 @@ class Progress(NamedTuple):
         return self.task if self.round else self.task - 1
 
 
+class MethodCard(NamedTuple):
+    """A method in one line; ``fedlscl methods`` and the README show nothing else."""
+
+    venue: str
+    """Where and when it was published; control or oracle for what was not."""
+    arxiv: str = ""
+    """Number on arXiv."""
+    trains: str = ""
+    """What a client trains."""
+    uploads: str = ""
+    """What it sends."""
+
+
 @dataclass(kw_only=True)
 class Method(ABC):
     """Every hook is FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) until a method overrides it whole."""
 
+    card: ClassVar[MethodCard]
+    """Stated anew by every method of this package."""
     lr: float = LR
     """Learning rate of Adam, fresh in every round (Sec. 5.1.3)."""
     local_epochs: int = 5

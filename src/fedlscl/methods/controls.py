@@ -7,7 +7,7 @@ federated form AFL, He et al., CVPR 2025, arXiv 2405.16240).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlscl.analytic import MomentSums, moment_sums, ridge_solution
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.net import Net
@@ -71,6 +71,8 @@ class _Statistics(Method):
 class FedNCM(_Statistics):
     """Nearest class mean: cosine to the mean of each class's normalised features."""
 
+    card: ClassVar = MethodCard("control", trains="nothing: class means on the frozen ViT", uploads="sums of features")
+
     def build_net(self, client: int, num_classes: int) -> Net:
         """A frozen ViT and one direction per class."""
         return FoundationClassifier(self.foundation, num_classes, head="cosine")
@@ -90,6 +92,10 @@ class FedNCM(_Statistics):
 @dataclass(kw_only=True)
 class FedRidge(_Statistics):
     """Ridge regression from features to one-hot labels, in closed form over all data of all clients and tasks."""
+
+    card: ClassVar = MethodCard(
+        "control", trains="nothing: ridge regression on the frozen ViT", uploads="Gram matrix, products with labels"
+    )
 
     ridge: float = 0.01
     """Regularisation relative to the mean eigenvalue of the Gram matrix (ours)."""

@@ -6,12 +6,13 @@ is taken of the global model on the client's own data and never leaves the clien
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Stage
+from fedlscl.federated.method import MethodCard, Stage
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.classification import ClassificationModule, ConsolidationModule, trainable
 from fedlscl.objectives import sample_losses
@@ -23,6 +24,10 @@ FISHER, ANCHOR = "fisher.", "anchor."
 @dataclass(kw_only=True)
 class EWC(FedAvg):
     """FedAvg whose clients pay for moving weights that mattered for their earlier tasks."""
+
+    card: ClassVar = MethodCard(
+        "PNAS 2017", "1612.00796", trains="as FedAvg, with a Fisher penalty", uploads="all that is trained"
+    )
 
     strength: float = 100.0
     """lambda of the penalty lambda / 2 sum F (w - w*)^2."""

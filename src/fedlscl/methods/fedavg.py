@@ -1,9 +1,10 @@
 """FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629), from scratch or on a frozen ViT; and none at all."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.method import Method, MethodCard, Progress
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.net import Net
@@ -14,6 +15,13 @@ from fedlscl.nets.vit import FoundationConfig
 @dataclass(kw_only=True)
 class FedAvg(Method):
     """Average everything: a small CNN trained from scratch, or the head of a frozen ViT (the paper's FedAvg+ViT)."""
+
+    card: ClassVar = MethodCard(
+        "AISTATS 2017",
+        "1602.05629",
+        trains="small CNN and head, or the head of a frozen ViT",
+        uploads="all that is trained",
+    )
 
     small_model: str = "resnet18"
     """The CNN, any timm name with feature maps."""
@@ -34,6 +42,8 @@ class FedAvg(Method):
 @dataclass(kw_only=True)
 class Local(FedAvg):
     """Control: every client trains alone and nothing is sent."""
+
+    card: ClassVar = MethodCard("control", trains="as FedAvg", uploads="nothing")
 
     def upload(self, client: Client) -> Payload:
         """Nothing."""

@@ -7,14 +7,14 @@ allocation rule, the blocks' places and all numbers are our reconstruction, not 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedlscl.allocation import allocate
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Progress, Stage, federated_average
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.classification import ClassificationModule
 from fedlscl.nets.classifier import make_head
@@ -28,6 +28,13 @@ BLOCKS, CHANGES = "blocks", "changes"
 @dataclass(kw_only=True)
 class FedBE(Method):
     """Clients train the expanded blocks that the server allocates to them, and the head."""
+
+    card: ClassVar = MethodCard(
+        "arXiv 2025",
+        "2506.05977",
+        trains="expanded blocks that the server allocates, head; frozen ViT",
+        uploads="those blocks, head",
+    )
 
     batch_size: int = 16
     """Images per step (ours)."""

@@ -6,11 +6,12 @@ task indices: clients with different classes train the same slot, as in the pape
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Stage
+from fedlscl.federated.method import Method, MethodCard, Stage
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.prompting import PromptingModule
 from fedlscl.nets.net import Net
@@ -21,6 +22,13 @@ from fedlscl.nets.vit import FoundationConfig
 @dataclass(kw_only=True)
 class FedDualP(Method):
     """FedAvg over general and expert prefixes, the experts' keys and the head of a frozen ViT."""
+
+    card: ClassVar = MethodCard(
+        "ECCV 2022",
+        "2204.04799",
+        trains="general and expert prefixes, keys, head; frozen ViT",
+        uploads="all that is trained",
+    )
 
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""

@@ -7,9 +7,10 @@ let them see each other.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Stage
+from fedlscl.federated.method import Method, MethodCard, Stage
 from fedlscl.modules.prompting import PromptingModule
 from fedlscl.nets.net import Net
 from fedlscl.nets.prompts import PromptedViT, PromptPool
@@ -19,6 +20,13 @@ from fedlscl.nets.vit import FoundationConfig, foundation
 @dataclass(kw_only=True)
 class FedL2P(Method):
     """FedAvg over a pool of input prompts, their keys and the head of a frozen ViT."""
+
+    card: ClassVar = MethodCard(
+        "CVPR 2022",
+        "2112.08654",
+        trains="pool of input prompts with keys, head; frozen ViT",
+        uploads="all that is trained",
+    )
 
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""

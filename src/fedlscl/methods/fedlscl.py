@@ -7,7 +7,7 @@ features, Eq. 5 in closed form with a scale-free lambda.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fedlscl.analytic import MomentSums, discriminant_solution
 from fedlscl.data import Buffer
 from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.controls import add_sums, first_of_task, moments_of_task
 from fedlscl.methods.ewc import consolidate, consolidated
@@ -31,6 +31,13 @@ from fedlscl.objectives import sample_losses
 @dataclass(kw_only=True)
 class FedLSCL(Method):
     """Client CNNs generate LoRA weights for one frozen ViT; only the generators meet at the server."""
+
+    card: ClassVar = MethodCard(
+        "arXiv 2025",
+        "2508.09489",
+        trains="small CNN, LoRA generator, head; frozen ViT",
+        uploads="generator; second moments of features",
+    )
 
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
     """The net of each client."""

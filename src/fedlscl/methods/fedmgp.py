@@ -11,11 +11,12 @@ Not "FedMGP: Multi-Group Text-Visual Prompts" (arXiv 2511.00480). Deviations:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Stage
+from fedlscl.federated.method import Method, MethodCard, Stage
 from fedlscl.federated.payload import Payload, outgoing
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.prompting import PromptingModule
@@ -28,6 +29,13 @@ from fedlscl.nets.vit import FoundationConfig, foundation
 @dataclass(kw_only=True)
 class FedMGP(Method):
     """FedAvg over a coarse prompt and its head; class-wise prefixes and heads stay with the client and predict."""
+
+    card: ClassVar = MethodCard(
+        "KDD 2024",
+        "2407.00113",
+        trains="coarse prompt, class-wise prefixes, heads; frozen ViT",
+        uploads="coarse prompt with its key and head",
+    )
 
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Stage
+from fedlscl.federated.method import MethodCard, Stage
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.classification import ProximalModule
 
@@ -12,6 +13,10 @@ from fedlscl.modules.classification import ProximalModule
 @dataclass(kw_only=True)
 class FedProx(FedAvg):
     """FedAvg whose clients minimise cross-entropy + mu / 2 ||w - w_g||^2."""
+
+    card: ClassVar = MethodCard(
+        "MLSys 2020", "1812.06127", trains="as FedAvg, pulled towards the global weights", uploads="all that is trained"
+    )
 
     mu: float = 0.01
     """Strength of the pull; under Adam it is not comparable with the paper's SGD values."""

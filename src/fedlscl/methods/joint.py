@@ -6,13 +6,13 @@ tasks so far, one net learns them at once, and everybody gets it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Progress, Stage
+from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.classification import ClassificationModule
@@ -27,6 +27,8 @@ class Joint(FedAvg):
 
     It runs in simulation only, and its traffic is that of handing out one net.
     """
+
+    card: ClassVar = MethodCard("oracle", trains="as FedAvg, on everything pooled", uploads="everything, on purpose")
 
     from_scratch: bool = True
     """Begin every task with fresh weights, so that earlier tasks have no head start."""

@@ -12,13 +12,13 @@ the reading factors A, so that every merge has one solution. Deviations from the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Progress, Stage, federated_average
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.classification import ClassificationModule
@@ -31,6 +31,13 @@ from fedlscl.regression_mean import diagonal, input_grams, pack, project, regres
 @dataclass(kw_only=True)
 class LoRM(Method):
     """Clients train one factor of a task's LoRA and a head; the server merges both so that layer outputs stay."""
+
+    card: ClassVar = MethodCard(
+        "ICLR 2025",
+        "2410.17961",
+        trains="one LoRA factor per round, head; frozen ViT",
+        uploads="that factor, head, Gram statistics",
+    )
 
     batch_size: int = 16
     """Images per step."""

@@ -6,9 +6,10 @@ itself has met are distilled (ours: the columns of other clients' private classe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Stage
+from fedlscl.federated.method import MethodCard, Stage
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.classification import ClassificationModule, DistillationModule
 
@@ -16,6 +17,10 @@ from fedlscl.modules.classification import ClassificationModule, DistillationMod
 @dataclass(kw_only=True)
 class LwF(FedAvg):
     """FedAvg whose clients keep the old model's answers about old classes on the new images."""
+
+    card: ClassVar = MethodCard(
+        "TPAMI 2017", "1606.09282", trains="as FedAvg, distilling the previous model", uploads="all that is trained"
+    )
 
     alpha: float = 1.0
     """Weight of the distillation, which carries the factor T^2."""

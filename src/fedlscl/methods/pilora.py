@@ -10,13 +10,14 @@ Deviations from the released code:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedlscl.aggregation import weighted_average
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.prototypes import PrototypeModule
 from fedlscl.nets.lora_vit import LoraViT
@@ -27,6 +28,13 @@ from fedlscl.nets.vit import FoundationConfig, foundation
 @dataclass(kw_only=True)
 class PILoRA(Method):
     """Clients train a task's LoRA and prototypes; the server averages the one and re-weights the other."""
+
+    card: ClassVar = MethodCard(
+        "ECCV 2024",
+        "2401.02094",
+        trains="a LoRA per task, prototypes; frozen ViT",
+        uploads="the task's LoRA, prototypes, class means",
+    )
 
     batch_size: int = 16
     """Images per step (64 in the released code)."""

@@ -1,0 +1,31 @@
+"""Every public method with nets that learn in a tenth of a second, for the contract and for kills."""
+
+from fedlscl import methods
+from fedlscl.nets.collaborator import CollaboratorConfig
+from fedlscl.nets.vit import FoundationConfig
+
+LOCAL = {"local_epochs": 1, "batch_size": 8}
+SMALL = {"small_model": "test_resnet", "small_image_size": 16, **LOCAL}
+VIT = FoundationConfig(name="test_vit", weights="random", image_size=32)
+GLYPH = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")
+PROMPTS = {"foundation": GLYPH, "lr": 0.01, **LOCAL}
+COLLABORATOR = CollaboratorConfig(foundation=VIT, small_model="test_resnet", small_image_size=16, feature_dim=16)
+
+METHODS = {
+    "EWC": lambda: methods.EWC(**SMALL, fisher_samples=4),
+    "FedAvg": lambda: methods.FedAvg(**SMALL),
+    "FedBE": lambda: methods.FedBE(foundation=VIT, num_expanded=3, **LOCAL),
+    "FedDualP": lambda: methods.FedDualP(general_length=1, expert_length=1, num_tasks=2, **PROMPTS),
+    "FedL2P": lambda: methods.FedL2P(length=2, top=2, **PROMPTS),
+    "FedLSCL": lambda: methods.FedLSCL(collaborator=COLLABORATOR, buffer_per_class=3, **LOCAL),
+    "FedMGP": lambda: methods.FedMGP(length=2, fine_length=2, fine_blocks=(10,), hidden=16, num_tasks=2, **PROMPTS),
+    "FedNCM": lambda: methods.FedNCM(foundation=VIT),
+    "FedProx": lambda: methods.FedProx(**SMALL),
+    "FedRidge": lambda: methods.FedRidge(foundation=VIT),
+    "Joint": lambda: methods.Joint(**SMALL),
+    "LoRM": lambda: methods.LoRM(foundation=VIT, num_tasks=2, rank=2, lr=0.01, **LOCAL),
+    "Local": lambda: methods.Local(**SMALL),
+    "LwF": lambda: methods.LwF(**SMALL),
+    "PILoRA": lambda: methods.PILoRA(foundation=VIT, num_tasks=2, lr=0.05, **LOCAL),
+}
+"""A function for every public method that builds it."""
