@@ -22,6 +22,7 @@ METHODS = {
     "FedNCM": lambda: methods.FedNCM(foundation=VIT),
     "FedProx": lambda: methods.FedProx(**SMALL),
     "FedRidge": lambda: methods.FedRidge(foundation=VIT),
+    "GLFC": lambda: methods.GLFC(**SMALL, oracle_signal=True, perturbation_steps=2, reconstruction_steps=2),
     "Joint": lambda: methods.Joint(**SMALL),
     "LoRM": lambda: methods.LoRM(foundation=VIT, num_tasks=2, rank=2, lr=0.01, **LOCAL),
     "Local": lambda: methods.Local(**SMALL),

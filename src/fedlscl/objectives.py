@@ -54,3 +54,18 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     target = F.log_softmax(teacher.float() / temperature, 1)
     answer = F.log_softmax(student.float() / temperature, 1)
     return temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
+
+
+def compensation_weights(logits: Tensor, labels: Tensor, is_new: Tensor) -> Tensor:
+    """``|sigmoid(z_y) - 1|`` over its mean among samples of the same group, (B,), without gradient (GLFC).
+
+    ``is_new`` (B,) tells the groups apart, so that new classes and remembered ones weigh 1 each on the mean; ``logits``
+    (B, C) have the column of every label (B,). A group that is fitted perfectly weighs 1 throughout (ours).
+    """
+    size = (logits.detach().float().gather(1, labels[:, None])[:, 0].sigmoid() - 1).abs()
+    weights = torch.ones_like(size)
+    for group in (is_new, ~is_new):
+        mean = size[group].mean() if group.any() else size.new_zeros(())
+        if mean > 0:
+            weights[group] = size[group] / mean
+    return weights

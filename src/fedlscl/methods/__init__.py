@@ -9,6 +9,7 @@ from fedlscl.methods.fedl2p import FedL2P
 from fedlscl.methods.fedlscl import FedLSCL
 from fedlscl.methods.fedmgp import FedMGP
 from fedlscl.methods.fedprox import FedProx
+from fedlscl.methods.glfc import GLFC
 from fedlscl.methods.joint import Joint
 from fedlscl.methods.lorm import LoRM
 from fedlscl.methods.lwf import LwF
@@ -16,6 +17,7 @@ from fedlscl.methods.pilora import PILoRA
 
 __all__ = [
     "EWC",
+    "GLFC",
     "FedAvg",
     "FedBE",
     "FedDualP",
