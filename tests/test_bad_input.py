@@ -50,6 +50,7 @@ def refused(tmp_path, capsys):
         ("--method FedProx --method.collaborator.block 3", "method.collaborator.block is unknown"),
         ("positional", "positional is unknown: --help lists what there is."),
         ("--method FedProxx", "method='FedProxx' is unknown: did you mean FedProx?"),
+        ("--method pilra", "method='pilra' is unknown: did you mean PILoRA?"),
         ("--method nothing.Foo", "method='nothing.Foo' cannot be used (No module named 'nothing')"),
         # Wrong types and values.
         ("--trainer.rounds_per_task three", "trainer.rounds_per_task='three' does not fit: give int."),

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ from PIL import Image
 import tiny
 from fedlscl import __version__, methods
 from fedlscl.__main__ import main
+from fedlscl.cli.listing import method_rows
 from fedlscl.cli.runs import lock, versions
+from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.methods import FedAvg
 
 METHOD_OF_ANOTHER_PACKAGE = """
@@ -71,9 +74,32 @@ def test_help_and_version_wait_for_nothing():
 
 def test_methods_lists_each_with_one_line(capsys):
     assert main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == methods.__all__
-    assert all(len(line.split()) > 3 for line in lines)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[1] for line in lines] == methods.__all__
+    fedavg = "| FedAvg | AISTATS 2017, arXiv 1602.05629 | small CNN and head, or the head of a frozen ViT | all"
+    assert any(line.startswith(fedavg) for line in lines)
+
+
+def test_methods_draws_a_table_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "240")
+    assert main(["methods"]) == 0
+    drawn = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out)
+    for name, *cells in method_rows():
+        assert any(line.split()[1:2] == [name] and all(cell in line for cell in cells) for line in drawn.splitlines())
+
+
+@pytest.mark.parametrize("name", ["fedprox", "FEDPROX"])
+def test_a_method_is_found_in_any_case(name, capsys):
+    assert main(["fit", "--method", name, "--print_config"]) == 0
+    assert "class_path: fedlscl.methods.FedProx" in capsys.readouterr().out
+
+
+def test_every_method_and_the_data_have_defaults_that_fit_together():
+    streams = SpatialTemporalDataModule()
+    assert all(len(split.classes) == streams.num_tasks for split in streams.splits)
+    for name in methods.__all__:
+        assert getattr(getattr(methods, name)(), "num_tasks", streams.num_tasks) >= streams.num_tasks
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])

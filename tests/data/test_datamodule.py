@@ -140,7 +140,8 @@ def test_a_stock_trainer_learns_from_it(place, tmp_path):
 
 
 def test_the_shared_setting_fits_real_cifar(cifar_root):
-    streams = SpatialTemporalDataModule(dataset="cifar100_100x30.npz", root=str(cifar_root))
+    split = {"num_clients": 5, "num_tasks": 5, "private_classes": 15, "public_classes": 25}
+    streams = SpatialTemporalDataModule(dataset="cifar100_100x30.npz", root=str(cifar_root), **split)
     assert len(streams.splits) == 5
     assert all(len(task) == 8 for split in streams.splits for task in split.classes)
     assert len(all_ids(streams.train_dataloader())) == 10_000

@@ -1,6 +1,8 @@
 """FederatedCLI: LightningCLI with a FederatedTrainer, a Method and the streams of tasks."""
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,9 +10,10 @@ from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from fedlscl import __version__, methods
+from fedlscl import __version__
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.configuration import weights_found, with_saved_config
+from fedlscl.cli.configuration import weights_found, with_method_names, with_saved_config
+from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method
@@ -35,14 +38,12 @@ def run(arguments: list[str]) -> None:
     for chatty in ("lightning.fabric", "lightning.pytorch", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    FederatedCLI(arguments)
-
-
-def print_methods() -> None:
-    """One line per method: its short name and what it is."""
-    width = max(map(len, methods.__all__))
-    for name in methods.__all__:
-        print(f"{name:{width}}  {(getattr(methods, name).__doc__ or '').splitlines()[0]}")
+    # Where ``python -m`` looks too: a method of one's own lies beside its configuration.
+    sys.path.append(os.getcwd())
+    try:
+        FederatedCLI(with_method_names(arguments))
+    finally:
+        sys.path.pop()
 
 
 def print_report(paths: list[str]) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
+from fedlscl import methods
 from fedlscl.cli.runs import CONFIG, find_checkpoint
 
 NAMED_WEIGHTS = ("timm", "bundled", "random")
+METHOD_OPTIONS = ("--method", "--method.class_path", "--method.help")
 
 
 def with_saved_config(arguments: list[str]) -> list[str]:
@@ -33,6 +35,25 @@ def with_saved_config(arguments: list[str]) -> list[str]:
     saved = str(checkpoint.with_name(CONFIG))
     check_config(saved)
     return [command, "--config", saved, *options, "--ckpt_path", str(checkpoint)]
+
+
+def with_method_names(arguments: list[str]) -> list[str]:
+    """Take the name of a public method in any case, as in ``--method fedavg``.
+
+    Example:
+        >>> with_method_names(["fit", "--method", "fedavg", "--method=LWF", "--method.lr", "1"])
+        ['fit', '--method', 'FedAvg', '--method=LwF', '--method.lr', '1']
+    """
+    names = {name.casefold(): name for name in methods.__all__}
+    changed = list(arguments)
+    for place, word in enumerate(arguments):
+        option, is_joined, value = word.partition("=")
+        if option in METHOD_OPTIONS and is_joined:
+            changed[place] = f"{option}={names.get(value.casefold(), value)}"
+        elif option in METHOD_OPTIONS and place + 1 < len(arguments):
+            value = arguments[place + 1]
+            changed[place + 1] = names.get(value.casefold(), value)
+    return changed
 
 
 def check_config(file: str) -> None:

@@ -76,8 +76,10 @@ def _unknown(name: str, options: Iterable[str]) -> str:
 
 
 def _classes(given: str) -> str:
-    near = difflib.get_close_matches(given, methods.__all__, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(methods.__all__)}, or give module.Class."
+    names = {name.casefold(): name for name in methods.__all__}
+    near = difflib.get_close_matches(given.rpartition(".")[2].casefold(), names, n=1)
+    choices = ", ".join(methods.__all__)
+    return f"did you mean {names[near[0]]}?" if near else f"choose from {choices}, or give module.Class."
 
 
 def _plain(kind: str) -> str:

@@ -49,8 +49,8 @@ def print_comparison(paths: Sequence[Path]) -> None:
     Console().print(table)
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table whose first row is the header.
+def markdown(rows: list[list[str]], rule: str = "---:") -> str:
+    """A Markdown table whose first row is the header; ``rule`` aligns all columns but the first.
 
     Example:
         >>> print(markdown([["run", "seen %"], ["FedAvg", "41.0"]]))
@@ -58,9 +58,9 @@ def markdown(rows: list[list[str]]) -> str:
         |---|---:|
         | FedAvg | 41.0 |
     """
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    rules = ["---", *[rule] * (len(rows[0]) - 1)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+    return "\n".join([lines[0], "|" + "|".join(rules) + "|", *lines[1:]])
 
 
 def _row(name: str, run: dict[str, Any]) -> list[str]:
