@@ -8,11 +8,15 @@ if TYPE_CHECKING:
     from fedlscl.federated.trainer import FederatedTrainer
 
 
+AT_SERVER = -1
+"""Stands for the client in the ``history`` of stages that the server trained."""
+
+
 class Callback:
     """Observes a federation; every hook does nothing until overridden. Tasks and rounds count from 0.
 
     A callback reads ``trainer.progress``, ``matrix``, ``traffic`` (bytes and numbers sent, clients x tasks x rounds),
-    ``history`` (one entry per finished stage) and ``clients``.
+    ``history`` (one entry per finished stage) and ``clients``. Stages of the server come with None as the client.
     """
 
     def on_fit_start(self, trainer: "FederatedTrainer") -> None:
@@ -27,14 +31,19 @@ class Callback:
     def on_client_start(self, trainer: "FederatedTrainer", client: "Client") -> None:
         """A client's turn in a round begins."""
 
-    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client", stage: "Stage") -> None:
-        """A client begins a stage."""
+    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client | None", stage: "Stage") -> None:
+        """A client, or the server, begins a stage."""
 
-    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:
+    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client | None", num_images: int) -> None:
         """One optimizer step is done."""
 
     def on_stage_end(
-        self, trainer: "FederatedTrainer", client: "Client", stage: "Stage", terms: dict[str, float], seconds: float
+        self,
+        trainer: "FederatedTrainer",
+        client: "Client | None",
+        stage: "Stage",
+        terms: dict[str, float],
+        seconds: float,
     ) -> None:
         """``terms`` are the objective's means over the last epoch."""
 

@@ -47,12 +47,17 @@ class Timed(Callback):
         self._seconds, self._images, self._training_seconds = defaultdict(float), 0, 0.0
         return lap
 
-    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:
+    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client | None", num_images: int) -> None:
         """Count images."""
         self._images += num_images
 
     def on_stage_end(
-        self, trainer: "FederatedTrainer", client: "Client", stage: "Stage", terms: dict[str, float], seconds: float
+        self,
+        trainer: "FederatedTrainer",
+        client: "Client | None",
+        stage: "Stage",
+        terms: dict[str, float],
+        seconds: float,
     ) -> None:
         """Add a stage's seconds."""
         self._seconds[stage.name] += seconds

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from fedlscl.federated.callbacks import AT_SERVER
 from fedlscl.federated.metrics import MASKS, PHASES
 
 
@@ -37,7 +38,10 @@ def matrix_rows(accuracy: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def round_rows(traffic: dict[str, Any], history: list[dict[str, Any]], tasks: int) -> Iterator[dict[str, Any]]:
-    """Bytes and loss terms of every client in every round of the first ``tasks`` tasks."""
+    """Bytes and loss terms of every client in every round of the first ``tasks`` tasks.
+
+    Where the server trained (client -1) it has a row with the terms of the last stage of each name.
+    """
     losses: dict[tuple[int, int, int], dict[str, float]] = {}
     for entry in history:
         terms = {f"{entry['stage']}/{name}": value for name, value in entry["terms"].items()}
@@ -48,6 +52,8 @@ def round_rows(traffic: dict[str, Any], history: list[dict[str, Any]], tasks: in
                 place = {"task": task, "round": round_, "client": client}
                 sizes = {"bytes_up": up[task][round_], "bytes_down": down[task][round_]}
                 yield place | sizes | losses.get((task, round_, client), {})
+            if (task, round_, AT_SERVER) in losses:
+                yield {"task": task, "round": round_, "client": AT_SERVER} | losses[task, round_, AT_SERVER]
 
 
 def to_csv(rows: Iterator[dict[str, Any]]) -> str:

@@ -23,11 +23,20 @@ class Stage(NamedTuple):
     epochs: int
 
 
-class Progress(NamedTuple):
-    """Where the federation is; both counted from 0."""
+@dataclass(frozen=True)
+class Progress:
+    """Where the federation is; it unpacks into task and round, both counted from 0."""
 
     task: int
     round: int
+    last: bool = False
+    """Whether this is the task's last round."""
+    final: bool = False
+    """Whether this is the run's last task."""
+
+    def __iter__(self) -> Iterator[int]:
+        """The place alone: it is what seeds, checkpoints and tables know of progress."""
+        return iter((self.task, self.round))
 
     @property
     def learned(self) -> int:
@@ -84,6 +93,10 @@ class Method(ABC):
     def upload(self, client: Client) -> Payload:
         """What the client sends after local work."""
         return outgoing(client.net.state_dict())
+
+    def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
+        """Training at the server before ``aggregate``, stage by stage as in ``stages``; none here."""
+        return iter(())
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """One answer for each upload, in their order."""

@@ -32,6 +32,8 @@ class ProgressDisplay(Callback):
     def __init__(self) -> None:
         self.console: Console | None = None
         self.live: Live | None = None
+        self.server: dict[str, tuple[dict[str, float], float]] = {}
+        """Last terms and seconds of the server's stages in this round, by their name."""
 
     def on_fit_start(self, trainer: "FederatedTrainer") -> None:
         """Say what is about to be done, and put up the bars."""
@@ -59,27 +61,40 @@ class ProgressDisplay(Callback):
         self.work.begin_turn(client.id, *trainer.progress)
         self.client, self.stage, self.num_batches, self.batch = client.id, "preparing", 0, 0
 
-    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client", stage: "Stage") -> None:
-        """Another stage."""
+    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client | None", stage: "Stage") -> None:
+        """Another stage; those of the server count for the turn before them."""
         self.num_batches = length_hint(stage.batches, 0) * stage.epochs
-        self.stage, self.batch, self.images, self.stage_began = stage.name, 0, 0, time.perf_counter()
+        self.stage = stage.name if client is not None else f"{stage.name} at the server"
+        self.batch, self.images, self.stage_began = 0, 0, time.perf_counter()
         self.work.add_stage(self.num_batches)
 
-    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client", num_images: int) -> None:
+    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client | None", num_images: int) -> None:
         """Count; the bars are drawn by their own clock."""
         self.batch += 1
         self.images += num_images
         self.work.add_batch()
 
     def on_stage_end(
-        self, trainer: "FederatedTrainer", client: "Client", stage: "Stage", terms: dict[str, float], seconds: float
+        self,
+        trainer: "FederatedTrainer",
+        client: "Client | None",
+        stage: "Stage",
+        terms: dict[str, float],
+        seconds: float,
     ) -> None:
-        """A plain line, unless there are many clients."""
-        if self.live is None and len(trainer.clients) <= MANY_CLIENTS:
-            loss, *parts = (f"{name} {value:.4g}" for name, value in terms.items())
-            made_of = f" = {' + '.join(parts)}" if len(parts) > 1 else ""
-            where = f"{place(trainer)}, client {client.id}, {stage.name}"
-            self._say(f"{where}: {loss}{made_of} ({seconds:.1f} s; {self._outlook()})")
+        """A plain line, unless there are many clients; the server says one per kind of stage when it is through."""
+        if client is None:
+            _, earlier = self.server.get(stage.name, ({}, 0.0))
+            self.server[stage.name] = terms, earlier + seconds
+        elif self.live is None and len(trainer.clients) <= MANY_CLIENTS:
+            self._say_stage(f"{place(trainer)}, client {client.id}, {stage.name}", terms, seconds)
+
+    def on_server_end(self, trainer: "FederatedTrainer", seconds: float) -> None:
+        """What the server trained."""
+        for name, (terms, training_seconds) in self.server.items():
+            if self.live is None:
+                self._say_stage(f"{place(trainer)}, server, {name}", terms, training_seconds)
+        self.server = {}
 
     def on_evaluation_start(self, trainer: "FederatedTrainer", client: "Client", phase: str) -> None:
         """Show that a client is tested."""
@@ -112,6 +127,11 @@ class ProgressDisplay(Callback):
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+    def _say_stage(self, where: str, terms: dict[str, float], seconds: float) -> None:
+        loss, *parts = (f"{name} {value:.4g}" for name, value in terms.items())
+        made_of = f" = {' + '.join(parts)}" if len(parts) > 1 else ""
+        self._say(f"{where}: {loss}{made_of} ({seconds:.1f} s; {self._outlook()})")
 
     def _say(self, line: str, style: str | None = None) -> None:
         if self.console is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from fedlscl.federated.callbacks import AT_SERVER
 from fedlscl.federated.costs import Timed
 from fedlscl.federated.description import plain
 from fedlscl.federated.heatmap import matrix_pixels
@@ -113,11 +114,14 @@ class TensorBoard(Timed):
 
 
 def _losses(trainer: "FederatedTrainer") -> Iterator[tuple[str, float]]:
-    """Each client's loss terms of the round, and their means over clients."""
-    entries = [entry for entry in trainer.history if (entry["task"], entry["round"]) == trainer.progress]
+    """Loss terms of the round by client (of a stage's last pass where it has several), and means over clients."""
+    entries = [entry for entry in trainer.history if (entry["task"], entry["round"]) == tuple(trainer.progress)]
     by_term: dict[str, list[float]] = {}
     for entry in entries:
         for name, value in entry["terms"].items():
+            if entry["client"] == AT_SERVER:
+                yield f"train/server/{entry['stage']}/{name}", value
+                continue
             by_term.setdefault(f"{entry['stage']}/{name}", []).append(value)
             yield f"train/client_{entry['client']}/{entry['stage']}/{name}", value
     for name, values in by_term.items():

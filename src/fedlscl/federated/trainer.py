@@ -10,17 +10,17 @@ from torch import Tensor
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.callbacks import Callback
+from fedlscl.federated.callbacks import AT_SERVER, Callback
 from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.device import Precision, connect
 from fedlscl.federated.engine import Engine
-from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix, correct
 from fedlscl.federated.payload import Payload, Upload, num_bytes
 from fedlscl.federated.seeding import seed_turn
 
-BUILD, BEGIN, TRAIN, UPLOAD, SERVER, DOWNLOAD, END = range(7)
+BUILD, BEGIN, TRAIN, UPLOAD, SERVER, DOWNLOAD, END, SERVER_TRAIN = range(8)
 """Kinds of turn, part of every seed."""
 
 
@@ -156,9 +156,9 @@ class FederatedTrainer:
                     self.method.begin_task(client)
         self._call("on_task_start")
         for round_ in range(first_round, self.rounds_per_task):
-            self.progress = Progress(task, round_)
-            self._call("on_round_start")
             is_last = round_ == self.rounds_per_task - 1
+            self.progress = Progress(task, round_, is_last, task == self.num_tasks - 1)
+            self._call("on_round_start")
             for client in self.clients:
                 self._local_round(client, is_last)
             if self.server_every == "round" or is_last:
@@ -193,16 +193,21 @@ class FederatedTrainer:
         counts = client.data.class_counts(client.task)
         return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
 
-    def _train(self, client: Client, stage: Any) -> None:
+    def _train(self, client: Client | None, stage: Stage) -> None:
         self._call("on_stage_start", client, stage)
         started = time.perf_counter()
         terms = self.engine.train(stage, lambda size: self._call("on_batch_end", client, size))
         seconds = time.perf_counter() - started
         task, round_ = self.progress
-        self.history.append({"task": task, "round": round_, "client": client.id, "stage": stage.name, "terms": terms})
+        where = {"task": task, "round": round_, "client": AT_SERVER if client is None else client.id}
+        self.history.append({**where, "stage": stage.name, "terms": terms})
         self._call("on_stage_end", client, stage, terms, seconds)
 
     def _server_round(self, uploads: list[Upload]) -> None:
+        seed_turn(self.seed, SERVER_TRAIN, *self.progress)
+        for number, stage in enumerate(self.method.server_stages(uploads, self.progress)):
+            self._train(None, stage)
+            seed_turn(self.seed, SERVER_TRAIN, *self.progress, number + 1)
         seed_turn(self.seed, SERVER, *self.progress)
         started = time.perf_counter()
         answers = self.method.aggregate(uploads, self.progress)
