@@ -8,6 +8,7 @@ LOCAL = {"local_epochs": 1, "batch_size": 8}
 SMALL = {"small_model": "test_resnet", "small_image_size": 16, **LOCAL}
 VIT = FoundationConfig(name="test_vit", weights="random", image_size=32)
 GLYPH = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")
+SYNTHESIS = {"noise_dim": 8, "synthesis_size": 16, "synthesis_channels": (8, 4), "synthesis_batch": 8, **SMALL}
 PROMPTS = {"foundation": GLYPH, "lr": 0.01, **LOCAL}
 COLLABORATOR = CollaboratorConfig(foundation=VIT, small_model="test_resnet", small_image_size=16, feature_dim=16)
 
@@ -27,6 +28,10 @@ METHODS = {
     "LoRM": lambda: methods.LoRM(foundation=VIT, num_tasks=2, rank=2, lr=0.01, **LOCAL),
     "Local": lambda: methods.Local(**SMALL),
     "LwF": lambda: methods.LwF(**SMALL),
+    "MFCL": lambda: methods.MFCL(synthesis_steps=3, replay_size=8, **SYNTHESIS),
     "PILoRA": lambda: methods.PILoRA(foundation=VIT, num_tasks=2, lr=0.05, **LOCAL),
+    "TARGET": lambda: methods.TARGET(
+        synthesis_rounds=3, synthesis_steps=2, warmup_rounds=1, student_steps=2, **SYNTHESIS
+    ),
 }
 """A function for every public method that builds it."""

@@ -13,11 +13,15 @@ from fedlscl.methods.glfc import GLFC
 from fedlscl.methods.joint import Joint
 from fedlscl.methods.lorm import LoRM
 from fedlscl.methods.lwf import LwF
+from fedlscl.methods.mfcl import MFCL
 from fedlscl.methods.pilora import PILoRA
+from fedlscl.methods.target import TARGET
 
 __all__ = [
     "EWC",
     "GLFC",
+    "MFCL",
+    "TARGET",
     "FedAvg",
     "FedBE",
     "FedDualP",

@@ -61,14 +61,19 @@ class Net(nn.Module, ABC):
 
 
 def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn stored images (B, 3, h, w) into normalised floats (B, 3, size, size): each net owns its transform.
+    """Turn stored images (B, 3, h, w) into normalised floats (B, 3, size, size): each net owns its transform."""
+    return (fit(images, size) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """Stored images (B, 3, h, w) as floats in 0..1 of (B, 3, size, size).
 
     Images are uint8 in 0..255, or floats in 0..1 as torchvision's ToTensor gives them.
     """
     x = images if images.is_floating_point() else images.to(torch.float32) / 255
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True).clamp_(0, 1)
-    return (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    return x
 
 
 class Frozen(nn.Module):
