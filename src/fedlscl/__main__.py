@@ -18,7 +18,7 @@ commands:
   validate   accuracies of a trained run on its held-out images
   test       the same as validate
   predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
-  report     one table over runs: fedlscl report RUN [RUN ...]
+  report     one table over runs, or with --out a page: fedlscl report RUN [RUN ...] --out DIR
   methods    list the methods
 
 options:

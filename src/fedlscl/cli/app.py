@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any, cast
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -15,10 +14,10 @@ from fedlscl.cli.commands import Commands
 from fedlscl.cli.configuration import weights_found, with_method_names, with_saved_config
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
+from fedlscl.cli.report import report
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.report.table import print_comparison
 
 DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
@@ -33,7 +32,7 @@ def run(arguments: list[str]) -> None:
         print_methods()
         return
     if arguments[0] == "report":
-        print_report(arguments[1:])
+        report(arguments[1:])
         return
     for chatty in ("lightning.fabric", "lightning.pytorch", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -44,13 +43,6 @@ def run(arguments: list[str]) -> None:
         FederatedCLI(with_method_names(arguments))
     finally:
         sys.path.pop()
-
-
-def print_report(paths: list[str]) -> None:
-    """One table over the newest versions of some runs, best first."""
-    if not paths or any(path.startswith("-") for path in paths):
-        raise ValueError(f"report {' '.join(paths) or 'of nothing'} cannot be made: fedlscl report RUN [RUN ...].")
-    print_comparison([Path(path) for path in paths])
 
 
 class FederatedCLI(LightningCLI):

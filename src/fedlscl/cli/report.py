@@ -1,0 +1,39 @@
+"""``fedlscl report``: its options; the work is done in fedlscl.report."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from fedlscl.report.table import print_comparison
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what it refuses."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message}: fedlscl report RUN [RUN ...] [--out DIR].")
+
+
+def report(arguments: list[str]) -> None:
+    """Print one table over runs, or write the whole report into a folder."""
+    parser = Parser(prog="fedlscl report", description="Compare runs.", allow_abbrev=False)
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="run folder, folder of several runs, or results.json."
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="write tables, figures and index.html there; otherwise print one table."
+    )
+    given = parser.parse_args(arguments)
+    if given.out is None:
+        print_comparison(given.runs)
+        return
+    # Here, since matplotlib takes a second to load.
+    from fedlscl.report.write import write_report
+
+    for path in write_report(given.runs, given.out):
+        print(path)

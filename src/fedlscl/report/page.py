@@ -1,0 +1,115 @@
+"""The report as one page that needs nothing but itself."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from fedlscl.federated.wording import in_hours, parameter_line, percent
+from fedlscl.report.conditions import inequalities
+from fedlscl.report.finding import RESULTS
+from fedlscl.report.groups import Group
+from fedlscl.report.numbers import COLUMNS, cell
+from fedlscl.report.runs import CONFIG, COSTS, MATRIX, Run
+from fedlscl.report.style import AMONG, Picture, for_page, looks
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+BESIDE = (CONFIG, COSTS, MATRIX, "rounds.csv", "manifest.json")
+
+
+class Section(NamedTuple):
+    """Figures under one heading."""
+
+    title: str
+    text: str
+    pictures: list[Picture]
+
+
+class Source(NamedTuple):
+    """Where the numbers of a run come from."""
+
+    name: str
+    seed: int
+    facts: list[tuple[str, str]]
+    links: list[tuple[str, str]]
+    config: str | None
+
+
+def page(groups: Sequence[Group], sections: Sequence[Section], files: Sequence[str], out: Path) -> str:
+    """HTML with all figures inside; only links lead to other files, by paths relative to ``out``."""
+    # Takes a tenth of a second, which only a report has to spend.
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        title=_title(groups),
+        findings=[_finding(groups, mask) for mask in AMONG],
+        inequalities=inequalities(groups),
+        columns=COLUMNS,
+        rows=[_row(group) for group in groups],
+        colours={name: look.colour for name, look in looks(groups).items()},
+        has_spread=any(len(group.runs) > 1 for group in groups),
+        has_single=any(len(group.runs) == 1 for group in groups),
+        sections=sections,
+        for_page=for_page,
+        files=files,
+        sources=[_source(group, run, out) for group in groups for run in group.runs],
+    )
+
+
+def _title(groups: Sequence[Group]) -> str:
+    sets = dict.fromkeys(run.results["data"]["dataset"] for group in groups for run in group.runs)
+    return f"{len(groups)} {'run' if len(groups) == 1 else 'runs'} on {', '.join(sets)}"
+
+
+def _finding(groups: Sequence[Group], mask: str) -> str:
+    """Who is first under a mask, by how much, and what that is worth."""
+    ranked = sorted(((group.final(f"{mask}/average"), group) for group in groups), key=lambda entry: -entry[0].mean)
+    (best, first), *others = ranked
+    sentence = f"{AMONG[mask].capitalize()}, {first.name} reaches {percent(best.mean)} %"
+    if not others:
+        return f"{sentence}."
+    second, runner_up = others[0]
+    lead = f"{100 * (best.mean - second.mean):.2f} points above {runner_up.name}"
+    if best.deviation is None or second.deviation is None:
+        return f"{sentence}, {lead}. With one seed there is no telling what another would give."
+    larger = max(best.deviation, second.deviation)
+    side = "more" if best.mean - second.mean > larger else "no more"
+    return f"{sentence}, {lead}: {side} than the larger standard deviation of the two ({percent(larger)})."
+
+
+def _row(group: Group) -> dict[str, Any]:
+    found = [(column, group.final(column.figure)) for column in COLUMNS]
+    cells = [(cell(column, value), "" if value is None else repr(value.mean)) for column, value in found]
+    return {"name": group.name, "seeds": group.seeds, "cells": cells}
+
+
+def _source(group: Group, run: Run, out: Path) -> Source:
+    results, costs = run.results, run.costs or {}
+    data, foundation = results["data"], results["foundation"]
+    trainer = results["trainer"]
+    split = f"{data['num_clients']} clients, {run.tasks} of {data['num_tasks']} tasks finished"
+    rounds = f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}"
+    sessions = [f"{session['started']} to {session['ended']}" for session in costs.get("sessions", [])]
+    facts = {
+        "method": results["method"]["name"],
+        "seed": str(run.seed),
+        "data": f"{data['dataset']}, SHA-256 {data['fingerprint']}",
+        "split": split,
+        "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
+        "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
+        "training": f"{rounds}, precision {trainer['precision']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        "commit": ", ".join(run.commits) or "not recorded",
+        "device": ", ".join(run.devices) or "not recorded",
+        "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({'; '.join(sessions)})",
+    }
+    folder = run.path.parent
+    paths = [run.path, *(folder / name for name in BESIDE if (folder / name).is_file())]
+    links = [(RESULTS if path is run.path else path.name, _relative(path, out)) for path in paths]
+    return Source(group.name, run.seed, [(k, v) for k, v in facts.items() if v], links, run.config)
+
+
+def _relative(path: Path, out: Path) -> str:
+    return quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix())
