@@ -1,7 +1,8 @@
 """Forks processes that run the command line and may kill themselves; starting each from scratch would take minutes.
 
-Reads one JSON object per line from stdin (arguments, folder, and the number of the event at which to die, 0 for never),
-answers with the exit status. A process that lives to its end writes the kinds of its events to events.json.
+Reads one JSON object per line from stdin: arguments, folder, the method's name, and the event at which to die as its
+kind and number, null for never. Answers with the exit status. A process that lives to its end writes the kinds of its
+events to events.json.
 """
 
 import io
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from fedlscl import methods
 from fedlscl.__main__ import main
 from fedlscl.cli.commands import observers
 from fedlscl.federated import checkpoint
-from fedlscl.methods import FedLSCL
 from fedlscl.modules.learner import Learner
 
 EVENTS: list[str] = []
@@ -25,12 +26,12 @@ EVENTS: list[str] = []
 
 def happens(kind, deadly, before_death=lambda: None):
     EVENTS.append(kind)
-    if len(EVENTS) == deadly:
+    if [kind, EVENTS.count(kind)] == deadly:
         before_death()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lay_traps(deadly):
+def lay_traps(method, deadly):
     def before(owner, name, kind):
         original = getattr(owner, name)
 
@@ -41,9 +42,16 @@ def lay_traps(deadly):
         setattr(owner, name, wrapped)
 
     before(Learner, "training_step", "step")
-    before(FedLSCL, "aggregate", "server")
-    before(FedLSCL, "end_task", "end of task")
+    before(method, "end_task", "end of task")
     before(checkpoint.os, "replace", "file written, not yet in place")
+    aggregate = method.aggregate
+
+    def answered(*args):
+        answers = aggregate(*args)
+        happens("server", deadly)
+        return answers
+
+    method.aggregate = answered
     original = checkpoint.write_atomically
 
     def torn(path, *parts):
@@ -56,11 +64,11 @@ def lay_traps(deadly):
     checkpoint.write_atomically = torn
 
 
-def run(arguments, folder, deadly):
+def run(arguments, folder, method, deadly):
     os.chdir(folder)
     for stream in (1, 2):
         os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    lay_traps(deadly)
+    lay_traps(getattr(methods, method), deadly)
     status = main(arguments)
     Path("events.json").write_text(json.dumps(EVENTS))
     sys.stdout.flush()

@@ -7,32 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import fedlscl.methods
+import tiny_methods
 
 FIT = ["fit", "--config", "config.yaml"]
-CONFIG = """
-trainer: {rounds_per_task: 2, accelerator: cpu}
-method:
-  class_path: FedLSCL
-  init_args:
-    collaborator:
-      foundation: {name: test_vit, weights: random, image_size: 32}
-      small_model: test_resnet
-      small_image_size: 16
-      feature_dim: 16
-    local_epochs: 1
-    batch_size: 8
-    buffer_per_class: 3
-data:
-  dataset: fake
-  fake_classes: 6
-  num_clients: 2
-  num_tasks: 2
-  private_classes: 2
-  public_classes: 2
-  train_per_class: 8
-  test_per_class: 4
-  image_size: 16
-"""
+DATA = {
+    "dataset": "fake",
+    "fake_classes": 6,
+    "num_clients": 2,
+    "num_tasks": 2,
+    "private_classes": 2,
+    "public_classes": 2,
+    "train_per_class": 8,
+    "test_per_class": 4,
+    "image_size": 16,
+}
 FILES = ("checkpoint.pt", "results.json", "matrix.csv", "rounds.csv", "config.yaml", "manifest.json")
 
 
@@ -45,10 +36,9 @@ def start():
         [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
 
-    def run(folder, *arguments, deadly=0):
-        print(
-            json.dumps({"arguments": arguments, "folder": str(folder), "deadly": deadly}), file=zygote.stdin, flush=True
-        )
+    def run(folder, *arguments, deadly=None, method="FedLSCL"):
+        message = {"arguments": arguments, "folder": str(folder), "method": method, "deadly": deadly}
+        print(json.dumps(message), file=zygote.stdin, flush=True)
         return int(zygote.stdout.readline())
 
     yield run
@@ -63,23 +53,30 @@ def uninterrupted(start, tmp_path_factory):
     return folder
 
 
-def new_folder(tmp_path_factory):
+def new_folder(tmp_path_factory, method="FedLSCL"):
     folder = tmp_path_factory.mktemp("run")
-    (folder / "config.yaml").write_text(CONFIG)
+    trainer = {"rounds_per_task": 2, "accelerator": "cpu"}
+    config = {"trainer": trainer, "method": tiny_methods.configuration(method), "data": DATA}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
 def finished(folder):
     """The files of the only run with a checkpoint."""
-    (checkpoint,) = folder.glob("runs/FedLSCL/version_*/checkpoint.pt")
+    (checkpoint,) = folder.glob("runs/*/version_*/checkpoint.pt")
     return {name: checkpoint.with_name(name).read_bytes() for name in FILES}
+
+
+def differing(folder, other):
+    found, expected = finished(folder), finished(other)
+    return [name for name in FILES if found[name] != expected[name]]
 
 
 @pytest.mark.slow
 def test_a_run_repeats_to_the_byte(start, uninterrupted, tmp_path_factory):
     folder = new_folder(tmp_path_factory)
     assert start(folder, *FIT) == 0
-    assert finished(folder) == finished(uninterrupted)
+    assert differing(folder, uninterrupted) == []
 
 
 @pytest.mark.slow
@@ -92,8 +89,25 @@ def test_killed_anywhere_a_run_resumes_to_the_byte(start, uninterrupted, tmp_pat
     points = {picker.choice(choices) for choices in numbers.values()}
     points |= set(picker.sample([n for n in range(1, len(events) + 1) if n not in points], 10 - len(points)))
     for point in sorted(points):
+        kind = events[point - 1]
         folder = new_folder(tmp_path_factory)
-        assert start(folder, *FIT, deadly=point) == -signal.SIGKILL
+        assert start(folder, *FIT, deadly=(kind, numbers[kind].index(point) + 1)) == -signal.SIGKILL
         assert start(folder, *FIT, "--ckpt_path", "last") == 0, (folder / "log.txt").read_text()
-        expected, found = finished(uninterrupted), finished(folder)
-        assert [name for name in FILES if found[name] != expected[name]] == [], (point, events[point - 1])
+        assert differing(folder, uninterrupted) == [], (point, kind)
+
+
+@pytest.mark.parametrize("method", fedlscl.methods.__all__)
+def test_every_method_killed_twice_in_its_second_task_resumes_to_the_byte(method, start, tmp_path_factory):
+    """Killed in the task's first server step, then half way through its training (or in its last server step)."""
+    whole, folder = (new_folder(tmp_path_factory, method) for _ in range(2))
+    assert start(whole, *FIT, method=method) == 0, (whole / "log.txt").read_text()
+    events = json.loads((whole / "events.json").read_text())
+    assert events.count("server") == 4 and events.count("end of task") == 4
+    second_task = events[[n for n, event in enumerate(events) if event == "end of task"][1] :]
+    steps = second_task.count("step")
+    again = ("step", steps // 2 + 1) if steps else ("server", 2)
+    assert start(folder, *FIT, method=method, deadly=("server", 3)) == -signal.SIGKILL
+    resume = *FIT, "--ckpt_path", "last"
+    assert start(folder, *resume, method=method, deadly=again) == -signal.SIGKILL
+    assert start(folder, *resume, method=method) == 0, (folder / "log.txt").read_text()
+    assert differing(folder, whole) == []

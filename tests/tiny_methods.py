@@ -1,5 +1,7 @@
 """Every public method with nets that learn in a tenth of a second, for the contract and for kills."""
 
+from dataclasses import asdict, fields
+
 from fedlscl import methods
 from fedlscl.nets.collaborator import CollaboratorConfig
 from fedlscl.nets.vit import FoundationConfig
@@ -23,6 +25,7 @@ METHODS = {
     "FedNCM": lambda: methods.FedNCM(foundation=VIT),
     "FedProx": lambda: methods.FedProx(**SMALL),
     "FedRidge": lambda: methods.FedRidge(foundation=VIT),
+    "FedWeIT": lambda: methods.FedWeIT(**SMALL, num_tasks=2, num_clients=2),
     "GLFC": lambda: methods.GLFC(**SMALL, oracle_signal=True, perturbation_steps=2, reconstruction_steps=2),
     "Joint": lambda: methods.Joint(**SMALL),
     "LoRM": lambda: methods.LoRM(foundation=VIT, num_tasks=2, rank=2, lr=0.01, **LOCAL),
@@ -35,3 +38,10 @@ METHODS = {
     ),
 }
 """A function for every public method that builds it."""
+
+
+def configuration(name):
+    """The same method as a ``method:`` group."""
+    method = METHODS[name]()
+    values = asdict(method)
+    return {"class_path": name, "init_args": {field.name: values[field.name] for field in fields(method) if field.init}}
