@@ -25,7 +25,7 @@ METHODS = {
     "FedNCM": lambda: methods.FedNCM(foundation=VIT),
     "FedProx": lambda: methods.FedProx(**SMALL),
     "FedRidge": lambda: methods.FedRidge(foundation=VIT),
-    "FedWeIT": lambda: methods.FedWeIT(**SMALL, num_tasks=2, num_clients=2),
+    "FedWeIT": lambda: methods.FedWeIT(**SMALL, lr=0.01, num_tasks=2, num_clients=2),
     "GLFC": lambda: methods.GLFC(**SMALL, oracle_signal=True, perturbation_steps=2, reconstruction_steps=2),
     "Joint": lambda: methods.Joint(**SMALL),
     "LoRM": lambda: methods.LoRM(foundation=VIT, num_tasks=2, rank=2, lr=0.01, **LOCAL),

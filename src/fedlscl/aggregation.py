@@ -35,6 +35,25 @@ def classwise_average(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> Tenso
     return (torch.stack([row.double() for row in rows]) * weights.view(shape)).sum(0).to(rows[0].dtype)
 
 
+def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Plain mean of every row among those who sent it, and which rows somebody sent (FedWeIT's server).
+
+    ``rows[i]`` (n_i, ...) are the rows that mask i (n,) names, in its order; the answer has the same form.
+
+    Example:
+        >>> masks = torch.tensor([[False, True, False], [True, True, False]])
+        >>> masked_average([torch.tensor([2.0]), torch.tensor([4.0, 5.0])], masks.unbind())
+        (tensor([4.0000, 3.5000]), tensor([ True,  True, False]))
+    """
+    total = rows[0].new_zeros(len(masks[0]), *rows[0].shape[1:], dtype=torch.float64)
+    for row, mask in zip(rows, masks, strict=True):
+        total[mask] += row.double()
+    senders = torch.stack(list(masks)).sum(0)
+    sent = senders > 0
+    counts = senders[sent].view(-1, *[1] * (total.dim() - 1))
+    return (total[sent] / counts).to(rows[0].dtype), sent
+
+
 def _average(values: list[Tensor], shares: list[float]) -> Tensor:
     if not values[0].is_floating_point():
         return torch.stack(values).amax(0)

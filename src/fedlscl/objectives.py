@@ -56,6 +56,15 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
 
 
+def retention(base: Tensor, anchor: Tensor, gates: Tensor) -> Tensor:
+    """``sum_s ||(B - B*) * g_s||^2 / 2`` for a base (rows, ...) and the gates (s, rows) of earlier tasks (FedWeIT).
+
+    With an adaptive part A_s that stays, this is ``||B g_s + A_s - theta*_s||^2 / 2`` for theta*_s = B* g_s + A_s.
+    """
+    drift = (base - anchor).square().flatten(1).sum(1)
+    return (drift * gates.square().sum(0)).sum() / 2
+
+
 def compensation_weights(logits: Tensor, labels: Tensor, is_new: Tensor) -> Tensor:
     """``|sigmoid(z_y) - 1|`` over its mean among samples of the same group, (B,), without gradient (GLFC).
 

@@ -9,6 +9,7 @@ from fedlscl.methods.fedl2p import FedL2P
 from fedlscl.methods.fedlscl import FedLSCL
 from fedlscl.methods.fedmgp import FedMGP
 from fedlscl.methods.fedprox import FedProx
+from fedlscl.methods.fedweit import FedWeIT
 from fedlscl.methods.glfc import GLFC
 from fedlscl.methods.joint import Joint
 from fedlscl.methods.lorm import LoRM
@@ -31,6 +32,7 @@ __all__ = [
     "FedNCM",
     "FedProx",
     "FedRidge",
+    "FedWeIT",
     "Joint",
     "LoRM",
     "Local",
