@@ -14,6 +14,7 @@ import torch
 
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.checkpoint import write_atomically
+from fedlscl.federated.commit import package_commit
 
 if TYPE_CHECKING:
     from fedlscl.federated.client import Client
@@ -82,6 +83,7 @@ class CostLog:
         self.session: dict[str, Any] = {
             "started": _now(),
             "first_step": trainer.step,
+            "commit": package_commit(),
             "device": device_name(trainer.fabric.device),
             "precision": trainer.precision,
             "seconds": {},
