@@ -49,6 +49,12 @@ class Group:
         values = [final(run, figure) for run in self.runs]
         return None if None in values else spread(np.array(values, dtype=float))
 
+    def known(self, figure: str) -> Spread:
+        """A figure that every run has."""
+        found = self.final(figure)
+        assert found is not None, figure
+        return found
+
     def course(self, figure: str) -> np.ndarray:
         """A figure of the summary after each task, (seeds, tasks)."""
         return np.array([[figures[figure] for figures in run.results["summary"]] for run in self.runs])
@@ -97,7 +103,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         for label, alike in zip(labels, settings.values(), strict=True):
             _check_seeds(alike)
             groups.append(Group(label, tuple(sorted(alike, key=lambda run: run.seed))))
-    return sorted(groups, key=lambda group: (-_mean(group), group.name))
+    return sorted(groups, key=lambda group: (-group.known("seen/average").mean, group.name))
 
 
 def setting(run: Run) -> dict[str, str]:
@@ -126,8 +132,3 @@ def _check_seeds(runs: list[Run]) -> None:
             pair = f"{str(by_seed[run.seed].path.parent)!r} and {str(run.path.parent)!r}"
             raise ValueError(f"{pair} are the same run with the same seed {run.seed}: give one of them.")
         by_seed[run.seed] = run
-
-
-def _mean(group: Group) -> float:
-    found = group.final("seen/average")
-    return -1.0 if found is None else found.mean

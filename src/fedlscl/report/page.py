@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from fedlscl.federated.wording import in_hours, parameter_line, percent
+from fedlscl.federated.wording import in_bytes, in_hours, parameter_line, percent
 from fedlscl.report.conditions import inequalities
 from fedlscl.report.finding import RESULTS
 from fedlscl.report.groups import Group
@@ -59,24 +59,28 @@ def page(groups: Sequence[Group], sections: Sequence[Section], files: Sequence[s
 
 
 def _title(groups: Sequence[Group]) -> str:
-    sets = dict.fromkeys(run.results["data"]["dataset"] for group in groups for run in group.runs)
-    return f"{len(groups)} {'run' if len(groups) == 1 else 'runs'} on {', '.join(sets)}"
+    runs = [run for group in groups for run in group.runs]
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    settings = f" in {len(groups)} setting{'s' * (len(groups) > 1)}" if len(runs) > len(groups) else ""
+    return f"{count}{settings} on {', '.join(dict.fromkeys(run.results['data']['dataset'] for run in runs))}"
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """Who is first under a mask, by how much, and what that is worth."""
-    ranked = sorted(((group.final(f"{mask}/average"), group) for group in groups), key=lambda entry: -entry[0].mean)
-    (best, first), *others = ranked
+    """Who is first under a mask, by how much, at what cost, and what that is worth."""
+    first, *others = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
+    best = first.known(f"{mask}/average")
     sentence = f"{AMONG[mask].capitalize()}, {first.name} reaches {percent(best.mean)} %"
     if not others:
         return f"{sentence}."
-    second, runner_up = others[0]
-    lead = f"{100 * (best.mean - second.mean):.2f} points above {runner_up.name}"
+    second = others[0].known(f"{mask}/average")
+    ahead = best.mean - second.mean
+    sent, less = (in_bytes(group.known("up_bytes").mean) for group in (first, others[0]))
+    sentence += f", {100 * ahead:.2f} points above {others[0].name}, with {sent} uploaded against {less}."
     if best.deviation is None or second.deviation is None:
-        return f"{sentence}, {lead}. With one seed there is no telling what another would give."
+        return f"{sentence} With one seed there is no telling what another would give."
     larger = max(best.deviation, second.deviation)
-    side = "more" if best.mean - second.mean > larger else "no more"
-    return f"{sentence}, {lead}: {side} than the larger standard deviation of the two ({percent(larger)})."
+    compared = "larger" if ahead > larger else "not larger"
+    return f"{sentence} The lead is {compared} than the standard deviation over seeds ({100 * larger:.2f})."
 
 
 def _row(group: Group) -> dict[str, Any]:
