@@ -23,6 +23,7 @@ def shrunk(file):
             changed += tiny.options(group, tiny.SMALL)
         if "foundation" in values:
             changed += tiny.options(f"{group}.foundation", tiny.VIT)
+    changed += tiny.options("method", tiny.SERVER.get(config["method"]["class_path"], {}))
     if config["data"].get("public_classes") == 0:
         changed += ["--data.public_classes", "0"]
     return changed

@@ -16,6 +16,13 @@ METHOD = {"local_epochs": 1, "batch_size": 8}
 SMALL = {"small_model": "test_resnet", "small_image_size": 32}
 VIT = {"name": "test_vit", "weights": "random", "image_size": 32}
 
+SYNTHESIS = {"synthesis_size": 16, "synthesis_channels": [8, 4], "synthesis_batch": 8, "synthesis_steps": 2}
+SERVER = {
+    "TARGET": SYNTHESIS | {"synthesis_rounds": 2, "warmup_rounds": 1, "student_steps": 1},
+    "MFCL": SYNTHESIS | {"replay_size": 8},
+}
+"""What the server of a method needs to be quick, by the method."""
+
 
 def options(group, values):
     """``--group.name value`` for each value."""

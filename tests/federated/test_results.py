@@ -133,6 +133,15 @@ def test_csv_writes_floats_exactly_and_leaves_gaps():
     assert text == "task,round,client,bytes_up,bytes_down,train/loss\n0,0,0,5,7,\n0,0,1,6,8,0.30000000000000004\n"
 
 
+def test_csv_has_a_row_for_rounds_in_which_the_server_trained():
+    history = [
+        {"task": 0, "round": 0, "client": -1, "stage": "synthesis", "terms": {"loss": loss}} for loss in (2.0, 1.5)
+    ]
+    text = to_csv(round_rows({"up": [[[5, 5]]], "down": [[[7, 7]]]}, history, tasks=1))
+    rows = ["task,round,client,bytes_up,bytes_down,synthesis/loss", "0,0,0,5,7,", "0,0,-1,,,1.5", "0,1,0,5,7,", ""]
+    assert text == "\n".join(rows)
+
+
 def test_table_has_a_row_per_mask_and_task():
     names = ("current", "average", "average_before_aggregation", "forgetting", "worst_client")
     figures = {f"{mask}/{name}": 0.1 * i for mask in ("task", "seen") for i, name in enumerate(names)}

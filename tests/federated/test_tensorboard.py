@@ -4,6 +4,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedlscl.federated.heatmap import matrix_pixels
 from fedlscl.federated.metrics import AccuracyMatrix
+from tiny_methods import METHODS
 
 
 def read(folder):
@@ -106,3 +107,15 @@ def test_picture_of_an_unfinished_matrix_is_drawn(num_tasks):
     matrix.record("after", 0, 0, torch.rand(2, 1))
     pixels = matrix_pixels(matrix)
     assert pixels.shape[2] == 3 and pixels.std() > 1
+
+
+def test_losses_of_the_server_have_a_place_of_their_own(observe, tmp_path):
+    """On the screen, too: one line per kind of stage."""
+    run = observe(METHODS["TARGET"](), tmp_path)
+    events = read(tmp_path)
+    last = [e for e in run.trainer.history if (e["client"], e["stage"]) == (-1, "synthesis")][-1]["terms"]["label"]
+    assert points(events, "train/server/synthesis/label") == [(1, pytest.approx(last, rel=1e-6))]
+    assert not [tag for tag in events.Tags()["scalars"] if "client_-1" in tag or tag.startswith("loss/synthesis")]
+    assert len(points(events, "seconds/student")) == 1
+    assert run.screen.count("server, synthesis: loss ") == run.screen.count("server, student: loss ") == 1
+    assert "task 1/2, round 2/2, server, synthesis: loss" in run.screen and "client -1" not in run.screen

@@ -1,11 +1,14 @@
 import pytest
 import torch
 
-from fedlscl.federated.callbacks import Callback
+from fedlscl.federated.callbacks import AT_SERVER, Callback
 from fedlscl.federated.checkpoint import load_checkpoint
+from fedlscl.federated.method import Progress, Stage
 from fedlscl.federated.payload import num_bytes
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
+from fedlscl.modules.classification import ClassificationModule
+from tiny_methods import METHODS
 
 TASKS, ROUNDS = 2, 2
 
@@ -22,6 +25,8 @@ def make_method(collaborator_config, foundation_config):
         "ewc": lambda: EWC(**small, fisher_samples=4),
         "lwf": lambda: LwF(**small),
         "fedncm": lambda: FedNCM(foundation=foundation_config),
+        "mfcl": METHODS["MFCL"],
+        "target": METHODS["TARGET"],
     }
     return lambda name, **options: makers[name](**options)
 
@@ -114,7 +119,7 @@ def test_a_run_from_any_checkpoint_ends_with_the_same_bytes(whole, make_method, 
     assert len(list(tmp_path.iterdir())) == TASKS * ROUNDS - number
 
 
-@pytest.mark.parametrize("name", ["ewc", "lwf", "fedncm"])
+@pytest.mark.parametrize("name", ["ewc", "lwf", "fedncm", "mfcl", "target"])
 def test_other_methods_private_memory_and_server_state_resume(make_method, make_data, federate, tmp_path, name):
     whole = federate(make_method(name), rounds_per_task=ROUNDS, callbacks=[InFolder(tmp_path)])
     for number in (1, 2, 3):
@@ -293,6 +298,61 @@ def test_hooks_are_called_in_the_order_of_algorithm_1(make_method, make_data, tm
     assert [name for name in events.names[first:] if name != "on_batch_end"][:5] == [
         name for name in client if name != "on_batch_end"
     ]
+
+
+class Serving(FedAvg):
+    """FedAvg whose server trains a net of its own, and draws a number when it aggregates."""
+
+    num_stages = 2
+
+    def server_stages(self, uploads, progress):
+        for number in range(self.num_stages):
+            net = self.build_net(0, 6)
+            self.places.append((progress, number, torch.rand(()).item(), len(uploads)))
+            batch = self.data.fetch(self.data.train_ids(0))
+            yield Stage("serving", ClassificationModule(net, self.data.classes(0)), [batch], 1)
+
+    def aggregate(self, uploads, progress):
+        self.draws.append(torch.rand(()).item())
+        return super().aggregate(uploads, progress)
+
+
+@pytest.fixture(scope="module")
+def serving(federate, make_data):
+    """Runs without and with training at the server, and the events of the second."""
+    runs = []
+    for number, callbacks in ((0, []), (2, [Events()])):
+        method, data = Serving(small_model="test_resnet", small_image_size=16, local_epochs=1), make_data()
+        data.setup()
+        method.num_stages, method.places, method.draws, method.data = number, [], [], data.stream(0)
+        runs.append((federate(method, data, rounds_per_task=ROUNDS, callbacks=callbacks), callbacks))
+    return runs
+
+
+def test_training_at_the_server_moves_no_random_number_of_anyone_else(serving):
+    (plain, _), (trained, _) = serving
+    assert same(nets(plain), nets(trained)) and plain.method.draws == trained.method.draws
+    drawn = [number for _, _, number, _ in trained.method.places]
+    assert len(set(drawn)) == len(drawn) == TASKS * ROUNDS * 2 and not set(drawn) & set(trained.method.draws)
+
+
+def test_stages_of_the_server_are_in_the_history_and_heard_of(serving):
+    trainer, (events,) = serving[1]
+    at_server = [entry for entry in trainer.history if entry["client"] == AT_SERVER]
+    assert [(entry["task"], entry["round"]) for entry in at_server] == [(n, r) for n in (0, 1) for r in (0, 0, 1, 1)]
+    assert all(entry["stage"] == "serving" and entry["terms"]["loss"] > 0 for entry in at_server)
+    assert len(trainer.history) == TASKS * ROUNDS * 4 == events.names.count("on_stage_end")
+    assert events.names.count("on_client_start") == TASKS * ROUNDS * 2
+
+
+def test_methods_are_told_the_last_round_and_the_final_task(serving):
+    told = [(*progress, progress.last, progress.final) for progress, *_ in serving[1][0].method.places[::2]]
+    assert told == [(0, 0, False, False), (0, 1, True, False), (1, 0, False, True), (1, 1, True, True)]
+
+
+def test_progress_is_saved_as_its_place(whole):
+    assert list(Progress(1, 2, last=True, final=True)) == [1, 2]
+    assert load_checkpoint(whole[1] / "1.pt")["progress"] == [0, 1]
 
 
 def test_observers_hear_of_an_error(make_method, make_data):

@@ -1,0 +1,146 @@
+from copy import deepcopy
+
+import pytest
+import torch
+
+from fedlscl.federated.method import Stage
+from fedlscl.modules.classification import ClassificationModule
+from fedlscl.modules.replay import MimickingModule, SyntheticDistillationModule
+from fedlscl.nets.synthesizer import Synthesizer
+
+OLD, NEW = torch.tensor([0, 2]), torch.tensor([1, 4])
+NEITHER = [3, 5]
+
+
+@pytest.fixture
+def batch(batches):
+    first = next(iter(batches()))
+    return first._replace(labels=NEW[torch.arange(len(first.labels)) % 2])
+
+
+@pytest.fixture
+def previous(small_net):
+    """The net's own body below another head."""
+    torch.manual_seed(1)
+    net = deepcopy(small_net)
+    torch.nn.init.normal_(net.head.weight)
+    return net
+
+
+@pytest.fixture
+def target(small_net, previous):
+    images = (255 * torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    return SyntheticDistillationModule(small_net, previous, images, OLD, 3, 25.0, 2.0, NEW)
+
+
+@pytest.fixture
+def mfcl(small_net, previous):
+    torch.manual_seed(2)
+    return MimickingModule(small_net, previous, Synthesizer(8, (8, 4), 16), OLD, NEW, 5, 1.0, 0.1)
+
+
+def gradients(module, batch, term):
+    """Gradient of one term by the parameter's name."""
+    module.net.zero_grad()
+    module.loss(batch)[term].backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.net.named_parameters()
+    }
+
+
+def is_zero(rows):
+    return not rows.any()
+
+
+def test_distillation_on_synthetic_images_has_the_papers_gradient(target, batch):
+    """(softmax(s / T) - softmax(t / T)) / (T B) on the old columns, nothing on the others, times alpha."""
+    logits = []
+    hook = target.net.head.register_forward_hook(
+        lambda head, inputs, output: output.retain_grad() or logits.append(output)
+    )
+    images, asked = [], target._draw
+    target._draw = lambda: images.append(asked()) or images[-1]
+    target.net.eval()
+    target.loss(batch)["distillation"].backward()
+    hook.remove()
+    real, made = logits
+    assert real.grad is None or is_zero(real.grad)
+    wanted = target.previous(images[0]).logits[:, OLD].div(2).softmax(1)
+    expected = 25 * (made[:, OLD].div(2).softmax(1) - wanted) / (2 * len(images[0]))
+    torch.testing.assert_close(made.grad[:, OLD], expected)
+    assert is_zero(made.grad[:, [c for c in range(6) if c not in OLD]]) and expected.any()
+
+
+def test_old_columns_learn_from_synthetic_images_and_new_ones_from_real_images(target, batch):
+    kept, learned = (gradients(target, batch, term)["head.weight"] for term in ("distillation", "cross_entropy"))
+    assert is_zero(kept[[*NEW.tolist(), *NEITHER]]) and kept[OLD].any(1).all()
+    assert is_zero(learned[[*OLD.tolist(), *NEITHER]]) and learned[NEW].any(1).all()
+
+
+def test_a_net_like_its_teacher_is_not_moved_by_distillation(small_net, batch):
+    images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
+    module = SyntheticDistillationModule(small_net, deepcopy(small_net), images, OLD, 2, 25.0, 2.0, NEW).eval()
+    assert module.loss(batch)["distillation"].item() == 0.0
+    assert all(gradient.abs().max() < 1e-6 for gradient in gradients(module, batch, "distillation").values())
+
+
+def test_every_synthetic_image_is_seen_once_in_an_epoch(target):
+    orders = [[target._draw() for _ in range(3)] for _ in range(2)]
+    assert [len(part) for part in orders[0]] == [2, 2, 3]
+    for parts in orders:
+        assert sorted(map(hash_of, torch.cat(parts))) == sorted(map(hash_of, target.synthetic))
+    assert not torch.equal(torch.cat(orders[0]), torch.cat(orders[1]))
+
+
+def hash_of(image):
+    return hash(image.numpy().tobytes())
+
+
+def test_the_balanced_term_trains_the_head_alone(mfcl, batch):
+    moved = gradients(mfcl, batch, "head")
+    assert all(is_zero(gradient) for name, gradient in moved.items() if not name.startswith("head."))
+    assert is_zero(moved["head.weight"][NEITHER]) and moved["head.weight"][[0, 1, 2, 4]].any(1).all()
+
+
+def test_the_cross_entropy_leaves_rows_of_other_classes_alone(mfcl, batch):
+    learned = gradients(mfcl, batch, "cross_entropy")
+    assert is_zero(learned["head.weight"][[*OLD.tolist(), *NEITHER]]) and learned["head.weight"][NEW].any(1).all()
+    assert any(gradient.any() for name, gradient in learned.items() if name.startswith("small."))
+
+
+def test_the_features_term_trains_the_body_alone_and_is_zero_for_the_old_body(mfcl, batch):
+    mfcl.eval()
+    assert mfcl.loss(batch)["features"].item() == 0.0
+    with torch.no_grad():
+        for parameter in mfcl.net.small.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    moved = gradients(mfcl, batch, "features")
+    assert is_zero(moved["head.weight"]) and is_zero(moved["head.bias"])
+    assert any(gradient.any() for name, gradient in moved.items() if name.startswith("small."))
+
+
+def test_the_features_term_is_the_literal_one(mfcl, batch):
+    """0.1 / c_old times the mean over all images of the squared distance of old logits; no bias is left in it."""
+    seen = []
+    mfcl.eval().previous.register_forward_hook(lambda net, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        for parameter in mfcl.net.small.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        term = mfcl.loss(batch)["features"].item()
+        ((images, before),) = seen
+        head = mfcl.previous.net.head
+        now = head(mfcl.net(images).features)[:, OLD]
+        assert len(images) == len(batch.labels) + 5
+        expected = 0.1 / 2 * (now - before.logits[:, OLD]).square().sum(1).mean().item()
+    assert term == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_its_terms_target_is_plain_training(small_net, previous, batches, engine):
+    """But for BatchNorm's running statistics, which synthetic images enter, too."""
+    loader = [b._replace(labels=NEW[torch.arange(len(b.labels)) % 2]) for b in batches()]
+    plain, other = deepcopy(small_net), deepcopy(small_net)
+    engine.train(Stage("train", ClassificationModule(plain, NEW), loader, 1))
+    images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
+    engine.train(Stage("train", SyntheticDistillationModule(other, previous, images, OLD, 2, 0.0, 2.0, NEW), loader, 1))
+    weights = dict(other.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in plain.named_parameters())
