@@ -1,8 +1,8 @@
 """Forks processes that run the command line and may kill themselves; starting each from scratch would take minutes.
 
-Reads one JSON object per line from stdin: arguments, folder, the method's name, and the event at which to die as its
-kind and number, null for never. Answers with the exit status. A process that lives to its end writes the kinds of its
-events to events.json.
+Reads one JSON object per line from stdin: arguments, folder, the method's name, the event at which to die as its kind
+and number (null for never), and whether the run is watched by more than its results. Answers with the exit status. A
+process that lives to its end writes the kinds of its events to events.json.
 """
 
 import io
@@ -17,8 +17,9 @@ import torch
 
 from fedlscl import methods
 from fedlscl.__main__ import main
-from fedlscl.cli.commands import observers
+from fedlscl.cli import commands
 from fedlscl.federated import checkpoint
+from fedlscl.federated.results import Results
 from fedlscl.modules.learner import Learner
 
 EVENTS: list[str] = []
@@ -64,10 +65,13 @@ def lay_traps(method, deadly):
     checkpoint.write_atomically = torn
 
 
-def run(arguments, folder, method, deadly):
+def run(arguments, folder, method, deadly, watched):
     os.chdir(folder)
     for stream in (1, 2):
         os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    if not watched:
+        # Curves and figures cost more than a tiny method.
+        commands.observers = lambda: (Results(),)
     lay_traps(getattr(methods, method), deadly)
     status = main(arguments)
     Path("events.json").write_text(json.dumps(EVENTS))
@@ -80,7 +84,7 @@ if __name__ == "__main__":
     with redirect_stdout(io.StringIO()):
         # Imports everything that a run needs.
         main(["fit", "--print_config"])
-        observers()
+        commands.observers()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

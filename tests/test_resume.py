@@ -36,9 +36,9 @@ def start():
         [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
 
-    def run(folder, *arguments, deadly=None, method="FedLSCL"):
-        message = {"arguments": arguments, "folder": str(folder), "method": method, "deadly": deadly}
-        print(json.dumps(message), file=zygote.stdin, flush=True)
+    def run(folder, *arguments, deadly=None, method="FedLSCL", watched=True):
+        message = {"folder": str(folder), "method": method, "deadly": deadly, "watched": watched}
+        print(json.dumps({"arguments": arguments, **message}), file=zygote.stdin, flush=True)
         return int(zygote.stdout.readline())
 
     yield run
@@ -100,14 +100,14 @@ def test_killed_anywhere_a_run_resumes_to_the_byte(start, uninterrupted, tmp_pat
 def test_every_method_killed_twice_in_its_second_task_resumes_to_the_byte(method, start, tmp_path_factory):
     """Killed in the task's first server step, then half way through its training (or in its last server step)."""
     whole, folder = (new_folder(tmp_path_factory, method) for _ in range(2))
-    assert start(whole, *FIT, method=method) == 0, (whole / "log.txt").read_text()
+    resume, tiny_run = ("--ckpt_path", "last"), {"method": method, "watched": False}
+    assert start(whole, *FIT, **tiny_run) == 0, (whole / "log.txt").read_text()
     events = json.loads((whole / "events.json").read_text())
     assert events.count("server") == 4 and events.count("end of task") == 4
     second_task = events[[n for n, event in enumerate(events) if event == "end of task"][1] :]
     steps = second_task.count("step")
-    again = ("step", steps // 2 + 1) if steps else ("server", 2)
-    assert start(folder, *FIT, method=method, deadly=("server", 3)) == -signal.SIGKILL
-    resume = *FIT, "--ckpt_path", "last"
-    assert start(folder, *resume, method=method, deadly=again) == -signal.SIGKILL
-    assert start(folder, *resume, method=method) == 0, (folder / "log.txt").read_text()
+    half_way = ("step", steps // 2 + 1) if steps else ("server", 2)
+    assert start(folder, *FIT, deadly=("server", 3), **tiny_run) == -signal.SIGKILL
+    assert start(folder, *FIT, *resume, deadly=half_way, **tiny_run) == -signal.SIGKILL
+    assert start(folder, *FIT, *resume, **tiny_run) == 0, (folder / "log.txt").read_text()
     assert differing(folder, whole) == []

@@ -1,0 +1,90 @@
+"""Every promise of the contract is broken once by a method that does just that."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from fedlscl.federated import contract
+from fedlscl.federated.method import federated_average
+from fedlscl.federated.payload import outgoing
+from fedlscl.methods import FedAvg
+from fedlscl.nets.vit import FoundationConfig
+from tiny_methods import SMALL, VIT
+
+HEAD = {"foundation": VIT, "local_epochs": 1, "batch_size": 8}
+
+
+class NotFinite(FedAvg):
+    def download(self, client, payload):
+        super().download(client, payload)
+        client.memory["broken"] = torch.tensor(float("nan"))
+
+
+class SendsGradients(FedAvg):
+    def upload(self, client):
+        return {**super().upload(client), "head.weight": client.net.head.weight}
+
+
+class SharesMemory(FedAvg):
+    def upload(self, client):
+        return {name: value.detach() for name, value in client.net.state_dict().items()}
+
+
+class SendsFoundation(FedAvg):
+    def upload(self, client):
+        frozen = client.net.foundation.vit.blocks[0].attn.qkv.weight
+        return {**super().upload(client), **outgoing({"secret": frozen})}
+
+    def download(self, client, payload):
+        super().download(client, {name: value for name, value in payload.items() if name != "secret"})
+
+
+class KeepsObjects(FedAvg):
+    def state_dict(self):
+        return {"config": FoundationConfig()}
+
+
+class Draws(FedAvg):
+    drawn = 0
+
+    def upload(self, client):
+        Draws.drawn += 1
+        return {**super().upload(client), "drawn": torch.tensor(Draws.drawn)}
+
+    def download(self, client, payload):
+        super().download(client, {name: value for name, value in payload.items() if name != "drawn"})
+
+
+@dataclass(kw_only=True)
+class Forgets(FedAvg):
+    rounds: list = field(default_factory=list, init=False)
+
+    def aggregate(self, uploads, progress):
+        self.rounds.append(progress)
+        mean = federated_average(uploads, self.head_aggregation)
+        return [{**mean, "head.bias": mean["head.bias"] * len(self.rounds)}] * len(uploads)
+
+
+BROKEN = [
+    (contract.learns_with_finite_numbers, NotFinite, SMALL, "state /clients/0/memory/broken is not finite"),
+    (contract.sends_plain_tensors, SendsGradients, SMALL, "message 'head.weight' "),
+    (contract.shares_no_memory, SharesMemory, SMALL, "shares memory with its client"),
+    (contract.keeps_the_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
+    (contract.repeats, Draws, SMALL, "sends another 'drawn'"),
+    (contract.resumes, Forgets, SMALL, "does state_dict give all"),
+]
+
+
+@pytest.mark.parametrize(
+    ("promise", "method", "options", "message"), BROKEN, ids=lambda part: getattr(part, "__name__", "")
+)
+def test_a_broken_promise_is_named(promise, method, options, message):
+    run = contract.learn(method(**options))
+    with pytest.raises(AssertionError, match=message):
+        promise(run, lambda: method(**options))
+
+
+def test_state_that_a_checkpoint_cannot_read_is_refused():
+    with pytest.raises(Exception, match=r"weights_only|Unsupported|WeightsUnpickler"):
+        contract.has_plain_state(contract.learn(KeepsObjects(**SMALL)), lambda: KeepsObjects(**SMALL))
