@@ -6,6 +6,7 @@ import torch
 from fedlscl.analytic import discriminant_solution, moment_sums
 from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.callbacks import Callback
+from fedlscl.federated.method import Progress
 from fedlscl.methods import FedLSCL
 from fedlscl.methods.fedlscl import draw_per_class, scored_buffer, symmetric
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
@@ -19,10 +20,10 @@ M = 3
 
 @pytest.fixture(scope="module")
 def make_method(collaborator_config):
-    """The method without its analytic head, which has tests of its own."""
+    """The method without its analytic heads, which have tests of their own."""
 
     def make(collaborator=None, **options):
-        shape = replace(collaborator_config, **({"analytic_weight": 0.0} | (collaborator or {})))
+        shape = replace(collaborator_config, **({"analytic_weight": 0.0, "adapted_weight": 0.0} | (collaborator or {})))
         return FedLSCL(collaborator=shape, **({"local_epochs": 1, "batch_size": 8, "buffer_per_class": M} | options))
 
     return make
@@ -55,6 +56,14 @@ class Watch(Callback):
                 yield stage
 
         method.upload, method.aggregate, method.stages = watched_upload, watched_aggregate, watched_stages
+
+
+class Sent:
+    """Uploads alone."""
+
+    def __init__(self, method):
+        self.uploads, upload = [], method.upload
+        method.upload = lambda client: self.uploads.append(upload(client)) or self.uploads[-1]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +158,7 @@ def test_samples_of_earlier_tasks_stay_in_the_buffer(watched):
 
 
 def test_stages_are_those_of_algorithm_1(watched):
-    _, watch = watched
+    trainer, watch = watched
     names = [(client.id, task, stage.name) for client, task, _, _, stage, _ in watch.stages]
     first = [(client, 0, "collaborative") for _ in range(2) for client in range(2)]
     second = [(client, 1, name) for _ in range(2) for client in range(2) for name in ("collaborative", "continual")]
@@ -160,14 +169,15 @@ def test_stages_are_those_of_algorithm_1(watched):
             id(p): group["lr"] for group in stage.module.configure_optimizers().param_groups for p in group["params"]
         }
         assert rates[id(client.net.generator.weight)] == GENERATOR_LR
-        assert rates[id(client.net.head.weight)] == HEAD_LR and rates[id(client.net.unit.project.weight)] == LR
+        assert rates[id(client.net.head.weight)] == HEAD_LR
+        assert rates[id(client.net.unit.project.weight)] == trainer.method.lr < LR
         labels = client.data.data.labels(samples)
         assert stage.module.counts.tolist() == labels.bincount(minlength=6).tolist()
         if stage.name == "collaborative":
             assert type(stage.module) is CollaborativeModule
             assert torch.equal(stage.module.classes, client.data.classes(task))
             assert sorted(samples.tolist()) == sorted(client.data.train_ids(task).tolist())
-            assert stage.module.freeze_norm is (task > 0)
+            assert stage.module.freeze_norm
         else:
             assert type(stage.module) is ContinualFineTuningModule and stage.module.freeze_norm
             assert stage.module.previous.net is previous
@@ -305,36 +315,73 @@ def test_clients_start_alike_if_so_asked(make_method, federate, shared):
     assert start.equal == [shared]
 
 
-def test_the_analytic_head_is_that_of_the_pooled_features(make_method, federate):
-    """Of all clients and tasks, each sample once."""
-    method, sent = make_method({"analytic_weight": 2.0}), []
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_batch_norm_rests_from_the_start_or_from_the_second_task(make_method, federate, at_rest):
+    method = make_method(freeze_norm=at_rest)
+    watch = Watch(method)
+    federate(method)
+    modes = [stage.module.freeze_norm for _, _, _, _, stage, _ in watch.stages if stage.name == "collaborative"]
+    assert modes == [at_rest] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize(("head", "reads", "round_"), [("analytic", "frozen", 0), ("adapted", "tokens", 1)])
+def test_an_analytic_head_is_that_of_the_pooled_features(make_method, federate, head, reads, round_):
+    """Of all clients and tasks, each sample once: adapted features as they were in the last round of their task."""
+    method, sent = make_method({f"{head}_weight": 2.0}), []
     upload = method.upload
 
     def watched(client):
         batch = client.data.fetch(client.train_ids)
         with torch.no_grad():
-            sent.append((client.round, client.net.eval()(batch.images).frozen, batch.labels))
+            sent.append((client.round, getattr(client.net.eval()(batch.images), reads), batch.labels))
         return upload(client)
 
     method.upload = watched
     trainer = federate(method, rounds_per_task=2)
-    features, labels = (torch.cat([part[i] for part in sent if part[0] == 0]) for i in (1, 2))
+    features, labels = (torch.cat([part[i] for part in sent if part[0] == round_]) for i in (1, 2))
     weight, bias = discriminant_solution(moment_sums(features, labels, 6), method.shrinkage)
     for client in trainer.clients:
-        torch.testing.assert_close(client.net.analytic.weight, weight, rtol=1e-2, atol=1e-2 * weight.abs().max().item())
-        torch.testing.assert_close(client.net.analytic.bias, bias, rtol=1e-2, atol=1e-2 * bias.abs().max().item())
+        found = getattr(client.net, head)
+        torch.testing.assert_close(found.weight, weight, rtol=1e-2, atol=1e-2 * weight.abs().max().item())
+        torch.testing.assert_close(found.bias, bias, rtol=1e-2, atol=1e-2 * bias.abs().max().item())
 
 
-@pytest.mark.parametrize(("weight", "rounds"), [(2.0, [0]), (0.0, [])])
-def test_sums_for_the_analytic_head_are_sent_once_per_task(make_method, federate, weight, rounds):
+@pytest.mark.parametrize(
+    ("weights", "rounds"),
+    [
+        ({}, {}),
+        ({"analytic_weight": 2.0}, {"analytic": [0]}),
+        ({"adapted_weight": 2.0}, {"adapted": [0, 1]}),
+        ({"adapted_weight": 2.0, "collaboration": False}, {}),
+    ],
+)
+def test_sums_of_frozen_features_are_sent_once_per_task_and_of_adapted_ones_in_every_round(
+    make_method, federate, weights, rounds
+):
     """Second moments of features, class by class sums, and no name beside those of Fed-LSCL."""
-    method = make_method({"analytic_weight": weight})
-    watch = Watch(method)
+    method = make_method(weights)
+    watch = Watch(method) if weights.get("collaboration", True) else Sent(method)
     federate(method, rounds_per_task=2)
+    own = {"generator": (17, 1024), "moments": (153,)} if weights.get("collaboration", True) else {}
     for number, payload in enumerate(watch.uploads):
-        extra = {"gram": (65, 65), "products": (65, 6)} if number // 2 % 2 in rounds else {}
-        found = {name: tuple(value.shape) for name, value in payload.items()}
-        assert found == {"generator": (17, 1024), "moments": (153,), **extra}
+        extra = {
+            f"{head}.{name}": shape
+            for head, when in rounds.items()
+            for name, shape in {"gram": (65, 65), "products": (65, 6)}.items()
+            if number // 2 % 2 in when
+        }
+        assert {name: tuple(value.shape) for name, value in payload.items()} == {**own, **extra}
+
+
+def test_heads_before_the_last_round_do_not_touch_the_sums_that_stay(make_method, federate):
+    """Adapted features of a task count once, as its last round has them."""
+    method = make_method({"adapted_weight": 2.0, "analytic_weight": 2.0})
+    trainer = federate(method, rounds_per_task=2, max_tasks=1)
+    kept = {name: value.clone() for name, value in trainer.method.sums.items()}
+    uploads = [trainer._upload(client) for client in trainer.clients]
+    trainer.method.aggregate(uploads, Progress(0, 0))
+    assert set(kept) == {f"{head}.{name}" for head in ("analytic", "adapted") for name in ("gram", "products")}
+    assert all(torch.equal(kept[name], value) for name, value in trainer.method.sums.items())
 
 
 def test_permuting_clients_permutes_answers(watched):

@@ -125,7 +125,7 @@ def test_the_first_step_already_moves_the_writing_factors(collaborator_config, i
 
 def test_the_state_is_what_the_client_owns(collaborator_config):
     net = Collaborator(collaborator_config, 5)
-    assert {name.split(".")[0] for name in net.state_dict()} == {*PARTS, "analytic"}
+    assert {name.split(".")[0] for name in net.state_dict()} == {*PARTS, "analytic", "adapted"}
     assert not net.foundation.vit.state_dict().keys() & net.state_dict().keys()
     assert {name.split(".")[0] for name, _ in net.named_parameters()} == PARTS
 
@@ -193,6 +193,19 @@ def test_an_analytic_head_adds_to_the_trained_one_at_evaluation(
     training = net.train()(images)
     assert torch.equal(training.logits, training.trained)
     assert not {"analytic.weight", "analytic.bias"} & {name for name, _ in net.named_parameters()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_an_adapted_head_reads_the_adapted_features(collaborator_config, images, share):
+    net = awake(replace(collaborator_config, adapted_weight=share, analytic_weight=0.0))
+    weight, bias = torch.randn(5, 64), torch.randn(5)
+    net.adapted.set(weight, bias)
+    output = net(images)
+    expected = output.trained + share * (torch.nn.functional.normalize(output.tokens) @ weight.T + bias)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(output.logits, output.trained) == (share == 0)
+    training = net.train()(images)
+    assert torch.equal(training.logits, training.trained)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Fed-LSCL (Yu et al., arXiv 2508.09489): large-small collaboration for federated continual learning.
 
 Deviations from the letter of the paper, each a field: a cosine head with imprinted rows, the current task's samples
-beside the buffer in Stage 2, a balanced softmax, an analytic head on the frozen path, second moments in place of raw
-features, Eq. 5 in closed form with a scale-free lambda.
+beside the buffer in Stage 2, a balanced softmax, BatchNorm at rest, analytic heads on the frozen and on the adapted
+path, second moments in place of raw features, Eq. 5 in closed form with a scale-free lambda.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,9 @@ from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.objectives import sample_losses
 
+HEADS = ("analytic", "adapted")
+"""Closed-form heads of a collaborator, by the parts of its net that hold them."""
+
 
 @dataclass(kw_only=True)
 class FedLSCL(Method):
@@ -43,14 +46,19 @@ class FedLSCL(Method):
     """The net of each client."""
     small_models: Sequence[str] = ()
     """Small models handed out to the clients in turn, in place of collaborator.small_model (Fig. 4)."""
+    lr: float = 1e-4
+    """Learning rate of the small model (ours; 1e-3 in Sec. 5.1.3)."""
     generator_lr: float = GENERATOR_LR
     """Learning rate of the generator (ours; not in the paper)."""
     head_lr: float = HEAD_LR
     """Learning rate of the head (ours; not in the paper)."""
+    freeze_norm: bool = True
+    """Keep the small model's BatchNorm at rest from the start: E then means the same in training, at test and in all
+    clients (ours); without it statistics settle in the first task, those of a pretrained model never."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
     shrinkage: float = 0.2
-    """Of the analytic head's covariance, 1 being nearest class mean (ours)."""
+    """Of the analytic heads' covariance, 1 being nearest class mean (ours)."""
     imprint: bool = True
     """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
     continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
@@ -131,12 +139,14 @@ class FedLSCL(Method):
     def upload(self, client: Client) -> Payload:
         """phi_i and the second moment of FS_i, the features of what the buffer would be now.
 
-        With an analytic head, once per task, also the second moments of the frozen ViT's features. No CNN, no head, no
-        image and no raw feature ever leaves the client.
+        With analytic heads also the second moments of the ViT's features: once per task of the frozen ones, in every
+        round of the adapted ones. No CNN, no head, no image and no raw feature ever leaves the client.
         """
         payload: dict[str, Tensor] = {}
         if self.collaborator.analytic_weight > 0 and first_of_task(client):
-            payload |= moments_of_task(client, "frozen")
+            payload |= sums_for("analytic", client, "frozen")
+        if client.net.pools:
+            payload |= sums_for("adapted", client, "tokens")
         if self._federates(client):
             ids = scored_buffer(client, self.buffer_per_class).ids
             moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
@@ -145,8 +155,8 @@ class FedLSCL(Method):
         return outgoing(payload)
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Eq. 5 for every client in closed form, and the analytic head that follows from all sums so far."""
-        common = self._analytic_head(uploads)
+        """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""
+        common = self._analytic_heads(uploads, progress)
         if "generator" not in uploads[0].payload:
             return [dict(common) for _ in uploads]
         generators = [upload.payload["generator"] for upload in uploads]
@@ -155,11 +165,12 @@ class FedLSCL(Method):
         return [{"generator": generator, **common} for generator in fused]
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the personalised generator and the analytic head."""
+        """Take over the personalised generator and the analytic heads."""
         if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
-        if "analytic.weight" in payload:
-            client.net.analytic.set(payload["analytic.weight"], payload["analytic.bias"])
+        for head in HEADS:
+            if f"{head}.weight" in payload:
+                getattr(client.net, head).set(payload[f"{head}.weight"], payload[f"{head}.bias"])
 
     def end_task(self, client: Client) -> None:
         """Commit the buffer and keep theta^n, phi^n as they are after the last aggregation."""
@@ -169,7 +180,7 @@ class FedLSCL(Method):
             consolidate(client, samples=200, gamma=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums behind the analytic head."""
+        """The sums behind the analytic heads."""
         return {"sums": dict(self.sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,7 +190,7 @@ class FedLSCL(Method):
     def _stage_one(self, client: Client) -> Learner:
         rates = {
             "lr": self.lr,
-            "freeze_norm": client.task > 0 or self.collaborator.pretrained,
+            "freeze_norm": self.freeze_norm or client.task > 0 or self.collaborator.pretrained,
             "counts": self._counts(client, client.train_ids),
         }
         parts = {"lr_of": {"generator": self.generator_lr, "head": self.head_lr}, **rates}
@@ -199,12 +210,20 @@ class FedLSCL(Method):
             return None
         return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
 
-    def _analytic_head(self, uploads: list[Upload]) -> Payload:
-        add_sums(self.sums, [upload.payload for upload in uploads])
-        if not self.sums:
-            return {}
-        weight, bias = discriminant_solution(MomentSums(**self.sums), self.shrinkage)
-        return {"analytic.weight": weight, "analytic.bias": bias}
+    def _analytic_heads(self, uploads: list[Upload], progress: Progress) -> Payload:
+        """Linear discriminants; sums of adapted features count for good from the task's last round on."""
+        payloads = [upload.payload for upload in uploads]
+        add_sums(self.sums, payloads, sums_of("analytic"))
+        sums, answer = dict(self.sums), {}
+        add_sums(sums, payloads, sums_of("adapted"))
+        if progress.last:
+            self.sums = sums
+        for head in HEADS:
+            if f"{head}.gram" in sums:
+                moments = MomentSums(*(sums[name] for name in sums_of(head)))
+                weight, bias = discriminant_solution(moments, self.shrinkage)
+                answer |= {f"{head}.weight": weight, f"{head}.bias": bias}
+        return answer
 
     def _federates(self, client: Client) -> bool:
         return self.distill and client.net.config.collaboration
@@ -228,6 +247,16 @@ def draw_per_class(client: Client, per_class: int) -> Tensor:
     ids = client.train_ids[torch.randperm(len(client.train_ids))]
     labels = client.data.data.labels(ids)
     return torch.cat([ids[labels == label][:per_class] for label in client.classes])
+
+
+def sums_for(head: str, client: Client, pick: str) -> Payload:
+    """What a client adds to the sums behind a closed-form head for its task."""
+    return {f"{head}.{name}": value for name, value in moments_of_task(client, pick).items()}
+
+
+def sums_of(head: str) -> list[str]:
+    """Names under which the sums behind a closed-form head travel."""
+    return [f"{head}.{name}" for name in MomentSums._fields]
 
 
 def symmetric(upper: Tensor, size: int) -> Tensor:

@@ -29,7 +29,7 @@ class Collaboration(NamedTuple):
     trained: Tensor
     """Logits of the trained head, (B, num_classes)."""
     logits: Tensor
-    """(B, num_classes): the trained head's, and in evaluation mode the analytic head's added."""
+    """(B, num_classes): the trained head's, and in evaluation mode the analytic heads' added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,8 @@ class CollaboratorConfig:
     analytic_weight: float = 2.0
     """Weight at evaluation of a closed-form head on the frozen ViT's features beside the trained head's logits; with 0
     there is none, as in the paper (ours)."""
+    adapted_weight: float = 2.0
+    """The same for a closed-form head on the adapted features (ours)."""
     collaboration: bool = True
     """Without it the frozen ViT and the head remain (ablation)."""
 
@@ -83,12 +85,19 @@ class Collaborator(Net):
             self.generator = ParameterGenerator(config.feature_dim, self.shapes)
         self.head = make_head(config.head, self.foundation.width, num_classes)
         self.analytic = AnalyticHead(self.foundation.width, num_classes)
+        if config.collaboration:
+            self.adapted = AnalyticHead(self.foundation.width, num_classes)
 
     @property
     def prefix_key(self) -> str:
         """The ViT's weights, its input size, the block at which cached tokens enter, and what comes with them."""
         extra = "+frozen" if self._keeps_frozen else ""
         return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self._entry}{extra}"
+
+    @property
+    def pools(self) -> bool:
+        """Whether there is an analytic head on the adapted features."""
+        return self.config.collaboration and self.config.adapted_weight > 0
 
     @property
     def _entry(self) -> int:
@@ -131,5 +140,7 @@ class Collaborator(Net):
         tokens = self.foundation.to(images.device).features(entering, self._entry, updates)
         trained = logits = self.head(tokens)
         if not self.training and self.config.analytic_weight > 0:
-            logits = trained + self.config.analytic_weight * self.analytic(frozen)
+            logits = logits + self.config.analytic_weight * self.analytic(frozen)
+        if not self.training and self.pools:
+            logits = logits + self.config.adapted_weight * self.adapted(tokens)
         return Collaboration(features, lora, tokens, frozen, trained, logits)

@@ -1,0 +1,96 @@
+"""Run a list of configurations over seeds, one process each, and keep what they came to.
+
+A call goes on where the last one stopped: finished runs are skipped, begun ones continue from their checkpoint.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FOLDERS = {"cpu": "cifar100_small", "gpu": "cifar100_deit_tiny", "paper": "imagenet_r"}
+"""Where the configurations of a preset are; `--configs` names another folder."""
+SEEDS = (42, 1999, 2024)
+"""The paper's."""
+
+
+class Run(NamedTuple):
+    """One row of a table before it is run with a seed."""
+
+    name: str
+    config: str
+    options: Sequence[str] = ()
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The options that all drivers share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--preset", choices=FOLDERS, default="cpu", help="size of the experiment")
+    parser.add_argument("--configs", help="folder of configurations, in place of the preset's own")
+    parser.add_argument("--data_root", default="data", help="where datasets and weights are")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--only", nargs="+", help="names of the rows to run")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of all runs")
+    parser.add_argument("--jobs", type=int, help="processes at once; on a CPU one for each core, else 1")
+    parser.add_argument("--limit_s", type=float, help="stop after so many seconds; call again to go on")
+    options = parser.parse_args()
+    options.folder = CONFIGS / (options.configs or FOLDERS[options.preset])
+    options.jobs = options.jobs or (os.cpu_count() if options.preset == "cpu" else 1)
+    return options
+
+
+def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> bool:
+    """Run all that is not finished; seed by seed, so that an interrupted table has whole columns. True when all is."""
+    out = options.out / f"{name}_{options.preset}"
+    chosen = [run for run in runs if not options.only or run.name in options.only]
+    todo = [(run, seed) for seed in options.seeds for run in chosen if not finished(out / label(run, seed))]
+    deadline = None if options.limit_s is None else time.monotonic() + options.limit_s
+    print(f"{len(chosen) * len(options.seeds)} runs, {len(todo)} to do, in {out}", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        ended = list(pool.map(lambda task: execute(*task, out, options, deadline), todo))
+    return all(ended)
+
+
+def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadline: float | None) -> bool:
+    """One run in a process of its own, single-threaded beside others; whether it finished."""
+    left = None if deadline is None else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        return False
+    command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(options.folder / run.config)]
+    command += ["--seed_everything", str(seed), "--data.root", options.data_root, "--ckpt_path", "last"]
+    command += ["--trainer.default_root_dir", str(out), "--trainer.name", label(run, seed), *run.options]
+    out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, **({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}))
+    started = time.monotonic()
+    with (out / f"{label(run, seed)}.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    state = "done" if process.returncode == 0 else f"stopped ({process.returncode}), see {log.name}"
+    print(f"{label(run, seed)}: {state} after {time.monotonic() - started:.0f} s", flush=True)
+    return process.returncode == 0
+
+
+def label(run: Run, seed: int) -> str:
+    """Name of a run's folder."""
+    return f"{run.name}-seed{seed}"
+
+
+def finished(folder: Path) -> bool:
+    """Whether the newest version of a run has learned all its tasks."""
+    files = sorted(folder.glob("version_*/results.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        return False
+    results = json.loads(files[-1].read_text())
+    return results["tasks_done"] == len(results["accuracy"]["after"]["seen"][0])

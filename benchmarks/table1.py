@@ -1,0 +1,24 @@
+"""Table 1 of the paper: every method on the same split, budget and seeds.
+
+    python benchmarks/table1.py --preset cpu --data_root DATA
+
+A row is a YAML file in the preset's folder; `fedlscl fit --config configs/<folder>/<row>.yaml` runs it alone.
+"""
+
+import sys
+
+from sweep import Run, parse, sweep
+
+VARIANTS = ("fedlscl_no_", "fedlscl_only_")
+"""Rows of the ablation, not of this table."""
+
+
+def main() -> int:
+    """Run what is missing; 0 when the table is whole."""
+    options = parse("Every method of Table 1, and the controls.")
+    files = sorted(path.name for path in options.folder.glob("*.yaml") if not path.name.startswith(VARIANTS))
+    return 0 if sweep("table1", [Run(name.removesuffix(".yaml"), name) for name in files], options) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
