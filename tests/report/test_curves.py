@@ -1,0 +1,35 @@
+import dataclasses
+
+import pytest
+
+from fedlscl.federated.wording import percent
+from fedlscl.report.curves import against_cost, over_tasks
+from fedlscl.report.groups import grouped
+from fedlscl.report.runs import read_runs
+
+
+@pytest.mark.parametrize("course", ["average", "forgetting"])
+def test_the_words_of_a_course_hold_its_last_values(groups, course):
+    words = over_tasks(groups, course, "seen").alt
+    for group in groups:
+        assert f"{group.name} {percent(group.known(f'seen/{course}').mean)} %" in words
+
+
+def test_a_method_that_uploads_nothing_is_kept(groups):
+    words = against_cost(groups, "up_bytes", "task").alt
+    assert "Local" in words and "at 0 B" in words
+
+
+def test_a_cost_that_nobody_has_gives_no_figure(runs):
+    local = [run for run in read_runs([runs]) if run.name == "Local"]
+    assert against_cost(grouped(local), "up_bytes", "seen") is None
+    assert (
+        against_cost(grouped([dataclasses.replace(run, costs=None) for run in local]), "total_seconds", "seen") is None
+    )
+
+
+def test_one_run_of_one_task_can_be_drawn(runs):
+    run = read_runs([runs])[0]
+    results = {**run.results, "tasks_done": 1, "summary": run.results["summary"][:1]}
+    (group,) = grouped([dataclasses.replace(run, results=results)])
+    assert over_tasks([group], "forgetting", "seen").svg and against_cost([group], "up_bytes", "seen").svg

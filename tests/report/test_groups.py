@@ -1,0 +1,73 @@
+import dataclasses
+import statistics
+
+import numpy as np
+import pytest
+
+from fedlscl.report.groups import final, grouped
+from fedlscl.report.runs import read_runs
+
+
+@pytest.fixture
+def four(runs):
+    return read_runs([runs])
+
+
+def with_option(run, old, new):
+    assert old in run.config
+    return dataclasses.replace(run, config=run.config.replace(old, new))
+
+
+def test_groups_are_the_methods_best_first(groups):
+    assert {group.name for group in groups} == {"FedAvg", "Local"}
+    assert all(group.seeds == [1, 2] for group in groups)
+    means = [group.known("seen/average").mean for group in groups]
+    assert means == sorted(means, reverse=True)
+
+
+def test_mean_and_deviation_are_those_over_seeds(groups, four):
+    for group in groups:
+        values = [final(run, "seen/average") for run in four if run.name == group.name]
+        found = group.known("seen/average")
+        assert found.mean == pytest.approx(statistics.mean(values), abs=1e-15)
+        assert found.deviation == pytest.approx(statistics.stdev(values), abs=1e-15)
+
+
+def test_one_seed_has_no_deviation(four):
+    (group,) = grouped(four[:1])
+    assert group.known("seen/average").deviation is None
+
+
+def test_a_figure_that_one_run_lacks_has_no_mean(four):
+    (group,) = grouped([four[0], dataclasses.replace(four[1], costs=None)])
+    assert group.final("total_seconds") is None and group.final("up_bytes") is not None
+
+
+def test_runs_of_one_name_in_two_settings_are_kept_apart_and_named_after_the_difference(four):
+    other = with_option(four[1], "local_epochs: 1", "local_epochs: 7")
+    assert {group.name for group in grouped([four[0], other])} == {"FedAvg (local_epochs=1)", "FedAvg (local_epochs=7)"}
+
+
+def test_where_a_run_was_made_is_no_setting(four):
+    moved = with_option(four[1], "default_root_dir: ", "default_root_dir: /elsewhere")
+    assert [group.seeds for group in grouped([four[0], moved])] == [[1, 2]]
+
+
+def test_an_unfinished_run_does_not_join_the_finished_ones(four):
+    results = {**four[1].results, "tasks_done": 1, "summary": four[1].results["summary"][:1]}
+    stopped = dataclasses.replace(four[1], results=results)
+    assert [len(group.runs) for group in grouped([four[0], stopped])] == [1, 1]
+
+
+def test_the_same_run_twice_is_refused(four, tmp_path):
+    copy = dataclasses.replace(four[0], path=tmp_path / "FedAvg" / "results.json")
+    with pytest.raises(ValueError, match="the same seed 1"):
+        grouped([four[0], copy])
+
+
+def test_the_worst_rank_is_the_worst_client_of_the_table(groups):
+    for group in groups:
+        for mask in ("task", "seen"):
+            ranked = group.ranked_clients(mask)
+            assert ranked[:, 0].mean() == pytest.approx(group.known(f"{mask}/worst_client").mean)
+            assert (np.diff(ranked, axis=1) >= 0).all()

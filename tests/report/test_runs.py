@@ -1,0 +1,67 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from fedlscl.__main__ import main
+from fedlscl.report.runs import read_run, read_runs
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A run that a test may damage."""
+    return shutil.copytree(runs / "FedAvg" / "version_0", tmp_path / "FedAvg")
+
+
+def change(folder, **values):
+    file = folder / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_all_seeds_of_a_run_folder_are_read_and_the_newest_version_of_each(runs, tmp_path):
+    assert [(run.name, run.seed) for run in read_runs([runs])] == [
+        ("FedAvg", 1),
+        ("FedAvg", 2),
+        ("Local", 1),
+        ("Local", 2),
+    ]
+    for version in (0, 1, 2):
+        shutil.copytree(runs / "FedAvg" / "version_0", tmp_path / "FedAvg" / f"version_{version}")
+    assert [run.path.parent.name for run in read_runs([tmp_path])] == ["version_2"]
+
+
+def test_matrix_and_averages_are_those_of_the_summary(runs):
+    for run in read_runs([runs]):
+        for mask in ("task", "seen"):
+            assert run.client_averages(mask).mean() == pytest.approx(run.results["summary"][-1][f"{mask}/average"])
+            assert np.isnan(run.matrix(mask)[:, 0, 1]).all() and not np.isnan(run.matrix(mask)[:, 1]).any()
+
+
+def test_a_run_may_come_without_costs_and_configuration(copied):
+    for name in ("costs.json", "config.yaml", "matrix.csv"):
+        (copied / name).unlink()
+    run = read_run(copied / "results.json")
+    assert run.costs is None and run.commits == [] == run.devices
+    assert run.options["method.fields.local_epochs"] == 1
+
+
+DAMAGES = {
+    "no valid JSON": lambda folder: (folder / "results.json").write_text('{"seed": 1'),
+    "holds list": lambda folder: (folder / "results.json").write_text("[]"),
+    "holds no 'method'": lambda folder: (folder / "results.json").write_text('{"seed": 1}'),
+    "has schema 2": lambda folder: change(folder, schema=2),
+    "holds no finished task": lambda folder: change(folder, summary=[]),
+    "does not hold the accuracies": lambda folder: (folder / "matrix.csv").write_text("phase,mask\nafter,task\n"),
+    "no configuration in YAML": lambda folder: (folder / "config.yaml").write_text("a: [1"),
+    "costs.json' is no valid JSON": lambda folder: (folder / "costs.json").write_text(""),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_run_is_one_line_and_nothing_is_written(copied, message, tmp_path, capsys):
+    DAMAGES[message](copied)
+    assert main(["report", str(copied), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
