@@ -3,7 +3,10 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
-from fedlscl.report.write import write_report
+from fedlscl.report.curves import against_cost
+from fedlscl.report.groups import grouped
+from fedlscl.report.numbers import table_markdown
+from fedlscl.report.runs import read_runs
 
 FIGURES = ("accuracy", "forgetting", "clients", "bytes", "seconds", "matrix")
 TABLES = {"index.html", "table.md", "table.csv", "table.tex", "per_task.csv"}
@@ -25,13 +28,13 @@ def test_a_second_call_writes_the_same_bytes_and_prints_what_it_wrote(runs, repo
     assert {line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()} == before.keys()
 
 
-def test_without_costs_there_is_no_figure_of_seconds(runs, tmp_path):
+def test_without_costs_there_is_no_figure_of_seconds_and_with_one_seed_no_deviation(runs, tmp_path):
     shutil.copytree(runs / "FedAvg" / "version_0", tmp_path / "A")
     (tmp_path / "A" / "costs.json").unlink()
-    written = write_report([tmp_path / "A"], tmp_path / "out")
-    assert not any(path.name.startswith("seconds") for path in written)
-    assert "| A | 1 |" in (tmp_path / "out" / "table.md").read_text()
-    assert "± " not in (tmp_path / "out" / "table.md").read_text()
+    groups = grouped(read_runs([tmp_path / "A"]))
+    assert against_cost(groups, "total_seconds", "seen") is None
+    last = table_markdown(groups).splitlines()[-1]
+    assert last.startswith("| A | 1 |") and last.endswith("| – |") and "±" not in last
 
 
 @pytest.mark.parametrize("options", [["--out"], ["--ou", "x"], []])

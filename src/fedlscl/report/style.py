@@ -145,6 +145,8 @@ def for_page(svg: bytes, prefix: str) -> str:
     text = svg.decode()
     text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    # Nothing refers to images, and equal ones have equal names.
+    text = re.sub(r'(<image [^>]*?) id="[^"]*"', r"\1", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'<svg ([^>]*?)width="[\d.]+pt" height="[\d.]+pt"', r"<svg \1", text, count=1)
     return re.sub(r"\n\s*", "\n", text.replace(INK, "currentColor").replace(PAPER, "none"))
