@@ -31,6 +31,14 @@ def test_all_seeds_of_a_run_folder_are_read_and_the_newest_version_of_each(runs,
     assert [run.path.parent.name for run in read_runs([tmp_path])] == ["version_2"]
 
 
+def test_a_folder_named_after_its_seed_is_a_repetition(runs, tmp_path):
+    for version, name in enumerate(("FedAvg-seed1", "FedAvg_seed_2")):
+        shutil.copytree(runs / "FedAvg" / f"version_{version}", tmp_path / name / "version_0")
+    assert [run.name for run in read_runs([tmp_path])] == ["FedAvg", "FedAvg"]
+    (tmp_path / "FedAvg-seed1").rename(tmp_path / "FedAvg-seed7")
+    assert {run.name for run in read_runs([tmp_path])} == {"FedAvg", "FedAvg-seed7"}
+
+
 def test_matrix_and_averages_are_those_of_the_summary(runs):
     for run in read_runs([runs]):
         for mask in ("task", "seen"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +33,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
-        return run_folder(self.path).name
+        """Of the run's folder, without a seed at its end: FedAvg of FedAvg-seed42."""
+        return re.sub(rf"[-_]seed[-_]?{self.seed}$", "", run_folder(self.path).name)
 
     @property
     def seed(self) -> int:
