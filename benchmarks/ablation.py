@@ -7,7 +7,6 @@ import sys
 
 from sweep import Run, parse, sweep
 
-BASE = "fedlscl.yaml"
 TABLE_2 = {
     "full": [],
     "no_distillation": ["--method.distill", "false"],
@@ -34,7 +33,7 @@ OURS = {
 def main() -> int:
     """Run what is missing; 0 when all is there."""
     options = parse("Ablation of Fed-LSCL.")
-    rows = [Run(name, BASE, changes) for name, changes in {**TABLE_2, **OURS}.items()]
+    rows = [Run(name, options.base, changes) for name, changes in {**TABLE_2, **OURS}.items()]
     return 0 if sweep("ablation", rows, options) else 1
 
 

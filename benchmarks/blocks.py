@@ -14,7 +14,7 @@ BLOCKS = (0, 3, 6, 9, 11)
 def main() -> int:
     """Run what is missing; 0 when all is there."""
     options = parse("Fig. 3: which block of the frozen ViT is adapted.")
-    rows = [Run(f"block{value}", "fedlscl.yaml", ["--method.collaborator.block", str(value)]) for value in BLOCKS]
+    rows = [Run(f"block{value}", options.base, ["--method.collaborator.block", str(value)]) for value in BLOCKS]
     return 0 if sweep("blocks", rows, options) else 1
 
 

@@ -14,7 +14,7 @@ SIZES = (0, 5, 10, 20, 40)
 def main() -> int:
     """Run what is missing; 0 when all is there."""
     options = parse("Fig. 5: how many samples of a class the buffer keeps.")
-    rows = [Run(f"M{value}", "fedlscl.yaml", ["--method.buffer_per_class", str(value)]) for value in SIZES]
+    rows = [Run(f"M{value}", options.base, ["--method.buffer_per_class", str(value)]) for value in SIZES]
     return 0 if sweep("buffer", rows, options) else 1
 
 

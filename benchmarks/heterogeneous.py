@@ -23,8 +23,8 @@ def main() -> int:
     rows = []
     for name, models in MIXTURES.items():
         changes = ["--method.small_models", json.dumps(models)]
-        rows.append(Run(name, "fedlscl.yaml", changes))
-        rows.append(Run(f"{name}_no_distillation", "fedlscl.yaml", [*changes, "--method.distill", "false"]))
+        rows.append(Run(name, options.base, changes))
+        rows.append(Run(f"{name}_no_distillation", options.base, [*changes, "--method.distill", "false"]))
     return 0 if sweep("heterogeneous", rows, options) else 1
 
 

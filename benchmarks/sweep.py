@@ -26,7 +26,7 @@ class Run(NamedTuple):
     """One row of a table before it is run with a seed."""
 
     name: str
-    config: str
+    config: Path
     options: Sequence[str] = ()
 
 
@@ -43,6 +43,7 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--limit_s", type=float, help="stop after so many seconds; call again to go on")
     options = parser.parse_args()
     options.folder = CONFIGS / (options.configs or FOLDERS[options.preset])
+    options.base = options.folder.with_suffix(".yaml")
     options.jobs = options.jobs or (os.cpu_count() if options.preset == "cpu" else 1)
     return options
 
@@ -64,7 +65,7 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
     left = None if deadline is None else deadline - time.monotonic()
     if left is not None and left <= 0:
         return False
-    command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(options.folder / run.config)]
+    command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(run.config)]
     command += ["--seed_everything", str(seed), "--data.root", options.data_root, "--ckpt_path", "last"]
     command += ["--trainer.default_root_dir", str(out), "--trainer.name", label(run, seed), *run.options]
     out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/table1.py --preset cpu --data_root DATA
 
-A row is a YAML file in the preset's folder; `fedlscl fit --config configs/<folder>/<row>.yaml` runs it alone.
+The rows are configs/<folder>.yaml and configs/<folder>/*.yaml; `fedlscl fit --config FILE` runs one alone.
 """
 
 import sys
@@ -16,8 +16,9 @@ VARIANTS = ("fedlscl_no_", "fedlscl_only_")
 def main() -> int:
     """Run what is missing; 0 when the table is whole."""
     options = parse("Every method of Table 1, and the controls.")
-    files = sorted(path.name for path in options.folder.glob("*.yaml") if not path.name.startswith(VARIANTS))
-    return 0 if sweep("table1", [Run(name.removesuffix(".yaml"), name) for name in files], options) else 1
+    files = sorted(path for path in options.folder.glob("*.yaml") if not path.name.startswith(VARIANTS))
+    rows = [Run("fedlscl", options.base), *(Run(path.stem, path) for path in files)]
+    return 0 if sweep("table1", rows, options) else 1
 
 
 if __name__ == "__main__":

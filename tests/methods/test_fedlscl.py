@@ -8,7 +8,8 @@ from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.method import Progress
 from fedlscl.methods import FedLSCL
-from fedlscl.methods.fedlscl import draw_per_class, scored_buffer, symmetric
+from fedlscl.methods.fedlscl import symmetric
+from fedlscl.methods.selection import draw_per_class, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule

@@ -13,19 +13,18 @@ import torch
 from torch import Tensor
 
 from fedlscl.analytic import MomentSums, discriminant_solution
-from fedlscl.data import Buffer
 from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.controls import add_sums, first_of_task, moments_of_task
 from fedlscl.methods.ewc import consolidate, consolidated
+from fedlscl.methods.selection import draw_per_class, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
-from fedlscl.objectives import sample_losses
 
 HEADS = ("analytic", "adapted")
 """Closed-form heads of a collaborator, by the parts of its net that hold them."""
@@ -227,26 +226,6 @@ class FedLSCL(Method):
 
     def _federates(self, client: Client) -> bool:
         return self.distill and client.net.config.collaboration
-
-
-@torch.no_grad()
-def scored_buffer(client: Client, per_class: int) -> Buffer:
-    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
-    ids, labels, losses = [], [], []
-    for batch, output in client.infer(client.train_ids):
-        ids.append(batch.ids.cpu())
-        labels.append(batch.labels.cpu())
-        losses.append(sample_losses(output.trained, batch.labels, client.classes.to(batch.labels.device)).cpu())
-    if not ids:
-        return client.buffer
-    return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
-
-
-def draw_per_class(client: Client, per_class: int) -> Tensor:
-    """Ids of up to ``per_class`` random training samples of each class of the current task."""
-    ids = client.train_ids[torch.randperm(len(client.train_ids))]
-    labels = client.data.data.labels(ids)
-    return torch.cat([ids[labels == label][:per_class] for label in client.classes])
 
 
 def sums_for(head: str, client: Client, pick: str) -> Payload:
