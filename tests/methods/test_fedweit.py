@@ -4,8 +4,8 @@ import torch
 from fedlscl.aggregation import masked_average
 from fedlscl.methods import FedWeIT
 from fedlscl.methods.fedweit import BASE, BITS, SENT, VALUES
+from fedlscl.nets.sparsity import unpack
 from fedlscl.nets.vit import FoundationConfig
-from fedlscl.sparsity import unpack
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from fedlscl.methods.fedavg import FedAvg
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.decomposition import DecompositionModule
 from fedlscl.nets.decomposed import DecomposedClassifier
-from fedlscl.sparsity import largest, pack, unpack
+from fedlscl.nets.sparsity import largest, pack, unpack
 
 BASE, SENT, VALUES, BITS = "base.", "sent.", "values.", "bits."
 """Prefixes: rows of the base and which they are; a packed A_t. A layer's name follows."""

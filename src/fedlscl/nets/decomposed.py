@@ -10,7 +10,7 @@ from torch.func import functional_call
 from fedlscl.nets.classifier import LinearHead
 from fedlscl.nets.net import Classification, Net
 from fedlscl.nets.small import SmallModel
-from fedlscl.sparsity import hard_threshold
+from fedlscl.nets.sparsity import hard_threshold
 
 UNKNOWN = -100.0
 """Log-probability of a class that no task had."""

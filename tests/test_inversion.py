@@ -1,0 +1,61 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedlscl.inversion import infer_labels, perturbed, prototype_gradients, reconstruct
+from fedlscl.nets.prototype_encoder import PrototypeEncoder
+
+NUM_CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return PrototypeEncoder(NUM_CLASSES, size=8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(NUM_CLASSES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def gradients(encoder, images):
+    return prototype_gradients(encoder, images, torch.arange(NUM_CLASSES))
+
+
+def test_gradients_are_those_of_each_images_own_cross_entropy(encoder, images, gradients):
+    encoder.zero_grad()
+    F.cross_entropy(encoder(images[2:3]), torch.tensor([2])).backward()
+    assert torch.equal(gradients[2], torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+    encoder.zero_grad()
+
+
+def test_the_label_of_every_class_is_inferred(encoder, gradients):
+    assert infer_labels(gradients, NUM_CLASSES, encoder.width).tolist() == list(range(NUM_CLASSES))
+
+
+def test_an_image_comes_back_from_its_gradient(encoder, images, gradients):
+    """That it does is the method's leak: the mean error falls to less than a third of the first guess's."""
+    start = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = reconstruct(encoder, gradients[3], torch.tensor(3), start, steps=20, keep=4)
+    assert found.shape == (4, 3, 8, 8) and found.min() >= 0 and found.max() <= 1
+    errors = [(image - images[3]).square().mean() for image in (start, found[-1])]
+    assert errors[1] < errors[0] / 3
+
+
+def test_a_search_without_steps_or_numbers_gives_the_start(encoder, gradients):
+    start = torch.rand(3, 8, 8)
+    for gradient, steps in ((gradients[0], 0), (gradients[0] * torch.nan, 3)):
+        assert torch.equal(reconstruct(encoder, gradient, torch.tensor(0), start, steps, keep=2), start[None])
+
+
+def test_each_image_is_perturbed_by_itself_along_the_gradient():
+    images = torch.rand(3, 3, 2, 2, generator=torch.Generator().manual_seed(2))
+
+    def loss(x):
+        return x.square().sum() / 2
+
+    together = perturbed(images, loss, steps=3, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(together, images * (1 - 0.1 * 1.5) ** 3)
+    assert torch.equal(together[1:2], perturbed(images[1:2], loss, steps=3, lr=0.1, weight_decay=0.5))
+    assert torch.equal(perturbed(images, loss, steps=0, lr=0.1), images)
