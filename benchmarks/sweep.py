@@ -52,7 +52,7 @@ def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> bool:
     """Run all that is not finished; seed by seed, so that an interrupted table has whole columns. True when all is."""
     out = options.out / f"{name}_{options.preset}"
     chosen = [run for run in runs if not options.only or run.name in options.only]
-    todo = [(run, seed) for seed in options.seeds for run in chosen if not finished(out / label(run, seed))]
+    todo = [(run, seed) for seed in options.seeds for run in chosen if not finished(out / place(run, seed))]
     deadline = None if options.limit_s is None else time.monotonic() + options.limit_s
     print(f"{len(chosen) * len(options.seeds)} runs, {len(todo)} to do, in {out}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -67,11 +67,12 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
         return False
     command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(run.config)]
     command += ["--seed_everything", str(seed), "--data.root", options.data_root, "--ckpt_path", "last"]
-    command += ["--trainer.default_root_dir", str(out), "--trainer.name", label(run, seed), *run.options]
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out / place(run, seed)
+    command += ["--trainer.default_root_dir", str(folder.parent), "--trainer.name", run.name, *run.options]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, **({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}))
     started = time.monotonic()
-    with (out / f"{label(run, seed)}.log").open("a") as log:
+    with folder.with_suffix(".log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             process.wait(left)
@@ -79,13 +80,13 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
             process.send_signal(signal.SIGINT)
             process.wait()
     state = "done" if process.returncode == 0 else f"stopped ({process.returncode}), see {log.name}"
-    print(f"{label(run, seed)}: {state} after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{run.name}, seed {seed}: {state} after {time.monotonic() - started:.0f} s", flush=True)
     return process.returncode == 0
 
 
-def label(run: Run, seed: int) -> str:
-    """Name of a run's folder."""
-    return f"{run.name}-seed{seed}"
+def place(run: Run, seed: int) -> Path:
+    """A run's folder below that of all; reports group what has the same name."""
+    return Path(f"seed{seed}", run.name)
 
 
 def finished(folder: Path) -> bool:

@@ -35,9 +35,9 @@ def test_every_method_has_a_page_and_every_page_a_method():
 @pytest.mark.parametrize("name", methods.__all__)
 def test_a_page_names_the_method_its_source_and_what_is_uploaded(name):
     page = (PAGES / f"{name.lower()}.md").read_text()
-    assert page.startswith(f"# {name}\n")
+    assert page.splitlines()[0].replace("-", "") == f"# {name}"
     assert getattr(methods, name).card.arxiv in page
-    assert re.search(r"^## What (is uploaded|leaves a client)", page, re.M) or name == "Joint"
+    assert re.search(r"^## What (is uploaded|leaves a client)", page, re.M) or name.startswith("Joint")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ METHODS = {
     "FedWeIT": lambda: methods.FedWeIT(**SMALL, lr=0.01, num_tasks=2, num_clients=2),
     "GLFC": lambda: methods.GLFC(**SMALL, oracle_signal=True, perturbation_steps=2, reconstruction_steps=2),
     "Joint": lambda: methods.Joint(**SMALL),
+    "JointLSCL": lambda: methods.JointLSCL(collaborator=COLLABORATOR, **LOCAL),
     "LoRM": lambda: methods.LoRM(foundation=VIT, num_tasks=2, rank=2, lr=0.01, **LOCAL),
     "Local": lambda: methods.Local(**SMALL),
     "LwF": lambda: methods.LwF(**SMALL),

@@ -11,7 +11,7 @@ from fedlscl.methods.fedmgp import FedMGP
 from fedlscl.methods.fedprox import FedProx
 from fedlscl.methods.fedweit import FedWeIT
 from fedlscl.methods.glfc import GLFC
-from fedlscl.methods.joint import Joint
+from fedlscl.methods.joint import Joint, JointLSCL
 from fedlscl.methods.lorm import LoRM
 from fedlscl.methods.lwf import LwF
 from fedlscl.methods.mfcl import MFCL
@@ -34,6 +34,7 @@ __all__ = [
     "FedRidge",
     "FedWeIT",
     "Joint",
+    "JointLSCL",
     "LoRM",
     "Local",
     "LwF",

@@ -114,13 +114,19 @@ class FedRidge(_Statistics):
         return {"head.weight": weight, "head.bias": bias}
 
 
-def moments_of_task(client: Client, pick: str) -> dict[str, Tensor]:
-    """Sums over the current task's samples; nothing for a client without any."""
+def moments_of(client: Client, ids: Tensor, pick: str) -> MomentSums | None:
+    """Sums over samples; None where there are none."""
     total: MomentSums | None = None
-    for batch, output in client.infer(client.train_ids):
+    for batch, output in client.infer(ids):
         part = moment_sums(getattr(output, pick), batch.labels, output.logits.shape[1])
         total = part if total is None else MomentSums(total.gram + part.gram, total.products + part.products)
-    return {} if total is None else total._asdict()
+    return total
+
+
+def moments_of_task(client: Client, pick: str) -> dict[str, Tensor]:
+    """Sums over the current task's samples; nothing for a client without any."""
+    sums = moments_of(client, client.train_ids, pick)
+    return {} if sums is None else sums._asdict()
 
 
 def add_sums(

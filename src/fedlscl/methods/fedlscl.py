@@ -24,10 +24,7 @@ from fedlscl.modules.classification import ConsolidationModule, DistillationModu
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
-from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
-
-HEADS = ("analytic", "adapted")
-"""Closed-form heads of a collaborator, by the parts of its net that hold them."""
+from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 
 
 @dataclass(kw_only=True)
@@ -143,9 +140,9 @@ class FedLSCL(Method):
         """
         payload: dict[str, Tensor] = {}
         if self.collaborator.analytic_weight > 0 and first_of_task(client):
-            payload |= sums_for("analytic", client, "frozen")
+            payload |= sums_for("analytic", client)
         if client.net.pools:
-            payload |= sums_for("adapted", client, "tokens")
+            payload |= sums_for("adapted", client)
         if self._federates(client):
             ids = scored_buffer(client, self.buffer_per_class).ids
             moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
@@ -228,9 +225,9 @@ class FedLSCL(Method):
         return self.distill and client.net.config.collaboration
 
 
-def sums_for(head: str, client: Client, pick: str) -> Payload:
+def sums_for(head: str, client: Client) -> Payload:
     """What a client adds to the sums behind a closed-form head for its task."""
-    return {f"{head}.{name}": value for name, value in moments_of_task(client, pick).items()}
+    return {f"{head}.{name}": value for name, value in moments_of_task(client, HEADS[head]).items()}
 
 
 def sums_of(head: str) -> list[str]:

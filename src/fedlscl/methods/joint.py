@@ -11,24 +11,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedlscl.federated.client import Client
-from fedlscl.federated.method import MethodCard, Progress, Stage
+from fedlscl.analytic import discriminant_solution
+from fedlscl.federated.client import Client, class_means
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.methods.controls import moments_of
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.classification import ClassificationModule
+from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
+from fedlscl.modules.learner import Learner
+from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
+from fedlscl.nets.net import Net
 
 TRAINER = 0
 """The client whose net learns the pool."""
 
 
 @dataclass(kw_only=True)
-class Joint(FedAvg):
-    """Oracle: all data of all clients and tasks so far, trained at once.
-
-    It runs in simulation only, and its traffic is that of handing out one net.
-    """
-
-    card: ClassVar = MethodCard("oracle", trains="as FedAvg, on everything pooled", uploads="everything, on purpose")
+class _Pool(Method):
+    """The server's pool of all samples so far, and one net for everybody."""
 
     from_scratch: bool = True
     """Begin every task with fresh weights, so that earlier tasks have no head start."""
@@ -44,8 +45,12 @@ class Joint(FedAvg):
     def stages(self, client: Client) -> Iterator[Stage]:
         """One client learns the pool; the others wait."""
         if client.id == TRAINER:
-            module = ClassificationModule(client.net, self.pool["classes"], lr=self.lr)
-            yield Stage("train", module, client.loader(self.pool["ids"], self.batch_size), self.local_epochs)
+            batches = client.loader(self.pool["ids"], self.batch_size)
+            yield Stage("train", self.objective(client), batches, self.local_epochs)
+
+    def objective(self, client: Client) -> Learner:
+        """What that client minimises."""
+        return ClassificationModule(client.net, self.pool["classes"], lr=self.lr)
 
     def upload(self, client: Client) -> Payload:
         """The net that learned."""
@@ -63,3 +68,52 @@ class Joint(FedAvg):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the pool."""
         self.pool = dict(state)
+
+
+@dataclass(kw_only=True)
+class Joint(_Pool, FedAvg):
+    """Oracle: all data of all clients and tasks so far, trained at once.
+
+    It runs in simulation only, and its traffic is that of handing out one net.
+    """
+
+    card: ClassVar = MethodCard("oracle", trains="as FedAvg, on everything pooled", uploads="everything, on purpose")
+
+
+@dataclass(kw_only=True)
+class JointLSCL(_Pool):
+    """Oracle: Fed-LSCL's net learns all data of all clients and tasks so far at once (Stage 1; nothing is fused)."""
+
+    card: ClassVar = MethodCard("oracle", trains="as Fed-LSCL, on everything pooled", uploads="everything, on purpose")
+
+    collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
+    """The net."""
+    lr: float = 1e-4
+    """Learning rate of the small model."""
+    generator_lr: float = GENERATOR_LR
+    """Learning rate of the generator."""
+    head_lr: float = HEAD_LR
+    """Learning rate of the head."""
+    shrinkage: float = 0.2
+    """Of the analytic heads' covariance."""
+
+    def build_net(self, client: int, num_classes: int) -> Net:
+        """A collaborator."""
+        return Collaborator(self.collaborator, num_classes)
+
+    def objective(self, client: Client) -> Learner:
+        """Stage 1, from class means; BatchNorm is at rest."""
+        if client.round == 0:
+            client.net.head.imprint(*class_means(client, self.pool["ids"], pick="tokens"))
+        rates = {"lr": self.lr, "generator_lr": self.generator_lr, "head_lr": self.head_lr, "freeze_norm": True}
+        return CollaborativeModule(client.net, self.pool["classes"], **rates)
+
+    def upload(self, client: Client) -> Payload:
+        """The net that learned, with the analytic heads of the pool."""
+        if client.id != TRAINER:
+            return {}
+        for head, reads in HEADS.items():
+            if hasattr(client.net, head):
+                sums = moments_of(client, self.pool["ids"], reads)
+                getattr(client.net, head).set(*discriminant_solution(sums, self.shrinkage))
+        return outgoing(client.net.state_dict())

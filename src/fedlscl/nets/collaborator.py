@@ -14,6 +14,9 @@ from fedlscl.nets.net import Net, prepare
 from fedlscl.nets.small import SmallModel, UnitFeatures
 from fedlscl.nets.vit import FoundationConfig, foundation
 
+HEADS = {"analytic": "frozen", "adapted": "tokens"}
+"""Closed-form heads of a collaborator, by the parts that hold them, and the output that each reads."""
+
 
 class Collaboration(NamedTuple):
     """What the collaborator computes for a batch."""
