@@ -26,7 +26,7 @@ def test_the_words_name_the_worst_client_and_the_last_row(groups):
         assert f"{group.name} {row}" in matrices(groups, "task").alt
 
 
-@pytest.mark.parametrize("size", ["1", "7", "25"])
+@pytest.mark.parametrize("size", ["1", "25"])
 def test_any_number_of_tasks_can_be_drawn(groups, size):
     shaped = Shaped(size, groups[0].runs)
     assert matrices([shaped], "seen").svg

@@ -43,7 +43,9 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
                 axes.fill_between(tasks, mean - deviation, mean + deviation, color=look.colour, alpha=0.15, linewidth=0)
         if course == "forgetting":
             axes.axhline(0, color=RULE, linewidth=1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        last = max(group.tasks for group in groups)
+        axes.set_xticks(range(first + 1, last + 1, -(-last // 12)))
+        axes.set_xlim(first + 0.8, last + 0.2)
         axes.set_xlabel("after learning task")
         percent_axis(axes, f"{what}, %")
         legend(figure, handles, list(values))
@@ -75,8 +77,15 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | Non
             look = styles[name]
             if spent.mean > 0:
                 handles += axes.plot(spent.mean, reached.mean, look.marker, color=look.colour, alpha=0.85, markersize=9)
-                error = {"xerr": spent.deviation, "yerr": reached.deviation}
-                axes.errorbar(spent.mean, reached.mean, fmt="none", ecolor=look.colour, elinewidth=1.2, **error)
+                axes.errorbar(
+                    spent.mean,
+                    reached.mean,
+                    reached.deviation,
+                    spent.deviation,
+                    "none",
+                    ecolor=look.colour,
+                    elinewidth=1.2,
+                )
             else:
                 handles.append(axes.axhline(reached.mean, color=look.colour, linestyle="--"))
         _logarithmic(axes, [spent.mean for spent, _ in known.values() if spent.mean > 0], unit)

@@ -24,15 +24,15 @@ def matrices(groups: Sequence[Group], mask: str) -> Picture:
     lowest = np.floor(10 * min(np.nanmin(matrix) for matrix in values.values())) / 10
 
     def draw(figure: "Figure") -> None:
-        panels, image = _panels(figure, list(values)), None
+        panels, images = _panels(figure, list(values)), []
         for panel, (name, matrix) in zip(panels, values.items(), strict=False):
-            image = panel.imshow(matrix, cmap="YlGnBu", vmin=lowest, vmax=1)
+            images.append(panel.imshow(matrix, cmap="YlGnBu", vmin=lowest, vmax=1))
             panel.set_title(shown(name), fontsize=9)
             _cells(panel, matrix, middle=(lowest + 1) / 2)
         figure.supxlabel("accuracy on task", fontsize=9)
         figure.supylabel("after learning task", fontsize=9)
         bar = figure.colorbar(
-            image, ax=panels, location="top", shrink=0.7, aspect=30, format=lambda v, _: f"{100 * v:g}"
+            images[0], ax=panels, location="top", shrink=0.7, aspect=30, format=lambda v, _: f"{100 * v:g}"
         )
         bar.set_label("accuracy, %", fontsize=9)
         bar.outline.set_visible(False)
@@ -55,8 +55,9 @@ def clients(groups: Sequence[Group], mask: str) -> Picture:
         panels, styles = _panels(figure, list(values), sharey=True), looks(groups)
         for panel, group in zip(panels, groups, strict=False):
             _bars(panel, group, values[group.name], styles[group.name].colour)
-            order = [] if len(group.runs) > 1 else np.argsort(group.runs[0].client_averages(mask), kind="stable")
-            ranks = range(values[group.name].shape[1])
+            is_single = len(group.runs) == 1
+            order = np.argsort(group.runs[0].client_averages(mask), kind="stable") if is_single else []
+            ranks = range(len(values[group.name][0]))
             panel.set_xticks(ranks, [str(c) for c in order] or [f"{rank + 1}." for rank in ranks], fontsize=8)
         single = all(len(group.runs) == 1 for group in groups)
         figure.supxlabel("client, worst first" if single else "client's rank, worst first", fontsize=9)
@@ -72,9 +73,9 @@ def clients(groups: Sequence[Group], mask: str) -> Picture:
     )
 
 
-def _panels(figure: "Figure", names: list[str], **given: bool) -> list["Axes"]:
+def _panels(figure: "Figure", names: list[str], sharey: bool = False) -> list["Axes"]:
     rows = -(-len(names) // COLUMNS)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False, **given).ravel().tolist()
+    grid = figure.subplots(rows, COLUMNS, squeeze=False, sharey=sharey).ravel().tolist()
     for panel in grid:
         panel.grid(False)
     for unused in grid[len(names) :]:
@@ -97,7 +98,7 @@ def _cells(panel: "Axes", matrix: np.ndarray, middle: float) -> None:
     if size > MOST_NUMBERS:
         return
     for n, t in zip(*np.nonzero(~np.isnan(matrix)), strict=True):
-        text = _number(matrix[n, t], size)
+        text = _number(float(matrix[n, t]), size)
         colour = "#ffffff" if matrix[n, t] > middle else "#10233f"
         panel.text(t, n, text, ha="center", va="center", fontsize=7.5, color=colour)
 
