@@ -50,6 +50,7 @@ def test_runs_of_one_name_in_two_settings_are_kept_apart_and_named_after_the_dif
 
 def test_where_a_run_was_made_is_no_setting(four):
     moved = with_option(four[1], "default_root_dir: ", "default_root_dir: /elsewhere")
+    moved = with_option(moved, "class_path: fedlscl.", "class_path: fedlscl.methods.fedavg.")
     assert [group.seeds for group in grouped([four[0], moved])] == [[1, 2]]
 
 

@@ -10,6 +10,7 @@ from fedlscl.report.runs import Run
 
 NOT_A_SETTING = {
     "seed_everything",
+    "method.class_path",
     *(f"trainer.{name}" for name in ("accelerator", "devices", "cache_gb", "default_root_dir", "name", "callbacks")),
     *(f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")),
 }
@@ -108,12 +109,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def setting(run: Run) -> dict[str, str]:
     """What runs of one group have in common, as text."""
-    # A path of weights says less than their hash.
+    # A path of weights says less than their hash, an import path less than the method's name.
     options = {name: value for name, value in run.options.items() if name not in NOT_A_SETTING}
     options = {name: value for name, value in options.items() if name.split(".")[-1] != "weights"}
     data, foundation = run.results["data"], run.results.get("foundation") or {}
     hashes = {"data_hash": data.get("fingerprint"), "weights_hash": foundation.get("fingerprint")}
-    return {name: str(value) for name, value in {**options, **hashes, "tasks_done": run.tasks}.items()}
+    found = {**options, "method": run.results["method"]["name"], **hashes, "tasks_done": run.tasks}
+    return {name: str(value) for name, value in found.items()}
 
 
 def _labels(name: str, settings: list[dict[str, str]]) -> list[str]:
