@@ -20,6 +20,7 @@ SYNTHESIS = {"synthesis_size": 16, "synthesis_channels": [8, 4], "synthesis_batc
 SERVER = {
     "TARGET": SYNTHESIS | {"synthesis_rounds": 2, "warmup_rounds": 1, "student_steps": 1},
     "MFCL": SYNTHESIS | {"replay_size": 8},
+    "GLFC": {"perturbation_steps": 2, "reconstruction_steps": 2},
 }
 """What the server of a method needs to be quick, by the method."""
 

@@ -54,3 +54,9 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_weights():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert net[1].weight.grad is not None
     assert net[2].training
+
+
+def test_a_synthesizers_bf16_images_are_scaled_in_float32():
+    images = torch.rand(2, 3, 8, 8).bfloat16()
+    mean, std = torch.zeros(3), torch.ones(3)
+    assert torch.equal(prepare(images, 16, mean, std), prepare(images.float(), 16, mean, std))

@@ -70,7 +70,9 @@ def fit(images: Tensor, size: int) -> Tensor:
 
     Images are uint8 in 0..255, or floats in 0..1 as torchvision's ToTensor gives them.
     """
-    x = images if images.is_floating_point() else images.to(torch.float32) / 255
+    x = images.to(torch.float32)  # a synthesizer's may be bf16, which is not interpolated on a CPU
+    if not images.is_floating_point():
+        x = x / 255
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True).clamp_(0, 1)
     return x
