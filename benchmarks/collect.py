@@ -1,6 +1,6 @@
 """Keep what a set of runs came to: results, matrices and one table, small enough to be committed.
 
-python benchmarks/collect.py runs/cifar100_deit_tiny benchmarks/results/cifar100_deit_tiny
+python benchmarks/collect.py runs/benchmarks/table1_cpu benchmarks/results/table1_cpu
 """
 
 import json
@@ -8,19 +8,26 @@ import shutil
 import sys
 from pathlib import Path
 
-from fedlscl.report.table import comparison, find_results, markdown
+from fedlscl.federated.checkpoint import write_atomically
+from fedlscl.report.finding import find_results
+from fedlscl.report.groups import grouped
+from fedlscl.report.numbers import table_markdown
+from fedlscl.report.runs import read_runs
+
+KEPT = ("results.json", "matrix.csv", "config.yaml")
 
 
 def main(runs: Path, out: Path) -> None:
-    """Copy the newest version of every run under ``runs`` to ``out`` and write table.md."""
+    """Copy the newest version of every run under ``runs`` to the same place under ``out`` and write table.md."""
     for results in find_results([runs]):
-        folder = out / results.parent.parent.name
+        folder = results.parent.parent if results.parent.name.startswith("version_") else results.parent
+        folder = out / folder.relative_to(runs)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "matrix.csv", "config.yaml"):
+        for name in KEPT:
             shutil.copy(results.with_name(name), folder / name)
         costs = json.loads(results.with_name("costs.json").read_text())
         (folder / "costs.json").write_text(json.dumps(costs, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(comparison([runs])) + "\n")
+    write_atomically(out / "table.md", table_markdown(grouped(read_runs([out]))).encode())
 
 
 if __name__ == "__main__":
