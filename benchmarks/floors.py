@@ -1,0 +1,36 @@
+"""Whether every method learns its first task at all: a baseline that does not is broken, and wins nothing for others.
+
+    python benchmarks/floors.py
+
+Digits, three clients, the two classes that each meets first: guessing gives 50 %.
+"""
+
+import json
+import sys
+
+from sweep import CONFIGS, Run, parse, place, sweep
+
+ON_VIT, FROM_SCRATCH = 0.85, 0.6
+"""Floors of methods on the frozen ViT and of CNNs from scratch (ours: FedNCM stands at 94 %)."""
+
+
+def main() -> int:
+    """Run what is missing; 0 when every method stands above its floor."""
+    options = parse("First task of every method on digits.")
+    files = [CONFIGS / "digits.yaml", *sorted((CONFIGS / "digits").glob("*.yaml"))]
+    rows = [Run(file.stem, file, ["--trainer.max_tasks", "1"]) for file in files]
+    whole, above = sweep("floors", rows, options), True
+    for seed in options.seeds:
+        for row in (row for row in rows if not options.only or row.name in options.only):
+            folder = options.out / f"floors_{options.preset}" / place(row, seed)
+            results = json.loads(max(folder.glob("version_*/results.json")).read_text())
+            floor = FROM_SCRATCH if results["foundation"] is None else ON_VIT
+            accuracy = results["summary"][0]["seen/average"]
+            above &= accuracy >= floor
+            note = "" if accuracy >= floor else " MISSED"
+            print(f"{row.name:12} seed {seed}: {accuracy:6.1%}, floor {floor:.0%}{note}")
+    return 0 if whole and above else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
