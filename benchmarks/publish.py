@@ -17,8 +17,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 START = r"(?P<start><!-- table (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n)"
 TABLE = re.compile(START + r".*?(?P<end><!-- end -->)", re.DOTALL)
-    r"(?P<start><!-- table (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n).*?(?P<end><!-- end -->)", re.DOTALL
-)
 
 
 def filled(text: str) -> str:

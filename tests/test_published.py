@@ -1,0 +1,29 @@
+"""Tables on pages are those that the committed results give."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import publish  # noqa: E402
+
+
+@pytest.mark.parametrize("page", publish.PAGES, ids=lambda page: page.stem)
+def test_tables_are_those_of_the_results(page):
+    text = page.read_text()
+    assert publish.TABLE.search(text)
+    assert publish.filled(text) == text
+
+
+def test_a_changed_number_is_noticed():
+    broken = re.sub(r"\| \d\d\.\d", "| 12.3", (ROOT / "docs/results.md").read_text())
+    assert publish.filled(broken) != broken
+
+
+def test_rows_that_were_not_run_are_refused():
+    with pytest.raises(ValueError, match="nobody"):
+        publish.filled("<!-- table table1_cpu: nobody -->\n<!-- end -->")
