@@ -10,6 +10,8 @@ import sys
 
 from sweep import CONFIGS, Run, parse, place, sweep
 
+from fedlscl.report.finding import find_results
+
 ON_VIT, FROM_SCRATCH = 0.85, 0.6
 """Floors of methods on the frozen ViT and of CNNs from scratch (ours: FedNCM stands at 94 %)."""
 
@@ -23,7 +25,7 @@ def main() -> int:
     for seed in options.seeds:
         for row in (row for row in rows if not options.only or row.name in options.only):
             folder = options.out / f"floors_{options.preset}" / place(row, seed)
-            results = json.loads(max(folder.glob("version_*/results.json")).read_text())
+            results = json.loads(find_results([folder])[0].read_text())
             floor = FROM_SCRATCH if results["foundation"] is None else ON_VIT
             accuracy = results["summary"][0]["seen/average"]
             above &= accuracy >= floor

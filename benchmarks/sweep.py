@@ -1,9 +1,11 @@
 """Run a list of configurations over seeds, one process each, and keep what they came to.
 
-A call goes on where the last one stopped: finished runs are skipped, begun ones continue from their checkpoint.
+A call goes on where the last one stopped: finished runs are skipped, begun ones continue from their checkpoint, and
+those whose configuration has changed since begin anew.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -52,7 +54,7 @@ def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> bool:
     """Run all that is not finished; seed by seed, so that an interrupted table has whole columns. True when all is."""
     out = options.out / f"{name}_{options.preset}"
     chosen = [run for run in runs if not options.only or run.name in options.only]
-    todo = [(run, seed) for seed in options.seeds for run in chosen if not finished(out / place(run, seed))]
+    todo = [(run, seed) for seed in options.seeds for run in chosen if not finished(out / place(run, seed), run)]
     deadline = None if options.limit_s is None else time.monotonic() + options.limit_s
     print(f"{len(chosen) * len(options.seeds)} runs, {len(todo)} to do, in {out}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -66,10 +68,13 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
     if left is not None and left <= 0:
         return False
     command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(run.config)]
-    command += ["--seed_everything", str(seed), "--data.root", options.data_root, "--ckpt_path", "last"]
+    command += ["--seed_everything", str(seed), "--data.root", options.data_root]
     folder = out / place(run, seed)
     command += ["--trainer.default_root_dir", str(folder.parent), "--trainer.name", run.name, *run.options]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if asked(run) == known(folder):
+        command += ["--ckpt_path", "last"]
+    folder.with_suffix(".asked").write_text(asked(run))
     environment = dict(os.environ, **({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}))
     started = time.monotonic()
     with folder.with_suffix(".log").open("a") as log:
@@ -89,10 +94,21 @@ def place(run: Run, seed: int) -> Path:
     return Path(f"seed{seed}", run.name)
 
 
-def finished(folder: Path) -> bool:
-    """Whether the newest version of a run has learned all its tasks."""
+def asked(run: Run) -> str:
+    """What a row is, whatever the seed: its configuration's text and the options after it."""
+    return hashlib.sha256("\0".join([run.config.read_text(), *run.options]).encode()).hexdigest()
+
+
+def known(folder: Path) -> str | None:
+    """What was asked for when the run in a folder began."""
+    file = folder.with_suffix(".asked")
+    return file.read_text() if file.is_file() else None
+
+
+def finished(folder: Path, run: Run) -> bool:
+    """Whether the newest version in a folder is of this row and has learned all its tasks."""
     files = sorted(folder.glob("version_*/results.json"), key=lambda file: file.stat().st_mtime)
-    if not files:
+    if not files or known(folder) != asked(run):
         return False
     results = json.loads(files[-1].read_text())
     return results["tasks_done"] == len(results["accuracy"]["after"]["seen"][0])

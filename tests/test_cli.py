@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -93,6 +94,19 @@ def test_methods_draws_a_table_on_a_terminal(monkeypatch, capsys):
 def test_a_method_is_found_in_any_case(name, capsys):
     assert main(["fit", "--method", name, "--print_config"]) == 0
     assert "class_path: fedlscl.methods.FedProx" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedL2P", "FedMGP", "JointLSCL", "TARGET"])
+def test_an_option_that_nobody_sets_has_the_methods_own_default(name, tmp_path, capsys):
+    """Not that of the method which runs where none is named."""
+    file = tmp_path / "method.yaml"
+    file.write_text(f"method:\n  class_path: {name}\n")
+    for words in (["--method", name], ["--config", str(file)]):
+        assert main(["fit", *words, "--print_config"]) == 0
+        given = yaml.safe_load(capsys.readouterr().out)["method"]["init_args"]
+        own = {field.name: field.default for field in dataclasses.fields(getattr(methods, name)) if field.init}
+        plain = {key: value for key, value in own.items() if isinstance(value, int | float | str)}
+        assert {key: given[key] for key in plain} == plain and "lr" in plain
 
 
 def test_every_method_and_the_data_have_defaults_that_fit_together():

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlscl import __version__
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.configuration import weights_found, with_method_names, with_saved_config
+from fedlscl.cli.configuration import names_method, weights_found, with_method_names, with_saved_config
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
 from fedlscl.cli.report import report
@@ -49,7 +49,9 @@ class FederatedCLI(LightningCLI):
     """Groups ``trainer``, ``method`` and ``data``, and one seed; the commands are the methods of `Commands`."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.command = arguments[0]
+        self.command, arguments = arguments[0], with_saved_config(arguments)
+        # A default method would hand its own values to every option that another one has under the same name.
+        self.names_method = names_method(arguments)
         usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
         super().__init__(
             datamodule_class=SpatialTemporalDataModule,
@@ -57,7 +59,7 @@ class FederatedCLI(LightningCLI):
             save_config_callback=None,
             parser_class=Parser,
             parser_kwargs={"prog": "fedlscl", self.command: {"usage": usage, "dump_header": HEADER}},
-            args=with_saved_config(arguments),
+            args=arguments,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -79,7 +81,8 @@ class FederatedCLI(LightningCLI):
             metavar="NAME",
             help="short name or module.Class; --method.help NAME lists its options, --method.OPTION sets one.",
         )
-        parser.set_defaults({"method": {"class_path": DEFAULT_METHOD}})
+        if not self.names_method:
+            parser.set_defaults({"method": {"class_path": DEFAULT_METHOD}})
         parser.add_class_arguments(SpatialTemporalDataModule, "data", sub_configs=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

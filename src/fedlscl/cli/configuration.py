@@ -56,6 +56,17 @@ def with_method_names(arguments: list[str]) -> list[str]:
     return changed
 
 
+def names_method(arguments: list[str]) -> bool:
+    """Whether a command line, or a configuration file on it, says which method."""
+    if any(word.partition("=")[0] in METHOD_OPTIONS for word in arguments):
+        return True
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    files = parser.parse_known_args(arguments)[0].config
+    groups = [yaml.safe_load(Path(file).read_text()).get("method") for file in files]
+    return any(isinstance(group, str) or "class_path" in (group or {}) for group in groups)
+
+
 def check_config(file: str) -> None:
     """Refuse a configuration file that is missing or no mapping in YAML.
 
