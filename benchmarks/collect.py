@@ -18,8 +18,12 @@ KEPT = ("results.json", "matrix.csv", "config.yaml")
 
 
 def main(runs: Path, out: Path) -> None:
-    """Copy the newest version of every run under ``runs`` to the same place under ``out`` and write table.md."""
+    """Copy the newest version of every finished run under ``runs`` to the same place under ``out``; write table.md."""
     for results in find_results([runs]):
+        found = json.loads(results.read_text())
+        if found["tasks_done"] < len(found["accuracy"]["after"]["seen"][0]):
+            print(f"left out, not finished: {results}")
+            continue
         folder = results.parent.parent if results.parent.name.startswith("version_") else results.parent
         folder = out / folder.relative_to(runs)
         folder.mkdir(parents=True, exist_ok=True)

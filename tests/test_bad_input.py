@@ -47,7 +47,7 @@ def refused(tmp_path, capsys):
             "method.collaborator.blok is unknown: did you mean method.collaborator.block?",
         ),
         ("--method.collaborator.foundation.nam x", "did you mean method.collaborator.foundation.name?"),
-        ("--method FedProx --method.collaborator.block 3", "method.collaborator.block is unknown"),
+        ("--method FedProx --method.collaborator.block 3", "method.collaborator.foundation.name is unknown"),
         ("positional", "positional is unknown: --help lists what there is."),
         ("--method FedProxx", "method='FedProxx' is unknown: did you mean FedProx?"),
         ("--method pilra", "method='pilra' is unknown: did you mean PILoRA?"),

@@ -20,7 +20,9 @@ CHECK = """
   const pictures = [...document.querySelectorAll('figure svg')];
   const column = i => [...document.querySelectorAll('#comparison tbody tr')].map(row => row.cells[i].textContent);
   const before = column(2);
-  document.querySelectorAll('#comparison th button')[2].click();
+  const button = document.querySelectorAll('#comparison th button')[2];
+  button.click();  // best first, as it was
+  button.click();
   return {
     pictures: pictures.map(p => p.getBoundingClientRect()).map(r => [r.width, r.height]),
     painted: pictures.map(p => { const b = p.getBBox(); return b.width * b.height; }),

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlscl import __version__
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.configuration import names_method, weights_found, with_method_names, with_saved_config
+from fedlscl.cli.configuration import named_method, usable_method, weights_found, with_method_names, with_saved_config
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
 from fedlscl.cli.report import report
@@ -50,8 +50,8 @@ class FederatedCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self.command, arguments = arguments[0], with_saved_config(arguments)
-        # A default method would hand its own values to every option that another one has under the same name.
-        self.names_method = names_method(arguments)
+        # The default of another method would hand its own values to every option that both have.
+        self.default_method = usable_method(named_method(arguments)) or DEFAULT_METHOD
         usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
         super().__init__(
             datamodule_class=SpatialTemporalDataModule,
@@ -81,8 +81,7 @@ class FederatedCLI(LightningCLI):
             metavar="NAME",
             help="short name or module.Class; --method.help NAME lists its options, --method.OPTION sets one.",
         )
-        if not self.names_method:
-            parser.set_defaults({"method": {"class_path": DEFAULT_METHOD}})
+        parser.set_defaults({"method": {"class_path": self.default_method}})
         parser.add_class_arguments(SpatialTemporalDataModule, "data", sub_configs=True)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -1,6 +1,7 @@
 """What happens to a command line and its configuration before anything is made from them."""
 
 import argparse
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,33 @@ def with_method_names(arguments: list[str]) -> list[str]:
     return changed
 
 
-def names_method(arguments: list[str]) -> bool:
-    """Whether a command line, or a configuration file on it, says which method."""
-    if any(word.partition("=")[0] in METHOD_OPTIONS for word in arguments):
-        return True
+def named_method(arguments: list[str]) -> str | None:
+    """The method that a command line names last, or else a configuration file on it; None where none does.
+
+    Example:
+        >>> named_method(["fit", "--method", "LwF", "--method.lr", "1", "--method=EWC"])
+        'EWC'
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method", "--method.class_path", dest="name")
     parser.add_argument("-c", "--config", action="append", default=[])
-    files = parser.parse_known_args(arguments)[0].config
-    groups = [yaml.safe_load(Path(file).read_text()).get("method") for file in files]
-    return any(isinstance(group, str) or "class_path" in (group or {}) for group in groups)
+    known, _ = parser.parse_known_args(arguments)
+    if known.name is not None:
+        return known.name
+    groups = [yaml.safe_load(Path(file).read_text()).get("method") for file in known.config]
+    names = [group.get("class_path") if isinstance(group, dict) else group for group in groups]
+    return next((name for name in reversed(names) if isinstance(name, str)), None)
+
+
+def usable_method(name: str | None) -> str | None:
+    """The import path of a method by its short or full name; None where there is no such thing."""
+    if name in methods.__all__:
+        return f"fedlscl.methods.{name}"
+    module, _, attribute = (name or "").rpartition(".")
+    try:
+        return name if hasattr(importlib.import_module(module), attribute) else None
+    except (ImportError, ValueError):
+        return None
 
 
 def check_config(file: str) -> None:
