@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test coverage lint docs lock clean
 
 # One thread each: nets this small gain nothing from more, and lose much where something else runs beside them.
-demo test: export OMP_NUM_THREADS = 1
+demo test coverage: export OMP_NUM_THREADS = 1
 
 demo: $(READY)
 	$(BIN)/fedlscl fit --config configs/digits/fedavg.yaml
@@ -16,8 +16,20 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q --cov --cov-report=term --cov-report=html
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+	@echo open site/index.html
+
+lock: $(READY)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
+		--all-extras --group test --group lint --group docs pyproject.toml -o requirements.lock
 
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; }
@@ -25,4 +37,4 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv dist build runs
+	rm -rf .venv dist build runs site htmlcov .coverage*

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 EPSILON = 1e-6
 """Ridge of the merge, relative to the mean eigenvalue of the summed Grams (ours): float32 sums are no more exact."""
@@ -91,7 +91,7 @@ def unpack(values: Tensor, size: int) -> Tensor:
 
 
 @contextmanager
-def input_grams(layers: Mapping[str, nn.Module], full: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+def input_grams(layers: Mapping[str, Any], full: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
     """Sum up x^T x over all rows that enter each layer while the context is open, in float32 in any precision.
 
     Args:

@@ -48,6 +48,7 @@ class PrefixCache:
         self, index: int, net: Net, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
     ) -> bool:
         chunk, end, key = self.chunks[index], self.ends[index], net.prefix_key
+        assert key is not None
         if key in self.stores:
             store, filled = self.stores[key]
             if index in filled or end > len(store):

@@ -23,8 +23,9 @@ class Engine:
 
     def train(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
         """Go through a stage's batches; returns the mean of each term of the last epoch."""
-        module = self.fabric.to_device(stage.module)
-        optimizer = self.fabric.setup_optimizers(module.configure_optimizers())
+        module = stage.module
+        self.fabric.to_device(module)
+        optimizer: Any = self.fabric.setup_optimizers(module.configure_optimizers())
         module.train()
         means: dict[str, float] = {}
         for _ in range(stage.epochs):

@@ -42,7 +42,7 @@ class Results(Timed):
     def on_round_end(self, trainer: "FederatedTrainer") -> None:
         """Stop it."""
         if self.costs is not None:
-            self.costs.add_round(*trainer.progress, time.perf_counter() - self.round_began)
+            self.costs.add_round(trainer.progress.task, trainer.progress.round, time.perf_counter() - self.round_began)
 
     def on_checkpoint(self, trainer: "FederatedTrainer") -> None:
         """Write the costs."""

@@ -11,7 +11,7 @@ Not "FedMGP: Multi-Group Text-Visual Prompts" (arXiv 2511.00480). Deviations:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -75,7 +75,8 @@ class FedMGP(Method):
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Phase 1 trains the coarse part; phase 2 the fine one, each image with the prefix of its class."""
-        net, options = client.net, {"lr": self.lr, "max_norm": self.max_norm}
+        net = client.net
+        options: dict[str, Any] = {"lr": self.lr, "max_norm": self.max_norm}
         coarse = PromptingModule(net.coarse, self.lambda_pull, client.classes, **options)
         yield Stage("coarse", coarse, client.loader(client.train_ids, self.batch_size), self.local_epochs)
         classes = torch.arange(len(net.head.weight))

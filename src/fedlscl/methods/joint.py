@@ -115,5 +115,6 @@ class JointLSCL(_Pool):
         for head, reads in HEADS.items():
             if hasattr(client.net, head):
                 sums = moments_of(client, self.pool["ids"], reads)
+                assert sums is not None
                 getattr(client.net, head).set(*discriminant_solution(sums, self.shrinkage))
         return outgoing(client.net.state_dict())

@@ -1,6 +1,6 @@
 """Objectives over any net: cross-entropy alone, and with the terms of FedProx, EWC and LwF."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class DistillationModule(ClassificationModule):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the new classes and distillation over the old ones, from one forward pass."""
         logits = self.net(batch.images, batch.prefix).trained
-        answers: Sequence[Tensor] = self.previous(batch.images, batch.prefix).trained[:, self.old_classes]
+        answers = self.previous(batch.images, batch.prefix).trained[:, self.old_classes]
         kept = distillation(logits[:, self.old_classes], answers, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),

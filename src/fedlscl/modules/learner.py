@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -21,6 +21,10 @@ class Learner(L.LightningModule, ABC):
 
     Batches are ``Batch`` or any sequence that begins with images (B, 3, h, w) and labels (B,).
     """
+
+    if TYPE_CHECKING:
+        # As in Net.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
         self,

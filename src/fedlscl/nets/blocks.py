@@ -1,16 +1,23 @@
 """Forward passes of timm's plain transformer blocks that leave out what nobody reads, or suit a CPU better."""
 
+from typing import Any, TypeAlias
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+Block: TypeAlias = Any
+"""timm's; torch says of none of its parts what type it has."""
+Attention: TypeAlias = Any
+"""The same of its attention."""
 
 
-def is_plain(block: nn.Module) -> bool:
+def is_plain(block: Block) -> bool:
     """Whether a block is timm's Block around its Attention, without gates or anything else to mind."""
     return type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention" and block.attn.gate is None
 
 
-def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+def run_block(block: Block, x: Tensor, prefix: Tensor | None = None) -> Tensor:
     """Tokens (B, N, width) through a block, plain where it gets a ``prefix`` (2, B, length, width): see `attend`.
 
     Fused attention is slow to differentiate on a CPU (explicit products took half its time on DeiT-tiny in bfloat16),
@@ -23,7 +30,7 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tens
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
-def attend(attention: nn.Module, h: Tensor, prefix: Tensor | None = None, is_explicit: bool = False) -> Tensor:
+def attend(attention: Attention, h: Tensor, prefix: Tensor | None = None, is_explicit: bool = False) -> Tensor:
     """Att(q, [p_K; k], [p_V; v]) on (B, N, width): N stays, and no projection sees the prefix (p_K, p_V)."""
     heads, size = attention.num_heads, attention.head_dim
     q, k, v = attention.qkv(h).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -35,7 +42,7 @@ def attend(attention: nn.Module, h: Tensor, prefix: Tensor | None = None, is_exp
     return attention.proj(attention.norm(out.transpose(1, 2).flatten(-2)))
 
 
-def first_token_only(block: nn.Module, x: Tensor) -> Tensor:
+def first_token_only(block: Block, x: Tensor) -> Tensor:
     """The first token's output (B, 1, width) of a plain block: its query, projection and MLP row suffice."""
     attention = block.attn
     heads, size = attention.num_heads, attention.head_dim

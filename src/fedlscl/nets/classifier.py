@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlscl.nets.net import Classification, Net, prepare
-from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
 
 
 class LinearHead(nn.Linear):
@@ -76,6 +76,8 @@ def make_head(kind: str, width: int, num_classes: int) -> nn.Module:
 
 class FoundationClassifier(Net):
     """A frozen ViT whose features feed a trainable head (the paper's FedAvg+ViT)."""
+
+    foundation: Foundation
 
     def __init__(self, config: FoundationConfig, num_classes: int, head: str = "linear") -> None:
         super().__init__()

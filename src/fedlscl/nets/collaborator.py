@@ -12,7 +12,7 @@ from fedlscl.nets.generator import ParameterGenerator
 from fedlscl.nets.lora import LowRankShape, split_lora
 from fedlscl.nets.net import Net, prepare
 from fedlscl.nets.small import SmallModel, UnitFeatures
-from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
 
 HEADS = {"analytic": "frozen", "adapted": "tokens"}
 """Closed-form heads of a collaborator, by the parts that hold them, and the output that each reads."""
@@ -70,6 +70,8 @@ class CollaboratorConfig:
 
 class Collaborator(Net):
     """theta_i, phi_i and H_i over the shared Theta; its state dict is what the client owns."""
+
+    foundation: Foundation
 
     def __init__(self, config: CollaboratorConfig, num_classes: int) -> None:
         super().__init__()

@@ -6,9 +6,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from fedlscl.nets.blocks import is_plain, run_block
+from fedlscl.nets.blocks import Block, is_plain, run_block
 from fedlscl.nets.net import Classification, Net, prepare
-from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
 
 
 class ExpandedViT(Net):
@@ -21,6 +21,8 @@ class ExpandedViT(Net):
         head: features (B, width) to logits; has ``weight`` with one row per class.
         num_expanded: groups, and so new blocks.
     """
+
+    foundation: Foundation
 
     def __init__(self, config: FoundationConfig, head: nn.Module, num_expanded: int) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class ExpandedViT(Net):
         """Classify stored images (B, 3, h, w)."""
         vit, depth = self.foundation.to(images.device).vit, self.foundation.depth
         tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
-        new = dict(zip(self.places, self.expanded, strict=True))
+        new: dict[int, Block] = dict(zip(self.places, self.expanded, strict=True))
         for place in range(self.entry, depth + 1):
             if place in new:
                 tokens = run_block(new[place], tokens)
@@ -74,7 +76,7 @@ def expansion_places(depth: int, num_expanded: int) -> list[int]:
 
 
 @torch.no_grad()
-def identity_copy(block: nn.Module) -> nn.Module:
+def identity_copy(block: Block) -> Block:
     """A trainable copy of a pre-norm block that adds nothing yet: its two output layers are zero.
 
     Raises:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedlscl.nets.net import Net
 from fedlscl.nets.prefix import Prefixes, run_blocks
 from fedlscl.nets.prompts import Prompted, PromptedViT, cosine, uniform
+from fedlscl.nets.vit import Foundation
 
 
 class MultiGranularityViT(Net):
@@ -16,6 +17,8 @@ class MultiGranularityViT(Net):
     The fine pass keeps the coarse prompt at the input, without gradient. Its own prefix is that of the image's class:
     known in training, else the nearest key to what the coarse pass sees, among the classes met so far.
     """
+
+    foundation: Foundation
 
     def __init__(
         self, coarse: PromptedViT, num_classes: int, blocks: Sequence[int], length: int, hidden: int, num_tasks: int

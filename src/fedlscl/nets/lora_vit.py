@@ -23,6 +23,8 @@ class LoraLayer(nn.Module):
     Reading factors start Kaiming-uniform (a = sqrt 5), writing ones as zeros, so that nothing is added at the start.
     """
 
+    share: Tensor
+
     def __init__(self, model: Foundation, block: int, target: str, rank: int, num_tasks: int) -> None:
         super().__init__()
         self.block, self.target = block, QKV if target in THIRDS else target
@@ -61,6 +63,8 @@ class LoraViT(Net):
         num_tasks: modules per layer.
     """
 
+    foundation: Foundation
+
     def __init__(
         self,
         config: FoundationConfig,
@@ -76,7 +80,7 @@ class LoraViT(Net):
             raise ValueError(f"rank {rank} makes no adapter: choose 1 or more.")
         self.foundation = foundation(config)
         places = range(self.foundation.depth) if blocks is None else sorted(blocks)
-        self.lora = nn.ModuleList(
+        self.lora: Any = nn.ModuleList(
             [LoraLayer(self.foundation, block, target, rank, num_tasks) for block in places for target in targets]
         )
         self.entry = places[0]

@@ -1,7 +1,7 @@
 """What every net promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,14 @@ class Classification(NamedTuple):
 class Net(nn.Module, ABC):
     """A plain torch module without clients, tasks or Lightning; ``head`` maps features to one row per class."""
 
-    head: nn.Module
+    head: Any
+    """A module with a `weight` of one row per class."""
     foundation: "Foundation | None" = None
     """The frozen ViT inside, where there is one; it is no part of the state dict."""
+
+    if TYPE_CHECKING:
+        # torch says that a part is a tensor or a module of any kind; which one it is, each net knows of its own.
+        def __getattr__(self, name: str) -> Any: ...
 
     @abstractmethod
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
@@ -83,7 +88,7 @@ class Frozen(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = net.requires_grad_(False).eval()
+        self.net: Any = net.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Frozen":
         """Stay in evaluation mode."""

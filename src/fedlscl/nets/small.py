@@ -1,5 +1,7 @@
 """The small model theta_i: a timm CNN with a private projection to the common feature space."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,13 +16,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class SmallModel(nn.Module):
     """A CNN of timm by name, pooled: stored uint8 images (B, 3, h, w) to (B, width)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, image_size: int, pretrained: bool = False) -> None:
         super().__init__()
         import timm
 
         check_timm_name(name, "small_model")
         self.image_size = image_size
-        self.cnn = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        self.cnn: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
         try:
             self.width = drop_unused(self.cnn, image_size)
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -72,7 +77,7 @@ class SmallClassifier(Net):
         return Classification(features, self.head(features))
 
 
-def drop_unused(cnn: nn.Module, image_size: int) -> int:
+def drop_unused(cnn: Any, image_size: int) -> int:
     """Drop the parts that ``forward_features`` never touches (vgg16 keeps 120 M such weights); return its width."""
     cnn.eval()
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ def norm_statistics(net: nn.Module) -> Iterator[list[Statistics]]:
     """Fills a list with what enters each BatchNorm layer while the net runs."""
     found: list[Statistics] = []
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].float()
         variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         found.append(Statistics(mean, variance, layer.running_mean, layer.running_var))

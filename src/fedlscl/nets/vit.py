@@ -35,7 +35,7 @@ class Foundation:
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.vit = _create(config).eval().requires_grad_(False)
+            self.vit: Any = _create(config).eval().requires_grad_(False)
         self.width: int = self.vit.num_features
         self.depth = len(self.vit.blocks)
         self.image_size: int = self.vit.patch_embed.img_size[0]
@@ -132,7 +132,7 @@ def _create(config: FoundationConfig) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     check_timm_name(config.name, "foundation")
-    size = {} if config.image_size is None else {"img_size": config.image_size}
+    size: dict[str, Any] = {} if config.image_size is None else {"img_size": config.image_size}
     try:
         vit = timm.create_model(config.name, pretrained=config.weights == "timm", num_classes=0, **size)
     except (OSError, RuntimeError, ValueError) as error:
@@ -154,7 +154,7 @@ def _create(config: FoundationConfig) -> nn.Module:
     return vit
 
 
-def _load(vit: nn.Module, path: Path, config: FoundationConfig) -> None:
+def _load(vit: Any, path: Path, config: FoundationConfig) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from timm.models.vision_transformer import checkpoint_filter_fn
