@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.federated.seeding import seed_turn, turn_generator
-from fedlscl.federated.trainer import BEGIN, BUILD, DOWNLOAD, END, SERVER, TRAIN, UPLOAD
+from fedlscl.federated.seeding import Turn, seed_turn, turn_generator
 
 
 def draws():
@@ -24,13 +23,13 @@ def test_a_turn_draws_the_same_numbers_whatever_happened_before(seed, place, els
 
 
 def test_no_two_turns_of_a_run_draw_the_same_numbers():
-    places = [(BUILD,)]
+    places = [(Turn.BUILD,)]
     for task in range(3):
         for round_ in range(3):
-            places.append((SERVER, task, round_))
+            places.append((Turn.SERVER, task, round_))
             for client in range(3):
-                for kind in (BEGIN, TRAIN, UPLOAD, DOWNLOAD, END):
-                    places += [(kind, task, round_, client, number) for number in range(2 if kind == TRAIN else 1)]
+                for kind in (Turn.BEGIN, Turn.TRAIN, Turn.UPLOAD, Turn.DOWNLOAD, Turn.END):
+                    places += [(kind, task, round_, client, number) for number in range(2 if kind == Turn.TRAIN else 1)]
     seen = set()
     for seed in (42, 1999, 2024):
         for place in places:

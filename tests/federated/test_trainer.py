@@ -172,11 +172,11 @@ def test_who_works_first_changes_nothing(make_method, make_data, federate, name)
     """The server adds up in the order of the clients' ids, whoever answered first."""
 
     class Backwards(FederatedTrainer):
-        def _local_round(self, client, is_last):
+        def _local_round(self, client):
             """All clients' work when the first one is asked, the last client first."""
             if client.id == 0:
                 for each in reversed(self.clients):
-                    super()._local_round(each, is_last)
+                    super()._local_round(each)
 
     plain = federate(make_method(name), data=make_data(num_clients=3, fake_classes=8), rounds_per_task=ROUNDS)
     backwards = Backwards(rounds_per_task=ROUNDS, accelerator="cpu")

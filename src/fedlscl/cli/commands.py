@@ -90,8 +90,7 @@ class Commands:
         rows = []
         for client in self.trainer.clients:
             client.task = task
-            with self.trainer.engine.on_device(client):
-                rows.append(self.trainer.evaluate(client))
+            rows.append(self.trainer.local.evaluate(client))
         print(f"{checkpoint}: accuracy in percent after {task + 1} of {self.trainer.num_tasks} tasks")
         print("\n".join(accuracy_table(torch.stack(rows))))
 

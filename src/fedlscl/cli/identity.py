@@ -10,6 +10,9 @@ import numpy as np
 
 from fedlscl.data import ClientSplit
 
+DECIDING = ("rounds_per_task", "server_every", "max_tasks", "participation", "failure_rate")
+"""Options of the trainer that decide what is learned."""
+
 
 def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]) -> str:
     """Name what decides a result, as 'what is learned-how it is computed', two hashes.
@@ -28,7 +31,7 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         "seed": config["seed_everything"],
         "data": fingerprint,
         "splits": [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits],
-        **{name: trainer[name] for name in ("rounds_per_task", "server_every", "max_tasks")},
+        **{name: trainer[name] for name in DECIDING},
     }
     computed = {name: trainer[name] for name in ("precision", "devices")}
     return f"{_hash(learned)}-{_hash(computed)}"

@@ -33,10 +33,11 @@ class Client:
     """One participant; everything here stays with it unless ``Method.upload`` says otherwise."""
 
     id: int
-    net: Net
+    net: Any
+    """The `Net` that the method built for it."""
     data: ClientStream
     engine: Inference
-    previous: Net | None = None
+    previous: Any = None
     """The net after the last task (theta^{n-1}, phi^{n-1}), frozen."""
     buffer: Buffer = field(default_factory=Buffer.empty)
     """B^{n-1}, of the tasks before the current one."""
@@ -44,6 +45,8 @@ class Client:
     """Whatever else a method keeps on the client."""
     task: int = 0
     round: int = 0
+    answered: int = 0
+    """Rounds of the current task whose answer the client has taken over."""
 
     @property
     def classes(self) -> Tensor:
@@ -84,17 +87,19 @@ class Client:
             "previous": None if self.previous is None else self.previous.state_dict(),
             "buffer": self.buffer.state_dict(),
             "memory": dict(self.memory),
+            "answered": self.answered,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self.net.load_state_dict(state["net"])
-        self.previous = None
-        if state["previous"] is not None:
+        if state["previous"] is None:
+            self.previous = None
+        else:
             self.snapshot()
             self.previous.load_state_dict(state["previous"])
         self.buffer = Buffer.from_state_dict(state["buffer"])
-        self.memory = dict(state["memory"])
+        self.memory, self.answered = dict(state["memory"]), state["answered"]
 
 
 @torch.no_grad()

@@ -1,9 +1,24 @@
 """One seed for every turn of the federation, so that no state of a random generator ever has to be saved."""
 
 import random
+from enum import IntEnum
 
 import numpy as np
 import torch
+
+
+class Turn(IntEnum):
+    """Kinds of turn, part of every seed."""
+
+    BUILD = 0
+    BEGIN = 1
+    TRAIN = 2
+    UPLOAD = 3
+    SERVER = 4
+    DOWNLOAD = 5
+    END = 6
+    SERVER_TRAIN = 7
+    ATTENDANCE = 8
 
 
 def seed_turn(seed: int, *place: int) -> None:

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.federated.attendance import Attendance
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import AT_SERVER, Callback
 from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.device import Precision, connect
 from fedlscl.federated.engine import Engine
+from fedlscl.federated.local import LocalWork
 from fedlscl.federated.method import Method, Progress, Stage
-from fedlscl.federated.metrics import MASKS, AccuracyMatrix, correct
+from fedlscl.federated.metrics import AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload, num_bytes
-from fedlscl.federated.seeding import seed_turn
-
-BUILD, BEGIN, TRAIN, UPLOAD, SERVER, DOWNLOAD, END, SERVER_TRAIN = range(8)
-"""Kinds of turn, part of every seed."""
+from fedlscl.federated.server import Server
 
 
 class FederatedTrainer:
@@ -34,6 +33,9 @@ class FederatedTrainer:
         devices: number of devices.
         precision: 32-true, bf16-mixed, or 16-mixed on CUDA.
         cache_gb: memory for frozen ViT tokens that are computed once per image; 0 turns the cache off.
+        participation: share of the clients that are asked in a round, drawn anew each time; the others sit it out.
+        failure_rate: share of those asked that fail in a round, drawn likewise: they do not train and get no answer.
+        quorum: uploads without which a round cannot be aggregated; with 0 it then passes without.
         max_tasks: stop after so many tasks; all where not given.
         default_root_dir: folder of all runs.
         name: name of the run's folder in it; the method's name where not given.
@@ -49,6 +51,9 @@ class FederatedTrainer:
         devices: int = 1,
         precision: Precision = "32-true",
         cache_gb: float = 4.0,
+        participation: float = 1.0,
+        failure_rate: float = 0.0,
+        quorum: int = 1,
         max_tasks: int | None = None,
         default_root_dir: str = "runs",
         name: str | None = None,
@@ -60,6 +65,8 @@ class FederatedTrainer:
             raise ValueError(f"max_tasks {max_tasks} trains nothing: choose 1 or more, or leave it out.")
         if cache_gb < 0:
             raise ValueError(f"cache_gb {cache_gb} is no amount of memory: choose 0 or more.")
+        self.attendance = Attendance(participation=participation, failure_rate=failure_rate, quorum=quorum)
+        self.present: list[int] = []
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
         self.accelerator, self.devices, self.cache_gb = accelerator, devices, cache_gb
         self.precision: Precision = precision
@@ -117,6 +124,7 @@ class FederatedTrainer:
         self.fabric = connect(self.accelerator, self.devices, self.precision)
         cache_dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
         self.engine = Engine(self.fabric, PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype))
+        self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed)
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
         self.matrix = AccuracyMatrix(datamodule.num_clients, self.num_tasks)
         shape = (datamodule.num_clients, self.num_tasks, self.rounds_per_task)
@@ -136,62 +144,46 @@ class FederatedTrainer:
         self.traffic, self.history = state["traffic"], state["history"]
         return progress
 
-    def evaluate(self, client: Client) -> Tensor:
-        """Accuracies (masks, tasks so far) of a client's net."""
-        rows = torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64)
-        for task in range(client.task + 1):
-            ids = client.data.test_ids(task)
-            for batch, output in client.infer(ids):
-                for mask, classes in enumerate((client.data.classes(task), client.seen)):
-                    rows[mask, task] += correct(output.logits, batch.labels, classes).sum().item() / len(ids)
-        return rows
-
     def _learn_task(self, task: int, first_round: int) -> None:
         self.progress = Progress(task, first_round)
         for client in self.clients:
             client.task, client.round = task, first_round
             if first_round == 0:
-                self._turn(BEGIN, client)
-                with self.engine.on_device(client):
-                    self.method.begin_task(client)
+                self.local.begin_task(client)
         self._call("on_task_start")
         for round_ in range(first_round, self.rounds_per_task):
-            is_last = round_ == self.rounds_per_task - 1
-            self.progress = Progress(task, round_, is_last, task == self.num_tasks - 1)
-            self._call("on_round_start")
-            for client in self.clients:
-                self._local_round(client, is_last)
-            if self.server_every == "round" or is_last:
-                self._server_round([self._upload(client) for client in self.clients])
-            self._call("on_round_end")
-            if not is_last:
+            self._round(Progress(task, round_, round_ == self.rounds_per_task - 1, task == self.num_tasks - 1))
+            if not self.progress.last:
                 self._checkpoint(Progress(task, round_ + 1))
         for client in self.clients:
-            self._turn(END, client)
-            with self.engine.on_device(client):
-                self.method.end_task(client)
+            self.local.end_task(client)
             self._evaluate(client, "after")
         self._call("on_task_end")
         self._checkpoint(Progress(task + 1, 0))
 
-    def _local_round(self, client: Client, is_last: bool) -> None:
-        client.round = self.progress.round
+    def _round(self, progress: Progress) -> None:
+        self.progress = progress
+        self.present = self.attendance.present(len(self.clients), self.seed, progress)
+        self._call("on_round_start")
+        for client in self.clients:
+            client.round = progress.round
+        present = [self.clients[index] for index in self.present]
+        for client in present:
+            self._local_round(client)
+        if self.server_every == "round" or progress.last:
+            self._server_round([self._upload(client) for client in present])
+        self._call("on_round_end")
+
+    def _local_round(self, client: Client) -> None:
         self._call("on_client_start", client)
-        with self.engine.on_device(client):
-            self._turn(TRAIN, client)
-            for number, stage in enumerate(self.method.stages(client)):
-                self._train(client, stage)
-                self._turn(TRAIN, client, number + 1)
-            if is_last:
-                self._evaluate(client, "before")
+        self.local.train(client, self._train)
+        if self.progress.last:
+            self._evaluate(client, "before")
 
     def _upload(self, client: Client) -> Upload:
-        self._turn(UPLOAD, client)
-        with self.engine.on_device(client):
-            payload = self.method.upload(client)
-        self._count("up", client, payload)
-        counts = client.data.class_counts(client.task)
-        return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
+        upload = self.local.upload(client)
+        self._count("up", client, upload.payload)
+        return upload
 
     def _train(self, client: Client | None, stage: Stage) -> None:
         self._call("on_stage_start", client, stage)
@@ -204,33 +196,26 @@ class FederatedTrainer:
         self._call("on_stage_end", client, stage, terms, seconds)
 
     def _server_round(self, uploads: list[Upload]) -> None:
-        seed_turn(self.seed, SERVER_TRAIN, *self.progress)
-        for number, stage in enumerate(self.method.server_stages(uploads, self.progress)):
-            self._train(None, stage)
-            seed_turn(self.seed, SERVER_TRAIN, *self.progress, number + 1)
-        seed_turn(self.seed, SERVER, *self.progress)
+        self.attendance.check_quorum(len(uploads), len(self.clients), self.progress)
+        if not uploads:
+            return
+        self.server.train(uploads, self.progress, self._train)
         started = time.perf_counter()
-        answers = self.method.aggregate(uploads, self.progress)
+        answers = self.server.aggregate(uploads, self.progress)
         self._call("on_server_end", time.perf_counter() - started)
-        for client, answer in zip(self.clients, answers, strict=True):
-            self._count("down", client, answer)
-            self._turn(DOWNLOAD, client)
-            self.method.download(client, answer)
+        for index, answer in answers.items():
+            self._count("down", self.clients[index], answer)
+            self.local.download(self.clients[index], answer)
 
     def _evaluate(self, client: Client, phase: str) -> None:
         self._call("on_evaluation_start", client, phase)
         started = time.perf_counter()
-        with self.engine.on_device(client):
-            self.matrix.record(phase, client.id, client.task, self.evaluate(client))
+        self.matrix.record(phase, client.id, client.task, self.local.evaluate(client))
         self._call("on_evaluation_end", client, phase, time.perf_counter() - started)
 
     def _build_client(self, index: int) -> Client:
-        seed_turn(self.seed, BUILD)
-        net = self.method.build_net(index, self.datamodule.num_classes)
+        net = self.local.build(index, self.datamodule.num_classes)
         return Client(id=index, net=net, data=self.datamodule.stream(index), engine=self.engine)
-
-    def _turn(self, kind: int, client: Client, number: int = 0) -> None:
-        seed_turn(self.seed, kind, client.task, client.round, client.id, number)
 
     def _count(self, direction: str, client: Client, payload: Payload) -> None:
         place = client.id, self.progress.task, self.progress.round

@@ -21,9 +21,6 @@ from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig
 
-SENT = "sent"
-"""The task whose statistics a client sent last, in its memory."""
-
 
 @dataclass(kw_only=True)
 class _Statistics(Method):
@@ -39,7 +36,7 @@ class _Statistics(Method):
 
     def upload(self, client: Client) -> Payload:
         """The task's statistics, in the task's first message alone."""
-        return outgoing(self.statistics(client)) if first_of_task(client) else {}
+        return {} if client.answered else outgoing(self.statistics(client))
 
     def statistics(self, client: Client) -> dict[str, Tensor]:
         """What the client adds to the sums for its task."""
@@ -138,11 +135,3 @@ def add_sums(
             if name in payload:
                 value = payload[name].double()
                 sums[name] = sums[name] + value if name in sums else value
-
-
-def first_of_task(client: Client) -> bool:
-    """Whether the client has not sent this task's statistics yet; remembers that it now does."""
-    if SENT in client.memory and client.memory[SENT] == client.task:
-        return False
-    client.memory[SENT] = torch.tensor(client.task)
-    return True

@@ -17,7 +17,7 @@ from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.methods.controls import add_sums, first_of_task, moments_of_task
+from fedlscl.methods.controls import add_sums, moments_of_task
 from fedlscl.methods.ewc import consolidate, consolidated
 from fedlscl.methods.selection import draw_per_class, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
@@ -139,7 +139,7 @@ class FedLSCL(Method):
         round of the adapted ones. No CNN, no head, no image and no raw feature ever leaves the client.
         """
         payload: dict[str, Tensor] = {}
-        if self.collaborator.analytic_weight > 0 and first_of_task(client):
+        if self.collaborator.analytic_weight > 0 and not client.answered:
             payload |= sums_for("analytic", client)
         if client.net.pools:
             payload |= sums_for("adapted", client)

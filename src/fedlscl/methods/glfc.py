@@ -120,7 +120,7 @@ class GLFC(FedAvg):
 
     def _detect(self, client: Client) -> bool:
         if self.oracle_signal:
-            signal = client.round == 0
+            signal = client.answered == 0
         else:
             entropy = mean_entropy(client, self._classes(client)[0])
             signal = bool(entropy - client.memory.get("entropy", 0.0) > self.entropy_rise)

@@ -62,9 +62,9 @@ class MFCL(DataFree):
     synthesizer: Payload = field(default_factory=dict, init=False, repr=False)
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Plain training on the first task, with synthetic images from the second on."""
+        """Plain training until there are synthetic images; who missed the round that brought them has none."""
         loader = client.loader(client.train_ids, self.batch_size)
-        if client.previous is None:
+        if client.previous is None or CLASSES not in client.memory:
             module = ClassificationModule(client.net, client.classes, lr=self.lr)
         else:
             weights = {n.removeprefix(NET): value for n, value in client.memory.items() if n.startswith(NET)}

@@ -72,9 +72,9 @@ class TARGET(DataFree):
     """T of its distillation, which carries T^2."""
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Plain training on the first task, with synthetic images from the second on."""
+        """Plain training until there are synthetic images; who missed the round that brought them has none."""
         loader = client.loader(client.train_ids, self.batch_size)
-        if client.previous is None:
+        if client.previous is None or CLASSES not in client.memory:
             module = ClassificationModule(client.net, client.classes, lr=self.lr)
         else:
             module = SyntheticDistillationModule(
@@ -113,6 +113,7 @@ class TARGET(DataFree):
             yield Stage("synthesis", module, [self._wish(classes)] * self.synthesis_steps, 1)
             meta.step()
             meta.zero_grad()
+            assert module.best is not None
             images.append((255 * module.best).round().to("cpu", torch.uint8))
             averages = module.latest
             if is_warm:

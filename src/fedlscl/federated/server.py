@@ -1,0 +1,33 @@
+"""What the server does in a round; the same in a simulation and over a network."""
+
+from fedlscl.federated.local import TrainStage, seeded_stages
+from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.seeding import Turn, seed_turn
+
+
+class Server:
+    """Turns the uploads of a round into one answer for each sender.
+
+    Args:
+        method: whose hooks.
+        seed: of the run.
+    """
+
+    def __init__(self, method: Method, seed: int) -> None:
+        self.method, self.seed = method, seed
+
+    def train(self, uploads: list[Upload], progress: Progress, train: TrainStage) -> None:
+        """What the method trains at the server."""
+
+        def seed(number: int) -> None:
+            place = (*progress, number) if number else tuple(progress)
+            seed_turn(self.seed, Turn.SERVER_TRAIN, *place)
+
+        seeded_stages(self.method.server_stages(uploads, progress), None, train, seed)
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
+        """One answer for each sender, by client."""
+        seed_turn(self.seed, Turn.SERVER, *progress)
+        answers = self.method.aggregate(uploads, progress)
+        return {upload.client: answer for upload, answer in zip(uploads, answers, strict=True)}
