@@ -37,6 +37,27 @@ def second_moment(features: Tensor) -> Tensor:
     return e.mT @ e / len(features)
 
 
+def upper_triangle(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix (p, p), row by row: (p (p + 1) / 2,)."""
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
+
+
+def symmetric(upper: Tensor, size: int) -> Tensor:
+    """The symmetric matrix (size, size) whose upper triangle is given row by row.
+
+    Example:
+        >>> symmetric(torch.tensor([1, 2, 3]), 2)
+        tensor([[1, 2],
+                [2, 3]])
+    """
+    matrix = upper.new_zeros(size, size)
+    rows, columns = torch.triu_indices(size, size)
+    matrix[rows, columns] = upper
+    matrix[columns, rows] = upper
+    return matrix
+
+
 def one_by_one_distill(
     generators: Sequence[Tensor],
     moments: Sequence[Tensor],

@@ -2,7 +2,7 @@
 
 Deviations from the letter of the paper, each a field: a cosine head with imprinted rows, the current task's samples
 beside the buffer in Stage 2, a balanced softmax, BatchNorm at rest, analytic heads on the frozen and on the adapted
-path, second moments in place of raw features, Eq. 5 in closed form with a scale-free lambda.
+path, second moments in place of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlscl.analytic import MomentSums, discriminant_solution
-from fedlscl.distillation import one_by_one_distill, second_moment
+from fedlscl.distillation import one_by_one_distill, second_moment, symmetric
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage
+from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.methods.controls import add_sums, moments_of_task
+from fedlscl.methods import secure
 from fedlscl.methods.ewc import consolidate, consolidated
+from fedlscl.methods.pooling import solved_heads, sums_for, with_sums
+from fedlscl.methods.private import PrivateSums
 from fedlscl.methods.selection import draw_per_class, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
@@ -28,7 +29,7 @@ from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 
 
 @dataclass(kw_only=True)
-class FedLSCL(Method):
+class FedLSCL(PrivateSums):
     """Client CNNs generate LoRA weights for one frozen ViT; only the generators meet at the server."""
 
     card: ClassVar = MethodCard(
@@ -91,6 +92,12 @@ class FedLSCL(Method):
             raise ValueError(f"shrinkage {self.shrinkage} is no share: choose up to 1.")
         if self.buffer_per_class < 0:
             raise ValueError(f"buffer_per_class {self.buffer_per_class} cannot be kept: choose 0 or more.")
+        shape = self.collaborator
+        if self.noise_multiplier and (shape.analytic_weight > 0 or shape.adapted_weight > 0):
+            raise ValueError(
+                f"noise_multiplier {self.noise_multiplier} does not cover the analytic heads' sums: set "
+                "collaborator.analytic_weight and collaborator.adapted_weight to 0."
+            )
 
     def build_net(self, client: int, num_classes: int) -> Collaborator:
         """A collaborator with this client's small model."""
@@ -103,6 +110,8 @@ class FedLSCL(Method):
 
     def begin_task(self, client: Client) -> None:
         """Imprint the rows of the new classes."""
+        if self._federates(client):
+            self.remember_start(client)
         if self.imprint and len(client.train_ids):
             client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
 
@@ -136,32 +145,41 @@ class FedLSCL(Method):
         """phi_i and the second moment of FS_i, the features of what the buffer would be now.
 
         With analytic heads also the second moments of the ViT's features: once per task of the frozen ones, in every
-        round of the adapted ones. No CNN, no head, no image and no raw feature ever leaves the client.
+        round of the adapted ones. No CNN, no head, no image and no raw feature ever leaves the client. With
+        ``secure_sum``, a key at first, and then all of it masked.
         """
+        if self.secure_sum and not secure.knows_members(client):
+            return secure.announcement(client, self.secrets)
+        is_first = secure.first_sum_of_task(client) if self.secure_sum else not client.answered
         payload: dict[str, Tensor] = {}
-        if self.collaborator.analytic_weight > 0 and not client.answered:
-            payload |= sums_for("analytic", client)
+        if self.collaborator.analytic_weight > 0 and is_first:
+            payload |= sums_for("analytic", client, or_zeros=self.secure_sum)
         if client.net.pools:
-            payload |= sums_for("adapted", client)
+            payload |= sums_for("adapted", client, or_zeros=self.secure_sum)
         if self._federates(client):
             ids = scored_buffer(client, self.buffer_per_class).ids
             moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
-            upper = torch.triu_indices(*moment.shape)
-            payload |= {"generator": client.net.generator.matrix, "moments": moment[upper[0], upper[1]].float()}
-        return outgoing(payload)
+            payload |= self.released(client, moment)
+        payload = outgoing(payload)
+        return secure.masked_upload(client, payload) if self.secure_sum else payload
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""
-        common = self._analytic_heads(uploads, progress)
+        if self.secure_sum:
+            return [self._secure_answer(uploads, progress)] * len(uploads)
+        common = self._analytic_heads([upload.payload for upload in uploads], progress)
         if "generator" not in uploads[0].payload:
             return [dict(common) for _ in uploads]
+        self.account(progress)
         generators = [upload.payload["generator"] for upload in uploads]
         moments = [symmetric(upload.payload["moments"], len(upload.payload["generator"])) for upload in uploads]
         fused = one_by_one_distill(generators, moments, self.lambda_proximal, data_anchor=self.data_anchor)
         return [{"generator": generator, **common} for generator in fused]
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the personalised generator and the analytic heads."""
+        """Take over the personalised generator and the analytic heads; of secure sums, solve for the generator."""
+        if self.secure_sum:
+            secure.take_over(client, payload, self.lambda_proximal, self.data_anchor)
         if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
         for head in HEADS:
@@ -176,12 +194,12 @@ class FedLSCL(Method):
             consolidate(client, samples=200, gamma=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums behind the analytic heads."""
-        return {"sums": dict(self.sums)}
+        """The sums behind the analytic heads, the members of secure sums, and how much noise was spent."""
+        return {"sums": dict(self.sums), "members": self.members, "releases": self.releases}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the sums."""
-        self.sums = dict(state["sums"])
+        """Restore them."""
+        self.sums, self.members, self.releases = dict(state["sums"]), state["members"], state["releases"]
 
     def _stage_one(self, client: Client) -> Learner:
         rates = {
@@ -206,39 +224,25 @@ class FedLSCL(Method):
             return None
         return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
 
-    def _analytic_heads(self, uploads: list[Upload], progress: Progress) -> Payload:
+    def _secure_answer(self, uploads: list[Upload], progress: Progress) -> Payload:
+        if self.members is None:
+            answer = secure.introduction(uploads, progress)
+            self.members = answer[secure.MEMBERS]
+            return answer
+        total = secure.sums_of_all(uploads, self.members)
+        common = self._analytic_heads([total], progress)
+        if secure.PRODUCTS not in total:
+            return common
+        self.account(progress)
+        return {name: total[name] for name in (secure.MOMENTS, secure.PRODUCTS)} | common
+
+    def _analytic_heads(self, payloads: Sequence[Payload], progress: Progress) -> Payload:
         """Linear discriminants; sums of adapted features count for good from the task's last round on."""
-        payloads = [upload.payload for upload in uploads]
-        add_sums(self.sums, payloads, sums_of("analytic"))
-        sums, answer = dict(self.sums), {}
-        add_sums(sums, payloads, sums_of("adapted"))
+        self.sums = with_sums(self.sums, "analytic", payloads)
+        sums = with_sums(self.sums, "adapted", payloads)
         if progress.last:
             self.sums = sums
-        for head in HEADS:
-            if f"{head}.gram" in sums:
-                moments = MomentSums(*(sums[name] for name in sums_of(head)))
-                weight, bias = discriminant_solution(moments, self.shrinkage)
-                answer |= {f"{head}.weight": weight, f"{head}.bias": bias}
-        return answer
+        return solved_heads(sums, self.shrinkage)
 
     def _federates(self, client: Client) -> bool:
         return self.distill and client.net.config.collaboration
-
-
-def sums_for(head: str, client: Client) -> Payload:
-    """What a client adds to the sums behind a closed-form head for its task."""
-    return {f"{head}.{name}": value for name, value in moments_of_task(client, HEADS[head]).items()}
-
-
-def sums_of(head: str) -> list[str]:
-    """Names under which the sums behind a closed-form head travel."""
-    return [f"{head}.{name}" for name in MomentSums._fields]
-
-
-def symmetric(upper: Tensor, size: int) -> Tensor:
-    """The symmetric matrix (size, size) whose upper triangle is given row by row."""
-    matrix = upper.new_zeros(size, size)
-    rows, columns = torch.triu_indices(size, size)
-    matrix[rows, columns] = upper
-    matrix[columns, rows] = upper
-    return matrix
