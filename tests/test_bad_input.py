@@ -94,7 +94,7 @@ def refused(tmp_path, capsys):
         ("--data.manifest no.json", "manifest no.json cannot be read (No such file or directory)"),
         # Devices.
         ("--trainer.accelerator abacus", "accelerator 'abacus' cannot be used"),
-        ("--trainer.devices 2", "devices 2 cannot be used: one device trains all clients, choose 1."),
+        ("--trainer.devices 0", "devices 0 cannot be used: choose 1 or more."),
         ("--trainer.precision 16-mixed", "precision '16-mixed' needs CUDA: choose bf16-mixed or 32-true."),
         # Places.
         ("--ckpt_path no/where", "checkpoint 'no/where' does not exist: run fedlscl fit first"),

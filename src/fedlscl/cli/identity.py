@@ -33,7 +33,7 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         "splits": [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits],
         **{name: trainer[name] for name in DECIDING},
     }
-    computed = {name: trainer[name] for name in ("precision", "devices")}
+    computed = {name: trainer[name] for name in ("precision",)}
     return f"{_hash(learned)}-{_hash(computed)}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,10 @@ class Client:
     round: int = 0
     answered: int = 0
     """Rounds of the current task whose answer the client has taken over."""
+    parked: Path | None = None
+    """The file that holds the client's tensors while they are not in memory."""
+    constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Buffers of a parked net that are no part of its state."""
 
     @property
     def classes(self) -> Tensor:
@@ -82,6 +87,8 @@ class Client:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that describe the client between two rounds."""
+        if self.parked is not None:
+            return torch.load(self.parked, mmap=True, weights_only=True)
         return {
             "net": self.net.state_dict(),
             "previous": None if self.previous is None else self.previous.state_dict(),
@@ -100,6 +107,36 @@ class Client:
             self.previous.load_state_dict(state["previous"])
         self.buffer = Buffer.from_state_dict(state["buffer"])
         self.memory, self.answered = dict(state["memory"]), state["answered"]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the client holds in memory."""
+        buffer = (self.buffer.ids, self.buffer.labels, self.buffer.losses)
+        tensors = [*states(self.net), *states(self.previous), *self.memory.values(), *buffer]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def park(self, path: Path) -> None:
+        """Put everything into a file and free the memory; the net's structure stays, without values."""
+        state = self.state_dict()
+        torch.save(state, path)
+        self.constants = {name: value for name, value in self.net.named_buffers() if name not in state["net"]}
+        self.net.to("meta")
+        self.previous, self.buffer, self.memory, self.parked = None, Buffer.empty(), {}, path
+
+    def unpark(self) -> None:
+        """Bring everything back from the file, if it is in one."""
+        if self.parked is not None:
+            state = self.state_dict()
+            self.parked = None
+            self.net.to_empty(device="cpu")
+            for name, value in self.constants.items():
+                self.net.get_buffer(name).copy_(value)
+            self.load_state_dict(state)
+
+
+def states(net: Net | None) -> list[Tensor]:
+    """The tensors of a net that is to be kept; none of one that is not there."""
+    return [] if net is None else list(net.state_dict().values())
 
 
 @torch.no_grad()

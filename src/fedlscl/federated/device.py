@@ -14,18 +14,21 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:
     """Fabric on the device and in the precision asked for, or a refusal.
 
+    For more than one device the program is started anew for each further one, with the same command line.
+
     Raises:
         ValueError: if this machine lacks them.
     """
-    if devices != 1:
-        raise ValueError(f"devices {devices} cannot be used: one device trains all clients, choose 1.")
+    if devices < 1:
+        raise ValueError(f"devices {devices} cannot be used: choose 1 or more.")
     has_cuda = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_cuda:
         raise ValueError(f"accelerator {accelerator!r} is absent on this machine: choose cpu or auto.")
     if precision == "16-mixed" and (not has_cuda or accelerator not in ("gpu", "cuda", "auto")):
         raise ValueError("precision '16-mixed' needs CUDA: choose bf16-mixed or 32-true.")
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
+        strategy = "ddp" if devices > 1 else "auto"
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"accelerator {accelerator!r} cannot be used ({reason}): choose cpu or auto.") from error

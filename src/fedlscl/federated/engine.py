@@ -12,14 +12,18 @@ from fedlscl.data import Batch, ClientStream
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Stage
+from fedlscl.federated.parking import Parking
 from fedlscl.nets.net import Net
 
 
 class Engine:
     """Runs stages and nets on Fabric's device in its precision, with frozen prefixes from the cache."""
 
-    def __init__(self, fabric: Fabric, cache: PrefixCache, infer_batch_size: int = 128) -> None:
+    def __init__(
+        self, fabric: Fabric, cache: PrefixCache, infer_batch_size: int = 128, parking: Parking | None = None
+    ) -> None:
         self.fabric, self.cache, self.infer_batch_size = fabric, cache, infer_batch_size
+        self.parking = parking or Parking(float("inf"))
 
     def train(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
         """Go through a stage's batches; returns the mean of each term of the last epoch."""
@@ -67,7 +71,8 @@ class Engine:
 
     @contextmanager
     def on_device(self, client: Client) -> Iterator[None]:
-        """Hold a client's nets on the device for its turn; idle clients wait in host memory."""
+        """Hold a client's nets on the device for its turn; idle clients wait in host memory, or in a file."""
+        self.parking.take(client)
         nets = [net for net in (client.net, client.previous) if net is not None]
         for net in nets:
             self.fabric.to_device(net)
@@ -77,3 +82,4 @@ class Engine:
             if self.fabric.device.type != "cpu":
                 for net in filter(None, (client.net, client.previous)):
                     net.cpu()
+            self.parking.leave(client)

@@ -59,7 +59,8 @@ class LocalWork:
     def download(self, client: Client, answer: Payload) -> None:
         """Take over the server's answer of ``client.round``."""
         self._seed(Turn.DOWNLOAD, client)
-        self.method.download(client, answer)
+        with self.engine.on_device(client):
+            self.method.download(client, answer)
         client.answered += 1
 
     def end_task(self, client: Client) -> None:

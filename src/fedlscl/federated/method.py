@@ -63,6 +63,8 @@ class Method(ABC):
 
     card: ClassVar[MethodCard]
     """Stated anew by every method of this package."""
+    simulation_only: ClassVar[bool] = False
+    """Whether the server looks into its clients, which only one process with all of them allows."""
     lr: float = LR
     """Learning rate of Adam, fresh in every round (Sec. 5.1.3)."""
     local_epochs: int = 5

@@ -21,6 +21,10 @@ class AccuracyMatrix:
         """Set accuracies (masks, tasks so far) of one client."""
         self.values[PHASES.index(phase), :, client, after_task, : rows.shape[1]] = rows.double()
 
+    def row(self, phase: str, client: int, after_task: int) -> Tensor:
+        """What was recorded, (masks, tasks so far)."""
+        return self.values[PHASES.index(phase), :, client, after_task, : after_task + 1].clone()
+
     def of(self, mask: str, phase: str = "after") -> Tensor:
         """The matrix (clients, tasks, tasks) under one mask."""
         return self.values[PHASES.index(phase), MASKS.index(mask)]
@@ -84,7 +88,7 @@ def summary(matrix: AccuracyMatrix, task: int) -> dict[str, float]:
             f"{mask}/current": float(current_accuracy(after)[:, task].mean()),
             f"{mask}/forgetting": float(forgetting(after)[:, task].mean()),
             f"{mask}/backward_transfer": float(backward_transfer(after)[:, task].mean()),
-            f"{mask}/average_before_aggregation": float(average_accuracy(before)[:, task].mean()),
+            f"{mask}/average_before_aggregation": float(average_accuracy(before)[:, task].nanmean()),
         }
     return figures
 

@@ -19,7 +19,9 @@ from fedlscl.federated.engine import Engine
 from fedlscl.federated.local import LocalWork
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AccuracyMatrix
+from fedlscl.federated.parking import Parking
 from fedlscl.federated.payload import Payload, Upload, num_bytes
+from fedlscl.federated.ranks import Ranks
 from fedlscl.federated.server import Server
 
 
@@ -30,9 +32,11 @@ class FederatedTrainer:
         rounds_per_task: communication rounds between two tasks (R; 5 in the paper).
         server_every: whether the server aggregates in every 'round', or once per 'task' (Algorithm 1's letter).
         accelerator: where to train, as in Fabric: auto, cpu, gpu, cuda, mps.
-        devices: number of devices.
+        devices: processes that share the clients, each on a device of its own (or on cores of its own, on a CPU).
         precision: 32-true, bf16-mixed, or 16-mixed on CUDA.
         cache_gb: memory for frozen ViT tokens that are computed once per image; 0 turns the cache off.
+        clients_gb: memory for idle clients; above it those that worked longest ago wait in files.
+        checkpoint_every: rounds between two checkpoints; the end of a task always has one.
         participation: share of the clients that are asked in a round, drawn anew each time; the others sit it out.
         failure_rate: share of those asked that fail in a round, drawn likewise: they do not train and get no answer.
         quorum: uploads without which a round cannot be aggregated; with 0 it then passes without.
@@ -51,6 +55,8 @@ class FederatedTrainer:
         devices: int = 1,
         precision: Precision = "32-true",
         cache_gb: float = 4.0,
+        clients_gb: float = 16.0,
+        checkpoint_every: int = 1,
         participation: float = 1.0,
         failure_rate: float = 0.0,
         quorum: int = 1,
@@ -63,8 +69,12 @@ class FederatedTrainer:
             raise ValueError(f"rounds_per_task {rounds_per_task} trains nothing: choose 1 or more.")
         if max_tasks is not None and max_tasks < 1:
             raise ValueError(f"max_tasks {max_tasks} trains nothing: choose 1 or more, or leave it out.")
-        if cache_gb < 0:
-            raise ValueError(f"cache_gb {cache_gb} is no amount of memory: choose 0 or more.")
+        for field, value in (("cache_gb", cache_gb), ("clients_gb", clients_gb)):
+            if value < 0:
+                raise ValueError(f"{field} {value} is no amount of memory: choose 0 or more.")
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every {checkpoint_every} cannot be counted: choose 1 or more.")
+        self.clients_gb, self.checkpoint_every = clients_gb, checkpoint_every
         self.attendance = Attendance(participation=participation, failure_rate=failure_rate, quorum=quorum)
         self.present: list[int] = []
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
@@ -105,8 +115,10 @@ class FederatedTrainer:
         self.identity = identity
         try:
             self._call("on_fit_start")
+            self.run_dir = self.ranks.from_first(self.run_dir)
             for task in range(start.task, self.num_tasks):
                 self._learn_task(task, start.round if task == start.task else 0)
+            self._collect_clients()
             self._call("on_fit_end")
         except BaseException:
             self._call("on_exception")
@@ -123,7 +135,10 @@ class FederatedTrainer:
         datamodule.setup()
         self.fabric = connect(self.accelerator, self.devices, self.precision)
         cache_dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
-        self.engine = Engine(self.fabric, PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype))
+        cache, parking = PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype), Parking(self.clients_gb * 2**30)
+        self.engine, self.ranks = Engine(self.fabric, cache, parking=parking), Ranks(self.fabric)
+        if self.ranks.size > 1 and method.simulation_only:
+            raise ValueError(f"{type(method).__name__} pools all data in one process: choose devices 1.")
         self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed)
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
         self.matrix = AccuracyMatrix(datamodule.num_clients, self.num_tasks)
@@ -148,16 +163,17 @@ class FederatedTrainer:
         self.progress = Progress(task, first_round)
         for client in self.clients:
             client.task, client.round = task, first_round
-            if first_round == 0:
+            if first_round == 0 and self.ranks.owns(client.id):
                 self.local.begin_task(client)
         self._call("on_task_start")
         for round_ in range(first_round, self.rounds_per_task):
             self._round(Progress(task, round_, round_ == self.rounds_per_task - 1, task == self.num_tasks - 1))
-            if not self.progress.last:
+            if not self.progress.last and (round_ + 1) % self.checkpoint_every == 0:
                 self._checkpoint(Progress(task, round_ + 1))
-        for client in self.clients:
+        for client in filter(self._is_mine, self.clients):
             self.local.end_task(client)
             self._evaluate(client, "after")
+        self._collect_accuracies("after", self.clients)
         self._call("on_task_end")
         self._checkpoint(Progress(task + 1, 0))
 
@@ -167,11 +183,15 @@ class FederatedTrainer:
         self._call("on_round_start")
         for client in self.clients:
             client.round = progress.round
-        present = [self.clients[index] for index in self.present]
-        for client in present:
+        present, begun = [self.clients[index] for index in self.present], len(self.history)
+        for client in filter(self._is_mine, present):
             self._local_round(client)
+        self._collect_history(begun)
+        if progress.last:
+            self._collect_accuracies("before", present)
         if self.server_every == "round" or progress.last:
-            self._server_round([self._upload(client) for client in present])
+            uploads = self.ranks.gather([self.local.upload(client) for client in filter(self._is_mine, present)])
+            self._server_round(sorted(uploads, key=lambda upload: upload.client))
         self._call("on_round_end")
 
     def _local_round(self, client: Client) -> None:
@@ -179,11 +199,6 @@ class FederatedTrainer:
         self.local.train(client, self._train)
         if self.progress.last:
             self._evaluate(client, "before")
-
-    def _upload(self, client: Client) -> Upload:
-        upload = self.local.upload(client)
-        self._count("up", client, upload.payload)
-        return upload
 
     def _train(self, client: Client | None, stage: Stage) -> None:
         self._call("on_stage_start", client, stage)
@@ -196,6 +211,8 @@ class FederatedTrainer:
         self._call("on_stage_end", client, stage, terms, seconds)
 
     def _server_round(self, uploads: list[Upload]) -> None:
+        for upload in uploads:
+            self._count("up", upload.client, upload.payload)
         self.attendance.check_quorum(len(uploads), len(self.clients), self.progress)
         if not uploads:
             return
@@ -204,8 +221,9 @@ class FederatedTrainer:
         answers = self.server.aggregate(uploads, self.progress)
         self._call("on_server_end", time.perf_counter() - started)
         for index, answer in answers.items():
-            self._count("down", self.clients[index], answer)
-            self.local.download(self.clients[index], answer)
+            self._count("down", index, answer)
+            if self.ranks.owns(index):
+                self.local.download(self.clients[index], answer)
 
     def _evaluate(self, client: Client, phase: str) -> None:
         self._call("on_evaluation_start", client, phase)
@@ -215,19 +233,48 @@ class FederatedTrainer:
 
     def _build_client(self, index: int) -> Client:
         net = self.local.build(index, self.datamodule.num_classes)
-        return Client(id=index, net=net, data=self.datamodule.stream(index), engine=self.engine)
+        client = Client(id=index, net=net, data=self.datamodule.stream(index), engine=self.engine)
+        self.engine.parking.leave(client)
+        return client
 
-    def _count(self, direction: str, client: Client, payload: Payload) -> None:
-        place = client.id, self.progress.task, self.progress.round
+    def _is_mine(self, client: Client) -> bool:
+        return self.ranks.owns(client.id)
+
+    def _collect_history(self, begun: int) -> None:
+        """What the other processes' clients went through since ``begun``, in the order of clients."""
+        entries = self.ranks.gather(self.history[begun:])
+        self.history[begun:] = entries if self.ranks.size == 1 else sorted(entries, key=lambda entry: entry["client"])
+
+    def _collect_accuracies(self, phase: str, clients: list[Client]) -> None:
+        """What the other processes measured."""
+        task = self.progress.task
+        mine = [(c.id, self.matrix.row(phase, c.id, task)) for c in clients if self._is_mine(c)]
+        for client, row in self.ranks.gather(mine):
+            self.matrix.record(phase, client, task, row)
+
+    def _collect_clients(self) -> None:
+        """Bring what the other processes' clients are now to all."""
+        if self.ranks.size > 1:
+            mine = [(client.id, client.state_dict()) for client in self.clients if self._is_mine(client)]
+            for index, state in self.ranks.gather(mine):
+                if not self.ranks.owns(index):
+                    with self.engine.on_device(self.clients[index]):
+                        self.clients[index].load_state_dict(state)
+
+    def _count(self, direction: str, client: int, payload: Payload) -> None:
+        place = client, *self.progress
         self.traffic[direction][place] = num_bytes(payload)
         self.traffic[f"{direction}_values"][place] = sum(value.numel() for value in payload.values())
 
     def _call(self, hook: str, *args: Any) -> None:
-        for callback in self.callbacks:
+        for callback in self.callbacks if self.ranks.is_first else ():
             getattr(callback, hook)(self, *args)
 
     def _checkpoint(self, progress: Progress) -> None:
         if self.run_dir is None:
+            return
+        self._collect_clients()
+        if not self.ranks.is_first:
             return
         state = {
             "identity": self.identity,

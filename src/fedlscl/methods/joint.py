@@ -31,6 +31,8 @@ TRAINER = 0
 class _Pool(Method):
     """The server's pool of all samples so far, and one net for everybody."""
 
+    simulation_only: ClassVar = True
+
     from_scratch: bool = True
     """Begin every task with fresh weights, so that earlier tasks have no head start."""
     pool: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -55,6 +57,10 @@ class _Pool(Method):
     def upload(self, client: Client) -> Payload:
         """The net that learned."""
         return outgoing(client.net.state_dict()) if client.id == TRAINER else {}
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """A net from one client alone."""
+        return dict(net.state_dict()) if upload.client == TRAINER else {}
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Hand out the one net."""

@@ -1,0 +1,48 @@
+"""Clients shared out over processes; every process knows all that the server knows and repeats its step."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch.distributed
+from lightning.fabric import Fabric
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """Who works for which client. With one process everything here is the identity.
+
+    Modules are never wrapped for data parallelism: each client trains in one process, as it would alone, so that
+    the result does not depend on the number of processes (bit for bit where all have the same number of threads).
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and calls observers."""
+        return self.rank == 0
+
+    def owns(self, client: int) -> bool:
+        """Whether this process works for a client; they are dealt out in turn.
+
+        Example:
+            >>> ranks = object.__new__(Ranks)
+            >>> ranks.size, ranks.rank = 2, 1
+            >>> [ranks.owns(client) for client in range(4)]
+            [False, True, False, True]
+        """
+        return client % self.size == self.rank
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """What all processes give, in the order of ranks."""
+        if self.size == 1:
+            return list(mine)
+        everyones: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(everyones, list(mine))
+        return [item for items in everyones for item in items]
+
+    def from_first(self, value: T) -> T:
+        """What the first process holds."""
+        return value if self.size == 1 else self.fabric.broadcast(value, src=0)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from fedlscl.federated.client import Client
+from fedlscl.federated.parking import Parking
+from fedlscl.federated.trainer import FederatedTrainer
+from tiny_methods import METHODS
+
+
+def states(trainer):
+    return {
+        f"{client.id}.{part}.{name}": value
+        for client in trainer.clients
+        for part in ("net", "previous", "buffer", "memory")
+        for name, value in (client.state_dict()[part] or {}).items()
+    }
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_federation_on_disk_learns_the_same_bits(name, federate):
+    """With no budget every client is in its file whenever it is not its turn."""
+    plain = federate(METHODS[name](), rounds_per_task=2)
+    parked = federate(METHODS[name](), rounds_per_task=2, clients_gb=0)
+    assert all(client.parked is not None for client in parked.clients)
+    assert all(parameter.is_meta for client in parked.clients for parameter in client.net.parameters())
+    left, right = states(plain), states(parked)
+    assert left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
+    assert torch.equal(plain.matrix.values.nan_to_num(-1), parked.matrix.values.nan_to_num(-1))
+
+
+class Weight(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(100))
+
+
+def make_clients(number):
+    return [Client(id=i, net=Weight(), data=None, engine=None) for i in range(number)]
+
+
+def test_the_longest_idle_make_room():
+    clients, parking = make_clients(3), Parking(2 * 400)
+    values = [client.net.weight.detach().clone() for client in clients]
+    for client in clients:
+        parking.leave(client)
+    assert [client.parked is None for client in clients] == [False, True, True]
+    parking.take(clients[0])
+    assert clients[0].parked is None and clients[0].net.weight.equal(values[0])
+    parking.leave(clients[0])
+    assert [client.parked is None for client in clients] == [True, False, True]
+    assert parking.resident_bytes == 800
+
+
+def test_a_parked_client_tells_its_state_without_coming_back():
+    (client,), parking = make_clients(1), Parking(0)
+    before = client.net.weight.detach().clone()
+    parking.leave(client)
+    assert client.state_dict()["net"]["weight"].equal(before) and client.parked is not None
+
+
+def test_a_memory_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="clients_gb -1 is no amount of memory"):
+        FederatedTrainer(clients_gb=-1)
