@@ -52,16 +52,8 @@ class Results(Timed):
 
     def on_task_end(self, trainer: "FederatedTrainer") -> None:
         """Write the results so far."""
-        if trainer.run_dir is None:
-            return
-        done = results(trainer)
-        files = {
-            "results.json": to_json(done),
-            "matrix.csv": to_csv(matrix_rows(done["accuracy"])),
-            "rounds.csv": to_csv(round_rows(done["traffic"], trainer.history, done["tasks_done"])),
-        }
-        for name, text in files.items():
-            write_atomically(trainer.run_dir / name, text.encode())
+        if trainer.run_dir is not None:
+            write_results(trainer)
 
     def on_fit_end(self, trainer: "FederatedTrainer") -> None:
         """Write everything once more: a run that was complete already did not come past a task's end."""
@@ -74,8 +66,24 @@ class Results(Timed):
             self.on_checkpoint(trainer)
 
 
-def results(trainer: "FederatedTrainer") -> dict[str, Any]:
-    """Everything about a run that is the same whenever it is repeated, in plain values."""
+def write_results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> None:
+    """Write results.json, matrix.csv and rounds.csv; ``data`` as for ``results``."""
+    assert trainer.run_dir is not None
+    done = results(trainer, data)
+    files = {
+        "results.json": to_json(done),
+        "matrix.csv": to_csv(matrix_rows(done["accuracy"])),
+        "rounds.csv": to_csv(round_rows(done["traffic"], trainer.history, done["tasks_done"])),
+    }
+    for name, text in files.items():
+        write_atomically(trainer.run_dir / name, text.encode())
+
+
+def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything about a run that is the same whenever it is repeated, in plain values.
+
+    ``data`` is what ``describe_data`` would say, where the trainer has none to look into.
+    """
     done = tasks_done(trainer)
     values = {name: amounts[:, :done] for name, amounts in trainer.traffic.items()}
     return {
@@ -84,7 +92,7 @@ def results(trainer: "FederatedTrainer") -> dict[str, Any]:
         "seed": trainer.seed,
         "method": {"name": type(trainer.method).__name__, "fields": plain(trainer.method)},
         "trainer": {name: getattr(trainer, name) for name in ("rounds_per_task", "server_every", "precision")},
-        "data": describe_data(trainer),
+        "data": describe_data(trainer) if data is None else data,
         "foundation": describe_foundation(trainer),
         "parameters": {
             **parameter_counts(trainer),
