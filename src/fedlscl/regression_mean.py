@@ -73,6 +73,11 @@ def pack(gram: Tensor) -> Tensor:
     return gram if gram.dim() == 1 else gram[tuple(torch.triu_indices(*gram.shape))]
 
 
+def packed_size(size: int) -> int:
+    """Length of the row that a whole Gram of ``size`` inputs makes."""
+    return size * (size + 1) // 2
+
+
 def unpack(values: Tensor, size: int) -> Tensor:
     """The Gram of ``size`` inputs that ``pack`` made a row of.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlscl.data import ClientSplit
 
-DECIDING = ("rounds_per_task", "server_every", "max_tasks", "participation", "failure_rate")
+DECIDING = ("rounds_per_task", "server_every", "max_tasks", "participation", "failure_rate", "norm_factor", "upload_gb")
 """Options of the trainer that decide what is learned."""
 
 

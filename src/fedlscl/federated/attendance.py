@@ -18,6 +18,8 @@ class Attendance:
     """Probability that a client that was asked fails: it does not train and gets no answer."""
     quorum: int = 1
     """Uploads without which a round cannot be aggregated."""
+    absences: frozenset[tuple[int, int, int]] = frozenset()
+    """Clients that fail besides, as (client, task, round)."""
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
@@ -38,7 +40,8 @@ class Attendance:
         generator = np.random.default_rng(np.random.SeedSequence([seed, Turn.ATTENDANCE, *progress]))
         asked = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
         fails = generator.random(num_clients) < self.failure_rate
-        return sorted(int(client) for client in asked if not fails[client])
+        named = {client for client, *place in self.absences if place == [*progress]}
+        return sorted(int(client) for client in asked if not fails[client] and client not in named)
 
     def check_quorum(self, num_uploads: int, num_clients: int, progress: Progress) -> None:
         """Refuse to aggregate too few uploads.

@@ -100,6 +100,18 @@ class Method(ABC):
         """Training at the server before ``aggregate``, stage by stage as in ``stages``; none here."""
         return iter(())
 
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """What an honest message from this sender of this round looks like: names, shapes and dtypes, content aside.
+
+        The door compares every upload with it. A method with an ``upload`` of its own should say what that sends (with
+        None, the door checks values alone) and raise what is wrong where numbers in a message decide its shapes.
+
+        Args:
+            upload: what came; its sender, round and class counts are checked already, its payload is anything.
+            net: client 0's as it is built, on the meta device.
+        """
+        return dict(net.state_dict()) if type(self).upload is Method.upload else None
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """One answer for each upload, in their order."""
         return [federated_average(uploads, self.head_aggregation)] * len(uploads)

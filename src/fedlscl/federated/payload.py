@@ -1,13 +1,18 @@
 """What travels between client and server: named tensors, and who sent them."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from safetensors.torch import save
+import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 Payload = dict[str, Tensor]
 """Tensors by name, on the CPU and detached; never modules, optimizers or data sets."""
+LARGEST_HEADER = 4 * 2**20
+"""Bytes of a message that describe its tensors; a ViT-B/16 needs some 20,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,4 +39,63 @@ def outgoing(tensors: Mapping[str, Tensor]) -> Payload:
 
 def num_bytes(payload: Payload) -> int:
     """Size of the message as it is really serialised (safetensors)."""
-    return len(save({name: value.contiguous() for name, value in payload.items()})) if payload else 0
+    return len(write_payload(payload)) if payload else 0
+
+
+def write_payload(payload: Payload) -> bytes:
+    """The message as safetensors."""
+    return save({name: value.contiguous() for name, value in payload.items()})
+
+
+def read_payload(data: bytes, limit: int | None = None) -> Payload:
+    """Tensors of a message that anybody may have written; see ``read_message``."""
+    return read_message(data, limit)[1]
+
+
+def read_message(data: bytes, limit: int | None = None) -> tuple[dict[str, str], Payload]:
+    """Metadata and tensors of a message that anybody may have written; nothing in it is ever executed.
+
+    Tensors get memory of their own, since its alignment may decide the last bit of a product.
+
+    Args:
+        data: safetensors.
+        limit: most bytes that are looked at.
+
+    Raises:
+        ValueError: in one line, whatever the bytes are, if they are not one whole message.
+    """
+    if limit is not None and len(data) > limit:
+        raise ValueError(f"message of {len(data)} bytes is larger than {limit}")
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError(f"message of {len(data)} bytes is cut short, or no safetensors")
+    if size > LARGEST_HEADER:
+        raise ValueError(f"message has a header of {size} bytes, more than {LARGEST_HEADER}")
+    try:
+        # The library keeps one of two tensors of the same name without a word.
+        metadata = json.loads(data[8 : 8 + size], object_pairs_hook=_once).get("__metadata__", {})
+        payload = {name: value.clone() for name, value in load(data).items()}
+        names = [name for name, value in payload.items() if value.dtype == torch.bool and _holds_more_than_bits(value)]
+    except Exception as error:  # The library raises one kind for each way of being broken, and torch has its own.
+        raise ValueError(f"message is no safetensors ({one_line(error)})") from None
+    if names:
+        raise ValueError(f"message has a truth value other than 0 and 1 in {one_line(names[0])!r}")
+    return metadata, payload
+
+
+def one_line(value: Any) -> str:
+    """The beginning of what somebody else wrote, fit for a log."""
+    text = " ".join(str(value).split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _holds_more_than_bits(value: Tensor) -> bool:
+    return bool((value.view(torch.uint8) > 1).any())

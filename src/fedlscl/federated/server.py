@@ -1,5 +1,6 @@
 """What the server does in a round; the same in a simulation and over a network."""
 
+from fedlscl.federated.door import Door
 from fedlscl.federated.local import TrainStage, seeded_stages
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload
@@ -12,10 +13,15 @@ class Server:
     Args:
         method: whose hooks.
         seed: of the run.
+        door: what uploads have to pass.
     """
 
-    def __init__(self, method: Method, seed: int) -> None:
-        self.method, self.seed = method, seed
+    def __init__(self, method: Method, seed: int, door: Door) -> None:
+        self.method, self.seed, self.door = method, seed, door
+
+    def admit(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
+        """The uploads that count; no other may be trained on or aggregated."""
+        return self.door.admit(uploads, progress)
 
     def train(self, uploads: list[Upload], progress: Progress, train: TrainStage) -> None:
         """What the method trains at the server."""

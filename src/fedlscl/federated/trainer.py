@@ -15,6 +15,7 @@ from fedlscl.federated.callbacks import AT_SERVER, Callback
 from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.device import Precision, connect
+from fedlscl.federated.door import Door, Limits
 from fedlscl.federated.engine import Engine
 from fedlscl.federated.local import LocalWork
 from fedlscl.federated.method import Method, Progress, Stage
@@ -40,6 +41,8 @@ class FederatedTrainer:
         participation: share of the clients that are asked in a round, drawn anew each time; the others sit it out.
         failure_rate: share of those asked that fail in a round, drawn likewise: they do not train and get no answer.
         quorum: uploads without which a round cannot be aggregated; with 0 it then passes without.
+        norm_factor: how many times the median norm an uploaded tensor's may be; 0 for any (docs/robustness.md).
+        upload_gb: largest upload; what is larger, or malformed in any other way, is left out of its round.
         max_tasks: stop after so many tasks; all where not given.
         default_root_dir: folder of all runs.
         name: name of the run's folder in it; the method's name where not given.
@@ -60,6 +63,8 @@ class FederatedTrainer:
         participation: float = 1.0,
         failure_rate: float = 0.0,
         quorum: int = 1,
+        norm_factor: float = 1000.0,
+        upload_gb: float = 1.0,
         max_tasks: int | None = None,
         default_root_dir: str = "runs",
         name: str | None = None,
@@ -76,6 +81,7 @@ class FederatedTrainer:
             raise ValueError(f"checkpoint_every {checkpoint_every} cannot be counted: choose 1 or more.")
         self.clients_gb, self.checkpoint_every = clients_gb, checkpoint_every
         self.attendance = Attendance(participation=participation, failure_rate=failure_rate, quorum=quorum)
+        self.limits = Limits(norm_factor=norm_factor, upload_gb=upload_gb)
         self.present: list[int] = []
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
         self.accelerator, self.devices, self.cache_gb = accelerator, devices, cache_gb
@@ -139,7 +145,8 @@ class FederatedTrainer:
         self.engine, self.ranks = Engine(self.fabric, cache, parking=parking), Ranks(self.fabric)
         if self.ranks.size > 1 and method.simulation_only:
             raise ValueError(f"{type(method).__name__} pools all data in one process: choose devices 1.")
-        self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed)
+        door = Door(self.method, datamodule.num_clients, datamodule.num_classes, self.limits)
+        self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed, door)
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
         self.matrix = AccuracyMatrix(datamodule.num_clients, self.num_tasks)
         shape = (datamodule.num_clients, self.num_tasks, self.rounds_per_task)
@@ -151,6 +158,7 @@ class FederatedTrainer:
         """Take up the state of a checkpoint, after ``setup``; the beginning of its identity suffices."""
         state = load_checkpoint(path, identity)
         self.method.load_state_dict(state["method"])
+        self.server.door.load_state_dict(state["door"])
         progress = Progress(*state["progress"])
         for client, values in zip(self.clients, state["clients"], strict=True):
             client.load_state_dict(values)
@@ -213,6 +221,7 @@ class FederatedTrainer:
     def _server_round(self, uploads: list[Upload]) -> None:
         for upload in uploads:
             self._count("up", upload.client, upload.payload)
+        uploads = self.server.admit(uploads, self.progress)
         self.attendance.check_quorum(len(uploads), len(self.clients), self.progress)
         if not uploads:
             return
@@ -280,6 +289,7 @@ class FederatedTrainer:
             "identity": self.identity,
             "progress": list(progress),
             "method": self.method.state_dict(),
+            "door": self.server.door.state_dict(),
             "clients": [client.state_dict() for client in self.clients],
             "matrix": self.matrix.values,
             "traffic": self.traffic,

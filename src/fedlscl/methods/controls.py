@@ -81,6 +81,10 @@ class FedNCM(_Statistics):
         sums[classes] = means * client.data.class_counts(client.task)[classes, None]
         return {"means": sums}
 
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """The sums, or nothing after the task's first answer."""
+        return {"means": net.head.weight} if upload.payload else {}
+
     def answer(self) -> Payload:
         """Unit directions; zero for classes that nobody has met."""
         return {"head.weight": F.normalize(self.sums["means"]).float()}
@@ -105,6 +109,10 @@ class FedRidge(_Statistics):
         """Gram matrix (width + 1, width + 1) and products with the labels (width + 1, num_classes) of the task."""
         return moments_of_task(client, "features")
 
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """The sums, or nothing after the task's first answer."""
+        return empty_sums(net)._asdict() if upload.payload else {}
+
     def answer(self) -> Payload:
         """The ridge solution as a linear head."""
         weight, bias = ridge_solution(MomentSums(self.sums["gram"], self.sums["products"]), self.ridge)
@@ -118,6 +126,13 @@ def moments_of(client: Client, ids: Tensor, pick: str) -> MomentSums | None:
         part = moment_sums(getattr(output, pick), batch.labels, output.logits.shape[1])
         total = part if total is None else MomentSums(total.gram + part.gram, total.products + part.products)
     return total
+
+
+def empty_sums(net: Net) -> MomentSums:
+    """Sums of the shapes that features and classes of a net give, without content."""
+    num_classes, width = net.head.weight.shape
+    shapes = (width + 1, width + 1), (width + 1, num_classes)
+    return MomentSums(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))
 
 
 def moments_of_task(client: Client, pick: str) -> dict[str, Tensor]:

@@ -49,6 +49,10 @@ class Local(FedAvg):
         """Nothing."""
         return {}
 
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """Nothing."""
+        return {}
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Nothing."""
         return [{} for _ in uploads]

@@ -19,6 +19,7 @@ from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.classification import ClassificationModule
 from fedlscl.nets.classifier import make_head
 from fedlscl.nets.expanded import ExpandedViT
+from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation
 
 BLOCKS, CHANGES = "blocks", "changes"
@@ -75,6 +76,16 @@ class FedBE(Method):
         kept = ("head.", *(f"expanded.{block}." for block in blocks))
         state = {name: value for name, value in client.net.state_dict().items() if name.startswith(kept)}
         return outgoing({**state, BLOCKS: torch.tensor(blocks), CHANGES: client.memory[CHANGES]})
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """Head and changes of as many blocks as the client can train, and those blocks."""
+        chosen = upload.payload[BLOCKS].tolist()
+        if sorted({*chosen} & {*range(self.num_expanded)}) != chosen:
+            raise ValueError(f"blocks are not some of {self.num_expanded} in order")
+        kept = ("head.", *(f"expanded.{block}." for block in chosen))
+        shape = {"size": (self._capacity(upload.client),), "device": "meta"}
+        choice = {BLOCKS: torch.empty(dtype=torch.int64, **shape), CHANGES: torch.empty(**shape)}
+        return {name: value for name, value in net.state_dict().items() if name.startswith(kept)} | choice
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Average each block over those who trained it, and allocate blocks for the next round."""

@@ -17,6 +17,7 @@ from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods import secure
+from fedlscl.methods.controls import empty_sums
 from fedlscl.methods.ewc import consolidate, consolidated
 from fedlscl.methods.pooling import solved_heads, sums_for, with_sums
 from fedlscl.methods.private import PrivateSums
@@ -26,6 +27,7 @@ from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeMo
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
+from fedlscl.nets.net import Net
 
 
 @dataclass(kw_only=True)
@@ -162,6 +164,25 @@ class FedLSCL(PrivateSums):
             payload |= self.released(client, moment)
         payload = outgoing(payload)
         return secure.masked_upload(client, payload) if self.secure_sum else payload
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """As ``upload``: sums may be missing after a task's first answer and of a client without samples."""
+        if self.secure_sum and secure.KEYS in upload.payload:
+            return {secure.KEYS: torch.empty(secure.KEY_BYTES, dtype=torch.uint8, device="meta")}
+        expected: Payload = {}
+        can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.pools}
+        for head in HEADS:
+            if f"{head}.gram" in upload.payload and can_come[head]:
+                expected |= {f"{head}.{name}": value for name, value in empty_sums(net)._asdict().items()}
+        if self.distill and net.config.collaboration:
+            rows = len(net.generator.matrix)
+            moments = torch.empty(rows * (rows + 1) // 2, device="meta")
+            expected |= {"generator": net.generator.matrix, "moments": moments}
+            if self.secure_sum:
+                expected[secure.PRODUCTS] = expected.pop("generator")
+        if self.secure_sum:
+            expected = {name: value.to(torch.int64) for name, value in expected.items()}
+        return expected
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""

@@ -17,7 +17,7 @@ import torch
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Stage
-from fedlscl.federated.payload import Payload, outgoing
+from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.prompting import PromptingModule
 from fedlscl.nets.granularity import MultiGranularityViT
@@ -87,6 +87,10 @@ class FedMGP(Method):
     def upload(self, client: Client) -> Payload:
         """P_g, its keys and h_g; nothing fine."""
         return outgoing(client.net.coarse.state_dict())
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """The coarse part."""
+        return dict(net.coarse.state_dict())
 
     def download(self, client: Client, payload: Payload) -> None:
         """Take over P_g, its keys and h_g."""

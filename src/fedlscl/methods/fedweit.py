@@ -21,7 +21,8 @@ from fedlscl.methods.fedavg import FedAvg
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.decomposition import DecompositionModule
 from fedlscl.nets.decomposed import DecomposedClassifier
-from fedlscl.nets.sparsity import largest, pack, unpack
+from fedlscl.nets.net import Net
+from fedlscl.nets.sparsity import largest, num_ones, pack, unpack
 
 BASE, SENT, VALUES, BITS = "base.", "sent.", "values.", "bits."
 """Prefixes: rows of the base and which they are; a packed A_t. A layer's name follows."""
@@ -87,6 +88,22 @@ class FedWeIT(FedAvg):
             sent = largest(layer.mask[client.task].detach(), self.sparsity)
             payload |= {SENT + name: sent, BASE + name: layer.conv.weight[sent]}
         return outgoing(payload)
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """Of every layer as many channels as are sent, and with A_t as many values as there are bits."""
+        expected: Payload = {}
+        for name, layer in net.convolutions.items():
+            channels, *shape = layer.conv.weight.shape
+            num_sent = channels - int(self.sparsity * channels)
+            if upload.payload[SENT + name].sum() != num_sent:
+                raise ValueError(f"channels sent of {name} are not {num_sent}")
+            expected[SENT + name] = torch.empty(channels, dtype=torch.bool, device="meta")
+            expected[BASE + name] = torch.empty(num_sent, *shape, device="meta")
+            if BITS + name in upload.payload:
+                size, bits = layer.anchor.numel(), upload.payload[BITS + name]
+                expected[BITS + name] = torch.empty(-(-size // 8), dtype=torch.uint8, device="meta")
+                expected[VALUES + name] = torch.empty(num_ones(bits, size), device="meta")
+        return expected
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Every channel's mean over who sent it, and everybody's A_t to everybody."""

@@ -21,6 +21,7 @@ from fedlscl.methods.fedavg import FedAvg
 from fedlscl.methods.glfc_client import BEST, best_model, extended_memory, mean_entropy, perturbed_prototypes
 from fedlscl.methods.glfc_proxy import Proxy
 from fedlscl.modules.compensation import CompensationModule
+from fedlscl.nets.net import Net
 from fedlscl.nets.prototype_encoder import PrototypeEncoder
 from fedlscl.nets.small import SmallClassifier
 
@@ -85,6 +86,15 @@ class GLFC(FedAvg):
         if client.memory["signal"]:
             payload[GRADIENTS] = self._gradients(client)
         return outgoing(payload)
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """A net, with one gradient of each class of the task after a signal."""
+        expected = dict(net.state_dict())
+        if GRADIENTS in upload.payload:
+            encoder = PrototypeEncoder(len(upload.class_counts), self.prototype_size)
+            size = sum(parameter.numel() for parameter in encoder.parameters())
+            expected[GRADIENTS] = torch.empty(int((upload.class_counts > 0).sum()), size, device="meta")
+        return expected
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """FedAvg's model, and whether the proxy finds it the best of its task so far."""

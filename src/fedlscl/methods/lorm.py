@@ -24,8 +24,19 @@ from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.classification import ClassificationModule
 from fedlscl.nets.classifier import make_head
 from fedlscl.nets.lora_vit import LoraViT
+from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation
-from fedlscl.regression_mean import diagonal, input_grams, pack, project, regression_mean, shares, shrink, unpack
+from fedlscl.regression_mean import (
+    diagonal,
+    input_grams,
+    pack,
+    packed_size,
+    project,
+    regression_mean,
+    shares,
+    shrink,
+    unpack,
+)
 
 
 @dataclass(kw_only=True)
@@ -97,6 +108,21 @@ class LoRM(Method):
                 gram = project(gram, layer.down[client.task].detach())
             payload[f"gram.{n}"] = pack(gram)
         return outgoing(payload)
+
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """The factor whose turn it is, the head and packed Grams of all inputs."""
+        factor, width = trained_factor(upload.round), net.head.weight.shape[1]
+        expected = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
+        sizes = {"gram.head": packed_size(width)}
+        for n, layer in enumerate(net.lora):
+            merged = getattr(layer, factor)[upload.task]
+            expected[f"lora.{n}.{factor}.{upload.task}"] = merged
+            inputs = layer.down[upload.task].shape[1]
+            if factor == "up":
+                sizes |= {f"energy.{n}": inputs, f"gram.{n}": packed_size(merged.shape[1])}
+            else:
+                sizes[f"gram.{n}"] = packed_size(inputs) if self.alpha_backbone else inputs
+        return expected | {name: torch.empty(size, device="meta") for name, size in sizes.items()}
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Merge the trained factors and the head, and weigh the tasks anew."""

@@ -21,6 +21,7 @@ from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.prototypes import PrototypeModule
 from fedlscl.nets.lora_vit import LoraViT
+from fedlscl.nets.net import Net
 from fedlscl.nets.prototypes import PrototypeHead
 from fedlscl.nets.vit import FoundationConfig, foundation
 
@@ -87,6 +88,12 @@ class PILoRA(Method):
         rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
         return outgoing({**lora, "prototypes": rows, "means": means})
 
+    def expects(self, upload: Upload, net: Net) -> Payload | None:
+        """The task's factors; rows for the classes that the client has, or prototypes for all."""
+        classes, (num_classes, width) = int((upload.class_counts > 0).sum()), net.head.weight.shape
+        rows = {"prototypes": num_classes if self.head_aggregation == "average" else classes, "means": classes}
+        return task_lora(net, upload.task) | {n: torch.empty(rows[n], width, device="meta") for n in rows}
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Average factors by samples and re-weight the prototypes of every class that somebody has."""
         names = [name for name in uploads[0].payload if name.startswith("lora.")]
@@ -145,7 +152,7 @@ def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
     return classes, (sums[classes] / counts[classes, None]).float()
 
 
-def task_lora(net: LoraViT, task: int) -> dict[str, Tensor]:
+def task_lora(net: Net, task: int) -> dict[str, Tensor]:
     """The factors of one task by their names in the state dict."""
     return {name: p for name, p in net.named_parameters() if name.startswith("lora.") and name.endswith(f".{task}")}
 

@@ -37,6 +37,16 @@ def pack(values: Tensor) -> tuple[Tensor, Tensor]:
     return values[values != 0], torch.from_numpy(np.packbits((values != 0).numpy()))
 
 
+def num_ones(bits: Tensor, size: int) -> int:
+    """How many values the first ``size`` bits of ``pack`` stand for.
+
+    Example:
+        >>> num_ones(torch.tensor([80], dtype=torch.uint8), 4)
+        2
+    """
+    return int(np.unpackbits(bits.numpy(), count=size).sum())
+
+
 def unpack(values: Tensor, bits: Tensor, shape: torch.Size) -> Tensor:
     """The tensor of a shape that ``pack`` described.
 
