@@ -34,8 +34,16 @@ def small_chunks():
         yield
 
 
-def make(data, rows=10_000, dtype=torch.float32):
-    return PrefixCache(data, rows * ROW_BYTES, dtype)
+def make(data, rows=10_000, dtype=torch.float32, folder=None):
+    return PrefixCache(data, rows * ROW_BYTES, dtype, folder)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Numbers of images in every pass of the frozen part."""
+    sizes, original = [], Collaborator.frozen_prefix
+    monkeypatch.setattr(Collaborator, "frozen_prefix", lambda self, x: sizes.append(len(x)) or original(self, x))
+    return sizes
 
 
 def attach(cache, ids, net):
@@ -63,10 +71,8 @@ def test_cached_prefixes_are_the_direct_ones(data, net):
     torch.testing.assert_close(attach(cache, ids, net), direct, rtol=1e-5, atol=1e-6)
 
 
-def test_every_image_is_computed_once(data, net, monkeypatch):
-    cache, computed = make(data), []
-    original = Collaborator.frozen_prefix
-    monkeypatch.setattr(Collaborator, "frozen_prefix", lambda self, x: computed.append(len(x)) or original(self, x))
+def test_every_image_is_computed_once(data, net, computed):
+    cache = make(data)
     for _ in range(2):
         for ids in own_ids(cache).split(7):
             attach(cache, ids, net)
@@ -96,7 +102,7 @@ def test_beyond_the_budget_the_net_computes_for_itself(data, net):
     assert 12 - 5 < held <= 12
     assert prefixes[0] is not None and prefixes[-1] is None
     assert [attach(cache, chunk, net) is None for chunk in cache.chunks] == [prefix is None for prefix in prefixes]
-    assert sum(store.nbytes for store, _ in cache.stores.values()) <= 12 * ROW_BYTES
+    assert sum(store.values.nbytes for store in cache.stores.values()) <= 12 * ROW_BYTES
 
 
 @pytest.mark.parametrize("rows", [0, 0.5])
@@ -154,3 +160,51 @@ def test_prefixes_are_kept_in_the_given_precision(data, net):
     torch.testing.assert_close(
         prefix.float(), net.frozen_prefix(data.fetch(make(data).chunks[0]).images), rtol=1e-2, atol=1e-2
     )
+
+
+def test_images_that_were_changed_at_random_are_never_taken_for_the_stored_ones(data, net):
+    cache = make(data)
+    batch = data.fetch(cache.chunks[0])
+    assert cache.attach(batch._replace(augmented=True), net, nullcontext).prefix is None
+    assert cache.attach(batch, net, nullcontext).prefix is not None
+
+
+@pytest.mark.parametrize("rows", [12, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_hold_the_same_bits_as_memory_and_serve_the_next_process(data, net, tmp_path, computed, rows, dtype):
+    chunks = make(data).chunks
+    in_memory = [attach(cache, chunk, net) for cache in [make(data, rows, dtype)] for chunk in chunks]
+    for _ in range(2):
+        cache = make(data, rows, dtype, tmp_path)
+        computed.clear()
+        for chunk, expected in zip(chunks, in_memory, strict=True):
+            found = attach(cache, chunk, net)
+            assert (found is None) == (expected is None)
+            assert found is None or torch.equal(found, expected)
+    assert len(computed) == 1, "the shape of a row is learned from one pass"
+    assert len(list(tmp_path.glob("*.tokens"))) == 1
+
+
+def test_a_file_is_for_one_set_of_weights_block_resolution_dtype_split_and_code(
+    data, net, tmp_path, make_data, collaborator_config, monkeypatch
+):
+    foundation = replace(collaborator_config.foundation, image_size=64)
+    variants = [
+        (data, net, torch.float32),
+        (data, net, torch.bfloat16),
+        (data, Collaborator(replace(collaborator_config, block=1), 8), torch.float32),
+        (data, Collaborator(replace(collaborator_config, foundation=foundation), 8), torch.float32),
+        (make_data(fake_classes=8, seed=7), net, torch.float32),
+    ]
+    for number, (given_data, given_net, dtype) in enumerate(variants, start=1):
+        cache = make(given_data, 10_000, dtype, tmp_path)
+        attach(cache, cache.chunks[0], given_net)
+        assert len(list(tmp_path.glob("*.tokens"))) == number
+    for facts in ({"mean": net.foundation.mean + 1}, {"fingerprint": "other"}):
+        with monkeypatch.context() as patch:
+            for name, value in facts.items():
+                patch.setattr(net.foundation, name, value)
+            cache = make(data, folder=tmp_path)
+            attach(cache, cache.chunks[0], net)
+        number += 1
+        assert len(list(tmp_path.glob("*.tokens"))) == number

@@ -19,3 +19,5 @@ class Batch(NamedTuple):
     """(B,) int64."""
     prefix: Tensor | None = None
     """Output of the net's frozen part, when the trainer keeps it in a cache."""
+    augmented: bool = False
+    """Whether the images were changed at random: what is known of the stored ones does not hold for them."""

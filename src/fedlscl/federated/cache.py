@@ -1,12 +1,16 @@
-"""Frozen prefixes, computed once per image and run."""
+"""Frozen prefixes, computed once per image and run; with a folder, once per image and split."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import fedlscl.nets
 from fedlscl.data import Batch, SpatialTemporalDataModule
+from fedlscl.federated.store import FileRows, MemoryRows
 from fedlscl.nets.net import Net
 
 CHUNK = 64
@@ -17,11 +21,19 @@ class PrefixCache:
     """Outputs of a net's frozen part by sample id, for as many images as the budget holds.
 
     Rounding depends on which images share a pass, so the split alone decides the composition of the passes and which
-    of them are kept: a resumed run, or another order of clients, gets the same bits.
+    of them are kept: a resumed run, or another order of clients, gets the same bits. Where they are kept changes none:
+    on the device, in host memory if there is little room, or in files under ``folder`` that later runs find again.
+    Random images (``Batch.augmented``) are never served from here.
     """
 
-    def __init__(self, datamodule: SpatialTemporalDataModule, budget_bytes: float, dtype: torch.dtype) -> None:
-        self.datamodule, self.budget_bytes, self.dtype = datamodule, budget_bytes, dtype
+    def __init__(
+        self,
+        datamodule: SpatialTemporalDataModule,
+        budget_bytes: float,
+        dtype: torch.dtype,
+        folder: Path | None = None,
+    ) -> None:
+        self.datamodule, self.budget_bytes, self.dtype, self.folder = datamodule, budget_bytes, dtype, folder
         self.chunks = _chunks(datamodule)
         num_ids = len(datamodule.data.train_labels) + len(datamodule.data.test_labels)
         self.chunk_of, self.row = torch.full((num_ids,), -1), torch.full((num_ids,), -1)
@@ -29,18 +41,17 @@ class PrefixCache:
         for index, (chunk, end) in enumerate(zip(self.chunks, self.ends, strict=True)):
             self.chunk_of[chunk] = index
             self.row[chunk] = torch.arange(end - len(chunk), end)
-        self.stores: dict[str, tuple[Tensor, set[int]]] = {}
+        self.stores: dict[str, MemoryRows | FileRows] = {}
 
     def attach(self, batch: Batch, net: Net, precision: Callable[[], AbstractContextManager[None]]) -> Batch:
         """Give a batch on the device the prefix of ``net`` for its samples, where net and budget allow it."""
         ids = batch.ids.cpu()
-        if net.prefix_key is None or batch.prefix is not None or (ids < 0).any():
+        if net.prefix_key is None or batch.prefix is not None or batch.augmented or (ids < 0).any():
             return batch
         chunks = self.chunk_of[ids].unique().tolist()
         if not all(chunk >= 0 and self._fill(chunk, net, batch.images.device, precision) for chunk in chunks):
             return batch
-        store, _ = self.stores[net.prefix_key]
-        rows = store[self.row[ids].to(store.device)]
+        rows = self.stores[net.prefix_key].take(self.row[ids])
         return batch._replace(prefix=rows.to(batch.images.device, non_blocking=True))
 
     @torch.no_grad()
@@ -48,26 +59,54 @@ class PrefixCache:
         self, index: int, net: Net, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
     ) -> bool:
         chunk, end, key = self.chunks[index], self.ends[index], net.prefix_key
-        assert key is not None
-        if key in self.stores:
-            store, filled = self.stores[key]
-            if index in filled or end > len(store):
-                return index in filled
+        rows = slice(end - len(chunk), end)
+        if key in self.stores and (end > len(self.stores[key]) or self.stores[key].has(index, rows)):
+            return end <= len(self.stores[key])
         with precision():
             prefix = net.frozen_prefix(self.datamodule.fetch(chunk).images.to(device)).to(self.dtype)
-        store, filled = self._store(key, prefix)
+        store = self._store(net, prefix)
         if end > len(store):
             return False
-        store[end - len(chunk) : end] = prefix
-        filled.add(index)
+        if not store.has(index, rows):
+            store.put(index, rows, prefix)
         return True
 
-    def _store(self, key: str, prefix: Tensor) -> tuple[Tensor, set[int]]:
+    def _store(self, net: Net, prefix: Tensor) -> MemoryRows | FileRows:
+        key = str(net.prefix_key)
         if key not in self.stores:
-            rows = min(int(self.budget_bytes // (prefix[0].numel() * prefix.element_size())), self.ends[-1])
-            store = torch.empty(rows, *prefix.shape[1:], dtype=self.dtype, device=prefix.device)
-            self.stores[key] = store, set()
+            shape = prefix.shape[1:]
+            rows = min(int(self.budget_bytes // (shape.numel() * prefix.element_size())), self.ends[-1])
+            if self.folder is None or not rows:
+                self.stores[key] = MemoryRows(rows, shape, self.dtype, prefix.device)
+            else:
+                path = self.folder / f"{self._name(net, prefix)}.tokens"
+                self.stores[key] = FileRows(path, len(self.chunks), rows, shape, self.dtype)
         return self.stores[key]
+
+    def _name(self, net: Net, prefix: Tensor) -> str:
+        """Hash of all that the bits depend on: weights, resolution and block, images, split, code and machine."""
+        vit = net.foundation
+        transform = None if vit is None else (vit.mean.tolist(), vit.std.tolist())
+        machine = (
+            torch.__version__,
+            prefix.device.type,
+            torch.get_num_threads(),
+            torch.backends.cpu.get_cpu_capability(),
+        )
+        facts = (
+            net.prefix_key,
+            transform,
+            tuple(prefix.shape[1:]),
+            self.dtype,
+            self.datamodule.data.fingerprint,
+            machine,
+        )
+        digest = hashlib.sha256(repr(facts).encode())
+        for chunk in self.chunks:
+            digest.update(chunk.numpy().tobytes() + b"/")
+        for source in sorted(Path(fedlscl.nets.__path__[0]).glob("*.py")):  # the transform is in there, too
+            digest.update(source.read_bytes())
+        return digest.hexdigest()[:32]
 
 
 def _chunks(datamodule: SpatialTemporalDataModule) -> list[Tensor]:
