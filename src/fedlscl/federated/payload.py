@@ -83,11 +83,11 @@ def read_message(data: bytes, limit: int | None = None) -> tuple[dict[str, str],
     return metadata, payload
 
 
-def one_line(value: Any) -> str:
+def one_line(value: Any, length: int = 80) -> str:
     """The beginning of what somebody else wrote, fit for a log."""
     text = " ".join(str(value).split())
     text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
