@@ -55,11 +55,11 @@ def lay_traps(method, deadly):
     method.aggregate = answered
     original = checkpoint.write_atomically
 
-    def torn(path, *parts):
+    def torn(path, *parts, **options):
         data = b"".join(bytes(part) for part in parts)
         half = path.with_name(f".{path.name}.tmp").write_bytes
         happens("half a file written", deadly, lambda: half(data[: len(data) // 2]))
-        original(path, *parts)
+        original(path, *parts, **options)
         happens("file in place", deadly)
 
     checkpoint.write_atomically = torn

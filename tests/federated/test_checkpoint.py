@@ -1,5 +1,11 @@
 import errno
+import hashlib
+import io
 import os
+import pickle
+import random
+import resource
+import signal
 
 import pytest
 import torch
@@ -7,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlscl.federated import checkpoint
-from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from fedlscl.federated.checkpoint import load_checkpoint, load_last_good, previous, save_checkpoint, write_atomically
 
 
 def make_state(**changed):
@@ -116,7 +122,7 @@ def test_nothing_but_tensors_and_plain_values_is_ever_unpickled(path):
             return os.mkdir, (str(path.parent / "sprung"),)
 
     save_checkpoint(path, make_state(trap=Trap()))
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"holds more or less than tensors and plain values .*: nothing in it was run"):
         load_checkpoint(path)
     assert not (path.parent / "sprung").exists()
 
@@ -158,7 +164,7 @@ def test_a_write_cut_short_by_a_crash_leaves_the_old_file(path):
     assert load_checkpoint(path)["accuracy"] == 0.5
     save_checkpoint(path, make_state(accuracy=0.75))
     assert load_checkpoint(path)["accuracy"] == 0.75
-    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
 
 
 def test_data_reach_the_disk_before_the_name_does(path, monkeypatch):
@@ -171,3 +177,138 @@ def test_data_reach_the_disk_before_the_name_does(path, monkeypatch):
     write_atomically(path, b"one", memoryview(b"two"))
     assert path.read_bytes() == b"onetwo"
     assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
+
+
+def sealed(body):
+    """Bytes with a true checksum: a file that somebody made up, not one that broke."""
+    return checkpoint.MAGIC + hashlib.sha256(body).digest() + body
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200) | st.just(pickle.dumps({"version": 1, "identity": "abc"})))
+def test_whatever_is_sealed_is_read_or_refused_in_one_line(tmp_path, body):
+    (tmp_path / "sealed.pt").write_bytes(sealed(body))
+    try:
+        load_checkpoint(tmp_path / "sealed.pt")
+    except ValueError as error:
+        assert "sealed.pt" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "state", [[1], {"version": 1}, {"version": "1", "identity": "a"}, {"version": 1, "identity": 2}]
+)
+def test_a_state_that_says_nothing_of_itself_is_refused(path, state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(sealed(buffer.getvalue()))
+    with pytest.raises(checkpoint.DamagedError, match=r"holds more or less|does not say what it belongs to"):
+        load_checkpoint(path)
+
+
+def test_the_one_before_is_kept_and_costs_a_link(path):
+    for accuracy in (0.25, 0.5, 0.75):
+        save_checkpoint(path, make_state(accuracy=accuracy))
+        inode = path.stat().st_ino
+        if accuracy < 0.75:
+            kept = inode
+    assert load_checkpoint(previous(path))["accuracy"] == 0.5 and previous(path).stat().st_ino == kept
+    assert sorted(file.name for file in path.parent.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+
+def test_where_there_are_no_links_all_else_goes_on(path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint.os, "link", fail)
+    for accuracy in (0.5, 0.75):
+        save_checkpoint(path, make_state(accuracy=accuracy))
+    assert load_last_good(path)["accuracy"] == 0.75 and not previous(path).exists()
+
+
+def test_a_damaged_one_is_replaced_by_the_one_before_which_is_named(path, caplog):
+    """And it stays the last good one until two more are written."""
+    for accuracy in (0.25, 0.5):
+        save_checkpoint(path, make_state(accuracy=accuracy))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert load_last_good(path)["accuracy"] == 0.25
+    (record,) = caplog.records
+    assert f"{str(path)!r} is damaged" in record.message and f"Going on from {str(previous(path))!r}" in record.message
+    assert load_checkpoint(path)["accuracy"] == load_checkpoint(previous(path))["accuracy"] == 0.25
+    save_checkpoint(path, make_state(accuracy=0.75))
+    assert load_checkpoint(path)["accuracy"] == 0.75 and load_checkpoint(previous(path))["accuracy"] == 0.25
+    assert sorted(file.name for file in path.parent.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+
+@pytest.mark.parametrize("fault", ["both damaged", "of another configuration", "no other"])
+def test_without_a_good_one_before_the_damage_is_reported(path, fault):
+    save_checkpoint(path, make_state(identity="other" if fault == "of another configuration" else "abc"))
+    save_checkpoint(path, make_state())
+    path.write_bytes(b"damaged")
+    if fault == "both damaged":
+        previous(path).write_bytes(b"damaged")
+    elif fault == "no other":
+        previous(path).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not one of fedlscl"):
+        load_last_good(path, "abc")
+    assert path.read_bytes() == b"damaged"
+
+
+def test_a_newer_version_is_never_taken_for_damage(path, monkeypatch):
+    save_checkpoint(path, make_state())
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
+        save_checkpoint(path, make_state())
+    with pytest.raises(ValueError, match="has version"):
+        load_last_good(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_full_disk_at_any_moment_leaves_the_last_good_one(path, monkeypatch, seed):
+    """The n-th write, flush, link or rename fails, as do all that follow."""
+    picker = random.Random(seed)
+    for accuracy in (0.25, 0.5):
+        save_checkpoint(path, make_state(accuracy=accuracy))
+    files, left = (path.read_bytes(), previous(path).read_bytes()), [picker.randint(0, 4)]
+
+    def short(owner, name):
+        original = getattr(owner, name)
+
+        def called(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, called)
+
+    short(type(path), "open")
+    for name in ("fsync", "link", "replace"):
+        short(checkpoint.os, name)
+    try:
+        save_checkpoint(path, make_state(accuracy=0.75))
+        failed = False
+    except OSError:
+        failed = True
+    monkeypatch.undo()
+    if failed and path.read_bytes() == files[0]:
+        assert load_last_good(path)["accuracy"] == 0.5
+    else:
+        assert load_last_good(path)["accuracy"] == 0.75 and load_checkpoint(previous(path))["accuracy"] == 0.5
+    assert load_checkpoint(previous(path))["accuracy"] in (0.25, 0.5)
+
+
+def test_a_file_that_must_not_grow_leaves_the_last_good_one(path):
+    """A real refusal by the operating system, in a process of its own."""
+    save_checkpoint(path, make_state(accuracy=0.5))
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            save_checkpoint(path, make_state(accuracy=0.75))
+        except OSError as error:
+            os._exit(7 if "is intact" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]

@@ -16,7 +16,7 @@ from fedlscl.cli.runs import MANIFEST
 from fedlscl.data.decode import decode_one
 from fedlscl.data.folder import SUFFIXES
 from fedlscl.data.manifest import read_manifest
-from fedlscl.federated.checkpoint import load_checkpoint, write_atomically
+from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.device import connect
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.trainer import FederatedTrainer
@@ -55,7 +55,7 @@ class Predictor:
     ) -> None:
         manifest = read_manifest(checkpoint.with_name(MANIFEST))
         identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
-        state = load_checkpoint(checkpoint, identity)
+        state = load_last_good(checkpoint, identity)
         if not 0 <= client < len(manifest.splits):
             raise ValueError(f"client={client} does not exist: choose 0 to {len(manifest.splits) - 1}.")
         learned = Progress(*state["progress"]).learned + 1

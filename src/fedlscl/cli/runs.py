@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlscl.federated.callbacks import Callback
-from fedlscl.federated.checkpoint import load_checkpoint, write_atomically
+from fedlscl.federated.checkpoint import load_last_good, write_atomically
 
 if TYPE_CHECKING:
     from fedlscl.federated.trainer import FederatedTrainer
@@ -136,5 +136,5 @@ def last_checkpoint(folder: Path, identity: str) -> Path | None:
     for run in reversed(runs):
         file = run / CHECKPOINT
         if file.is_file():
-            return file if run == runs[-1] or load_checkpoint(file)["identity"] == identity else None
+            return file if run == runs[-1] or load_last_good(file)["identity"] == identity else None
     return None

@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,54 @@ import torch
 
 VERSION = 1
 MAGIC = b"fedlscl\n"
+logger = logging.getLogger(__name__)
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was once written."""
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at ``path`` is kept.
+
+    Example:
+        >>> previous(Path("checkpoint.pt")).name
+        'checkpoint.previous.pt'
+    """
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write beside the target, flush to disk, then rename: a crash or a full disk leaves the last good one."""
+    """Write beside the target, flush to disk, then rename: a crash or a full disk leaves the last good one.
+
+    The one that is replaced stays as ``previous(path)``; that costs a link.
+    """
     buffer = io.BytesIO()
     torch.save(canonical({"version": VERSION, **state}), buffer)
     body = buffer.getbuffer()
     digest = hashlib.sha256(body).digest()
-    write_atomically(path, MAGIC, digest, body)
+    write_atomically(path, MAGIC, digest, body, kept=previous(path))
+
+
+def load_last_good(path: Path, identity: str = "") -> dict[str, Any]:
+    """Read a checkpoint, or the one before it where it is damaged; which one it is, is logged.
+
+    The good one then takes the damaged one's place, so that the next one that is kept is good, too.
+
+    Raises:
+        ValueError: as ``load_checkpoint``, if there is no good one.
+    """
+    try:
+        return load_checkpoint(path, identity)
+    except DamagedError as error:
+        older, flaw = previous(path), error
+    try:
+        state = load_checkpoint(older, identity)
+    except ValueError:
+        raise flaw from None
+    logger.warning(f"{flaw} Going on from {str(older)!r}, the one before it.")
+    link(older, path)
+    return state
 
 
 def canonical(value: Any, storages: set[int] | None = None) -> Any:
@@ -50,18 +91,28 @@ def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
         identity: of the configuration that it has to belong to; the beginning of one suffices.
 
     Raises:
-        ValueError: if the file is damaged, no checkpoint of ours, of a newer version or of another configuration.
+        DamagedError: if the file is damaged or no checkpoint of ours.
+        ValueError: if it does not exist, is of a newer version or of another configuration.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist: give --ckpt_path last or the path of one.")
     data = path.read_bytes()
     head = len(MAGIC) + hashlib.sha256().digest_size
     if not data.startswith(MAGIC) or len(data) <= head:
-        raise ValueError(f"checkpoint {str(path)!r} is not one of fedlscl, or cut short: choose another file.")
+        raise DamagedError(f"checkpoint {str(path)!r} is not one of fedlscl, or cut short: choose another file.")
     body = memoryview(data)[head:]
     if hashlib.sha256(body).digest() != data[len(MAGIC) : head]:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged (its checksum differs): choose an earlier one.")
-    state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        raise DamagedError(f"checkpoint {str(path)!r} is damaged (its checksum differs): choose an earlier one.")
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        is_ours = type(state["version"]) is int and type(state["identity"]) is str
+    except Exception as error:  # A checksum can be forged, and torch raises whatever the bytes make it raise.
+        raise DamagedError(
+            f"checkpoint {str(path)!r} holds more or less than tensors and plain values ({type(error).__name__}): "
+            "nothing in it was run; choose another file."
+        ) from None
+    if not is_ours:
+        raise DamagedError(f"checkpoint {str(path)!r} does not say what it belongs to: choose another file.")
     if state["version"] > VERSION:
         raise ValueError(
             f"checkpoint {str(path)!r} has version {state['version']}, this program reads up to {VERSION}: upgrade it."
@@ -74,8 +125,11 @@ def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
     return state
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that readers see the old one or the whole new one, also after a loss of power."""
+def write_atomically(path: Path, *parts: bytes | memoryview, kept: Path | None = None) -> None:
+    """Write a file so that readers see the old one or the whole new one, also after a loss of power.
+
+    The old one gets the name ``kept`` where that is given and a link can be made.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -83,6 +137,8 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
+        if kept is not None:
+            link(path, kept)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -92,3 +148,16 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a file one more name in one step; where that cannot be, whatever has the name keeps it."""
+    temporary = path.with_name(f".{path.name}.link")
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        try:
+            os.replace(temporary, name)
+        finally:
+            # Replacing a name of the same file does nothing at all.
+            temporary.unlink(missing_ok=True)

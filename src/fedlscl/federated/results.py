@@ -102,6 +102,7 @@ def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> 
         "accuracy": to_lists(trainer.matrix),
         "summary": [plain(summary(trainer.matrix, task)) for task in range(done)],
         "clients": {mask: _clients(trainer.matrix.of(mask), done) for mask in MASKS},
+        "quarantined": [refusal._asdict() for refusal in trainer.server.door.refusals],
         "traffic": {
             "up_bytes": int(values["up"].sum()),
             "down_bytes": int(values["down"].sum()),

@@ -66,6 +66,11 @@ class TensorBoard(Timed):
         """Loss terms, bytes and seconds of the round."""
         lap = self.lap()
         scalars = dict(_losses(trainer))
+        refused = [found for found in trainer.server.door.refusals if (found.task, found.round) == (*trainer.progress,)]
+        scalars["quarantined"] = len(refused)
+        if refused and self.writer is not None:
+            text = "\n".join(f"- client {found.client}: {found.reason}" for found in refused)
+            self.writer.add_text("quarantined", text, trainer.step)
         for direction in ("up", "down"):
             scalars[f"traffic/{direction}_bytes"] = int(trainer.traffic[direction][:, *trainer.progress].sum())
         scalars |= {f"seconds/{name}": seconds for name, seconds in lap.seconds.items()}

@@ -12,7 +12,7 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.attendance import Attendance
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import AT_SERVER, Callback
-from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
+from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.device import Precision, connect
 from fedlscl.federated.door import Door, Limits
@@ -156,7 +156,7 @@ class FederatedTrainer:
 
     def restore(self, path: Path, identity: str = "") -> Progress:
         """Take up the state of a checkpoint, after ``setup``; the beginning of its identity suffices."""
-        state = load_checkpoint(path, identity)
+        state = load_last_good(path, identity)
         self.method.load_state_dict(state["method"])
         self.server.door.load_state_dict(state["door"])
         progress = Progress(*state["progress"])

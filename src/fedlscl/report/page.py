@@ -103,6 +103,7 @@ def _source(group: Group, run: Run, out: Path) -> Source:
         "split": split,
         "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
         "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
+        "left out": _left_out(results.get("quarantined", [])),
         "training": f"{rounds}, precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "commit": ", ".join(run.commits) or "not recorded",
@@ -113,6 +114,14 @@ def _source(group: Group, run: Run, out: Path) -> Source:
     paths = [run.path, *(folder / name for name in BESIDE if (folder / name).is_file())]
     links = [(RESULTS if path is run.path else path.name, _relative(path, out)) for path in paths]
     return Source(group.name, run.seed, [(k, v) for k, v in facts.items() if v], links, run.config)
+
+
+def _left_out(refusals: list[dict[str, Any]]) -> str:
+    """The first uploads that were refused at the door, and how many there were."""
+    places = [(r["client"], f"task {r['task'] + 1}, round {r['round'] + 1}", r["reason"]) for r in refusals[:5]]
+    shown = [f"client {client} in {place}: {reason}" for client, place, reason in places]
+    more = f"; and {len(refusals) - 5} more" if len(refusals) > 5 else ""
+    return "; ".join(shown) + more
 
 
 def _relative(path: Path, out: Path) -> str:
