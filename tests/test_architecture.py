@@ -15,9 +15,9 @@ LAYERS = {
     "modules": 1,
     "federated": 2,
     "methods": 3,
-    "deploy": 4,
     "report": 5,
     "cli": 6,
+    "deploy": 7,
     "__main__": 7,
     "__init__": 7,
 }

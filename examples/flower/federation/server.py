@@ -1,0 +1,7 @@
+"""What the SuperLink runs."""
+
+from pathlib import Path
+
+from fedlscl.deploy.apps import server_app
+
+app = server_app(Path(__file__).parent)

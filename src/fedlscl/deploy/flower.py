@@ -1,0 +1,124 @@
+"""Letters over Flower's Grid: who is where, until when, and again where something was lost."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlscl.federated.payload import one_line
+
+HELLO, LETTER = "query", "train"
+"""Types of our messages, out of Flower's."""
+RECORD, PARTITION = "fedlscl", "partition-id"
+
+
+class FlowerPost:
+    """Carries letters to the nodes that a SuperLink has registered.
+
+    A node says which client it is; the first that says so is it for as long as it is online. A letter whose node fails
+    is sent again: nodes do nothing twice.
+
+    Args:
+        grid: Flower's.
+        num_clients: clients are numbered below it.
+        say: takes a line about what happened.
+        pause: seconds between two looks for replies.
+        retry: seconds after which a letter that came back with an error is sent again.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        num_clients: int,
+        say: Callable[[str], None] = lambda line: None,
+        pause: float = 0.5,
+        retry: float = 5.0,
+    ) -> None:
+        self.grid, self.num_clients, self.say, self.pause, self.retry = grid, num_clients, say, pause, retry
+        self.homes: dict[int, int] = {}
+        """Node of each client."""
+        self.strangers: set[int] = set()
+        """Nodes that are no client of this run."""
+
+    def exchange(self, letters: dict[int, bytes], seconds: float) -> dict[int, bytes]:
+        """Replies by client, of those that came in time; returns as soon as all are there."""
+        end, round_ = time.monotonic() + seconds, _Round(letters, {}, {}, {})
+        while len(round_.replies) < len(letters) and (left := end - time.monotonic()) > 0:
+            self._send(round_, left)
+            self._collect(round_)
+            if len(round_.replies) < len(letters):
+                time.sleep(min(self.pause, max(0.0, end - time.monotonic())))
+        return round_.replies
+
+    def _send(self, round_: "_Round", left: float) -> None:
+        """Greet nodes that nobody knows yet; send what is neither answered nor under way to those online."""
+        online, now = set(self.grid.get_node_ids()), time.monotonic()
+        unknown = online - set(self.homes.values()) - self.strangers
+        if len(self.homes) == self.num_clients and set(self.homes.values()) <= online:
+            unknown = set()
+        busy = set(round_.under_way.values())
+        wanted = {node: (HELLO, RecordDict()) for node in unknown}
+        for client, data in round_.letters.items():
+            if client not in round_.replies and self.homes.get(client) in online:
+                wanted[self.homes[client]] = (LETTER, carried(data))
+        for node, (kind, content) in wanted.items():
+            if node not in busy and now >= round_.not_before.get(node, 0.0):
+                # What is not fetched by the deadline is not worth doing.
+                (number,) = self.grid.push_messages([Message(content, node, kind, ttl=max(left, 1.0))]) or [None]
+                if number is None:
+                    round_.not_before[node] = now + self.retry
+                else:
+                    round_.under_way[number] = node
+
+    def _collect(self, round_: "_Round") -> None:
+        if not round_.under_way:
+            return
+        for message in self.grid.pull_messages(list(round_.under_way)):
+            node = round_.under_way.pop(message.metadata.reply_to_message_id, None)
+            if node is None:
+                continue
+            client = next((client for client, home in self.homes.items() if home == node), None)
+            if message.has_error():
+                who = f"node {node}" if client is None else f"client {client}"
+                self.say(f"{who}: {one_line(message.error.reason, 300)}; asked again in {self.retry:g} s")
+                round_.not_before[node] = time.monotonic() + self.retry
+            elif message.metadata.message_type == HELLO:
+                self._settle(node, message)
+            elif client is not None:
+                round_.replies[client] = carried_by(message.content)
+
+    def _settle(self, node: int, message: Message) -> None:
+        """Note which client a node says that it is."""
+        client = message.content.config_records.get(RECORD, {}).get(PARTITION)
+        if type(client) is not int or not 0 <= client < self.num_clients:
+            self.say(f"node {node} has partition-id {client!r}, which is none of {self.num_clients} clients: ignored")
+            self.strangers.add(node)
+        elif self.homes.get(client, node) in self.grid.get_node_ids() and self.homes.get(client, node) != node:
+            self.say(f"node {node} has partition-id {client} as node {self.homes[client]} has: ignored")
+            self.strangers.add(node)
+        else:
+            self.homes[client] = node
+
+
+class _Round(NamedTuple):
+    """An exchange under way."""
+
+    letters: dict[int, bytes]
+    replies: dict[int, bytes]
+    under_way: dict[str, int]
+    """Node by message."""
+    not_before: dict[int, float]
+    """When a node that failed is tried again."""
+
+
+def carried(data: bytes) -> RecordDict:
+    """A letter or reply as Flower carries it: in one array, untouched."""
+    return RecordDict({RECORD: ArrayRecord({RECORD: Array("uint8", (len(data),), "safetensors", data)})})
+
+
+def carried_by(content: RecordDict) -> bytes:
+    """The bytes of a letter or reply; none where there is nothing of ours."""
+    record = content.array_records.get(RECORD, {})
+    return record[RECORD].data if RECORD in record else b""

@@ -1,0 +1,158 @@
+"""A client on a machine of its own: it does what letters tell it, once, and keeps everything in one file."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedlscl.deploy.federation import Federation
+from fedlscl.deploy.letters import (
+    BEGIN,
+    DOWNLOAD,
+    END,
+    TEST_AFTER,
+    TEST_BEFORE,
+    TRAIN,
+    UPLOAD,
+    Command,
+    Letter,
+    Reply,
+    Result,
+    prefixed,
+    read_letter,
+)
+from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
+from fedlscl.federated.client import Client
+from fedlscl.federated.method import Stage
+from fedlscl.federated.payload import Payload
+
+RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
+
+
+class Node:
+    """Answers letters for one client.
+
+    Args:
+        federation: the configuration, with the node's own data.
+        index: which client it is.
+        folder: where its state is kept, one file for each run.
+    """
+
+    def __init__(self, federation: Federation, index: int, folder: Path) -> None:
+        if not 0 <= index < federation.num_clients:
+            raise ValueError(f"partition-id {index}: num_clients is {federation.num_clients}, use 0 to K - 1.")
+        self.federation, self.index, self.folder = federation, index, folder
+
+    def answer(self, data: bytes) -> bytes:
+        """Do what is new in a letter and reply; a letter that comes again gets the same reply.
+
+        What the node cannot accept (another configuration, a lost state) comes back as a refusal in one line.
+        """
+        try:
+            letter = read_letter(data)
+            self._check(letter)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with alone(self.folder):
+                return self._answer(letter).encode()
+        except ValueError as error:
+            return Reply(self.index, 0, [], " ".join(str(error).split())).encode()
+
+    def _check(self, letter: Letter) -> None:
+        if letter.client != self.index:
+            raise ValueError(f"a letter for client {letter.client} came to client {self.index}.")
+        if not RUN_NAME.fullmatch(letter.run):
+            raise ValueError(f"run {letter.run!r} is no name of a run.")
+        if letter.identity != self.federation.identity:
+            raise ValueError(
+                f"client {self.index} has another configuration: use the server's YAML file on every node."
+            )
+
+    def _answer(self, letter: Letter) -> Reply:
+        path = self.folder / f"{letter.run}.pt"
+        state = load_checkpoint(path, letter.identity) if path.exists() else None
+        done, acknowledged = (0, 0) if state is None else (state["done"], state["acknowledged"])
+        if letter.acknowledged > done:
+            what = "is gone" if state is None else "is older than what the server has of it"
+            raise ValueError(f"the state of client {self.index} in {path} {what}: restore it, or start a new run.")
+        if letter.acknowledged < acknowledged:
+            raise ValueError(f"the server's checkpoint is older than client {self.index}: restore its newest one.")
+        outbox = [Result(**entry) for entry in state["outbox"]] if state else []
+        outbox = [result for result in outbox if result.number > letter.acknowledged]
+        fresh = [command for command in letter.commands if command.number > done]
+        if fresh:
+            client = self._client(state)
+            # Only the newest upload can still count.
+            outbox = [result for result in outbox if "samples" not in result.said]
+            outbox += [Result(c.number, *self._do(client, c, letter.answer)) for c in fresh]
+            done = fresh[-1].number
+            self._save(path, letter, client, done, outbox)
+        return Reply(self.index, done, outbox)
+
+    def _client(self, state: dict[str, Any] | None) -> Client:
+        """The client as it was when the state was saved."""
+        self.local = self.federation.local_work(self.folder / "tokens")
+        data = self.federation.datamodule
+        net = self.local.build(self.index, data.num_classes)
+        client = Client(id=self.index, net=net, data=data.stream(self.index), engine=self.local.engine)
+        if state is not None:
+            client.load_state_dict(state["client"])
+        return client
+
+    def _do(self, client: Client, command: Command, answer: Payload | None) -> tuple[dict[str, Any], Payload]:
+        """Carry out one command; returns what is sent about it: an upload, counts, or accuracies."""
+        client.task, client.round = command.task, command.round
+        if command.kind == BEGIN:
+            self.local.begin_task(client)
+            return self._description(client), {}
+        if command.kind == TRAIN:
+            self.local.train(client, self._train)
+        elif command.kind == UPLOAD:
+            upload = self.local.upload(client)
+            counts = {"class_counts": upload.class_counts}
+            return {"samples": upload.num_samples}, prefixed("payload", upload.payload) | counts
+        elif command.kind == DOWNLOAD and answer is not None:
+            self.local.download(client, answer)
+        elif command.kind == END:
+            self.local.end_task(client)
+        elif command.kind in (TEST_BEFORE, TEST_AFTER):
+            return {}, {"accuracies": self.local.evaluate(client)}
+        else:
+            raise ValueError(f"command {command.kind!r} is unknown: use the same version of fedlscl everywhere.")
+        return {}, {}
+
+    def _train(self, client: Client | None, stage: Stage) -> None:
+        self.local.engine.train(stage)
+
+    def _description(self, client: Client) -> dict[str, Any]:
+        data = self.federation.datamodule
+        return {
+            "num_classes": data.num_classes,
+            "fingerprint": data.data.fingerprint,
+            "classes": client.classes.tolist(),
+            "train_samples": len(client.train_ids),
+            "test_samples": len(client.data.test_ids(client.task)),
+        }
+
+    def _save(self, path: Path, letter: Letter, client: Client, done: int, outbox: list[Result]) -> None:
+        state = {
+            "identity": letter.identity,
+            "client": client.state_dict(),
+            "done": done,
+            "acknowledged": letter.acknowledged,
+            "outbox": [result._asdict() for result in outbox],
+        }
+        save_checkpoint(path, state)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in a folder: a letter may be delivered while its twin is still in hand."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
