@@ -3,7 +3,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.aggregation import classwise_average, weighted_average
+from fedlscl.aggregation import (
+    classwise_average,
+    coordinate_median,
+    norm_clipped,
+    num_trimmed,
+    robust_average,
+    robust_rows,
+    trimmed_mean,
+    weighted_average,
+)
+from fedlscl.federated.method import federated_average
+from fedlscl.federated.payload import Upload
+from reference import aggregation as reference
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -146,3 +158,111 @@ def test_counts_are_left_alone():
     average = classwise_average([torch.zeros(2, 1), torch.ones(2, 1)], counts)
     assert average.flatten().tolist() == [0.5, pytest.approx(1 / 3)]
     assert counts[0].tolist() == [0, 2] and counts[1].tolist() == [0, 1]
+
+
+RULES = {
+    "median": (coordinate_median, reference.median),
+    "trimmed_mean": (lambda values: trimmed_mean(values, 0.2), lambda values: reference.trimmed_mean(values, 0.2)),
+}
+robust = pytest.mark.parametrize("rule", RULES)
+
+
+@st.composite
+def stacks(draw, clients=(1, 8)):
+    """Values of some clients, (k, 3, 2), some of them equal."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    values = torch.randn(draw(st.integers(*clients)), 3, 2, generator=random)
+    return values.round() if draw(st.booleans()) else values
+
+
+@robust
+@given(values=stacks())
+def test_robust_rules_do_what_they_say(rule, values):
+    fast, slow = RULES[rule]
+    torch.testing.assert_close(fast(values), slow(values), rtol=1e-12, atol=1e-12)
+
+
+@robust
+@given(values=stacks(), data=st.data())
+def test_robust_rules_know_no_order_of_clients(rule, values, data):
+    order = data.draw(st.permutations(range(len(values))))
+    assert torch.equal(RULES[rule][0](values[order]), RULES[rule][0](values))
+
+
+@robust
+@given(values=stacks(clients=(5, 5)), bad=st.sampled_from([1e30, -1e30, 0.0, 3e38, 7.0]), place=st.integers(0, 4))
+def test_one_of_five_cannot_move_a_robust_rule_beyond_the_others(rule, values, bad, place):
+    others = torch.cat([values[:place], values[place + 1 :]]).double()
+    values[place] = bad
+    moved = RULES[rule][0](values)
+    assert (moved >= others.amin(0)).all() and (moved <= others.amax(0)).all()
+
+
+@given(values=stacks())
+def test_without_trimming_it_is_the_mean(values):
+    (mean,) = (weighted_average([{"w": value} for value in values], [1] * len(values)),)
+    torch.testing.assert_close(trimmed_mean(values, 0.0).float(), mean["w"], rtol=EPS, atol=EPS)
+
+
+@given(st.integers(1, 50), st.floats(0, 0.499))
+def test_trimming_leaves_somebody_and_cuts_the_share_at_least_where_it_can(k, trim):
+    cut = num_trimmed(k, trim)
+    assert 2 * cut < k and (cut >= trim * k or 2 * (cut + 1) >= k) and (cut > 0) == (trim > 0 and k > 2)
+
+
+@given(values=stacks(clients=(3, 8)), bad=st.sampled_from([1e20, -1e20, 3.0, 0.0]), data=st.data())
+def test_a_clipped_client_moves_the_mean_by_no_more_than_its_share_of_the_radius(values, bad, data):
+    """One of three or more: the median lies among the others, and so does the median distance from it."""
+    states = [{"a": value[:2], "b": value[2]} for value in values]
+    place = data.draw(st.integers(0, len(values) - 1))
+    states[place] = {"a": torch.full((2, 2), bad), "b": torch.zeros(2)}
+    assert_close = torch.testing.assert_close
+    for name in ("a", "b"):
+        found = robust_average(norm_clipped(states), lambda stacked: trimmed_mean(stacked, 0.0))[name]
+        assert_close(found, reference.norm_clipped_mean(states)[name], rtol=1e-9, atol=1e-9)
+    clipped = norm_clipped(states)
+    centre = {name: coordinate_median(torch.stack([state[name] for state in states])) for name in ("a", "b")}
+    distance = [sum(float((s[name] - centre[name]).square().sum()) for name in centre) ** 0.5 for s in clipped]
+    others = [sum(float((s[n] - centre[n]).square().sum()) for n in centre) ** 0.5 for s in states]
+    assert distance[place] <= max([*others[:place], *others[place + 1 :]]) * (1 + 1e-9)
+
+
+def test_counters_take_the_middle_one():
+    counters = [{"n": torch.tensor(value)} for value in (4, 2**60, 5)]
+    assert robust_average(counters, coordinate_median)["n"] == 5
+
+
+def test_rows_of_a_class_are_combined_among_those_who_have_it():
+    rows = [
+        torch.tensor([[1.0], [10.0], [5.0]]),
+        torch.tensor([[2.0], [99.0], [6.0]]),
+        torch.tensor([[9.0], [8.0], [7.0]]),
+    ]
+    counts = [torch.tensor([3, 1, 0]), torch.tensor([1, 0, 0]), torch.tensor([7, 0, 0])]
+    # Class 0: the middle of all; class 1: its only holder; class 2: nobody has it, the middle of all.
+    assert robust_rows(rows, counts, coordinate_median).flatten().tolist() == [2.0, 10.0, 6.0]
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median", "trimmed_mean", "norm_clipped_mean"])
+@pytest.mark.parametrize("head", ["classwise", "average"])
+def test_one_upload_is_its_own_average(aggregation, head):
+    payload = {"w": torch.randn(3, 2), "n": torch.tensor(3), "head.weight": torch.randn(4, 2)}
+    upload = Upload(client=0, task=0, round=0, payload=payload, class_counts=torch.tensor([1, 0, 2, 0]))
+    average = federated_average([upload], head, aggregation)
+    assert all(
+        torch.equal(average[name], value) and average[name].dtype == value.dtype for name, value in payload.items()
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "norm_clipped_mean"])
+def test_no_word_about_samples_counts_in_a_robust_average(aggregation):
+    payloads = [{"w": torch.randn(3, 2), "head.bias": torch.randn(2)} for _ in range(5)]
+    few, many = (
+        [
+            Upload(client=i, task=0, round=0, payload=p, class_counts=torch.tensor([1, 1]) * (factor if i == 3 else 1))
+            for i, p in enumerate(payloads)
+        ]
+        for factor in (1, 10**9)
+    )
+    one, other = (federated_average(uploads, "classwise", aggregation) for uploads in (few, many))
+    assert all(torch.equal(one[name], other[name]) for name in one)

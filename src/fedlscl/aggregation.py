@@ -1,6 +1,7 @@
-"""Weighted averages of clients' tensors, as every averaging server needs them."""
+"""Averages of clients' tensors, as every averaging server needs them, and others that a few bad clients cannot move."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +53,97 @@ def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Ten
     sent = senders > 0
     counts = senders[sent].view(-1, *[1] * (total.dim() - 1))
     return (total[sent] / counts).to(rows[0].dtype), sent
+
+
+def coordinate_median(values: Tensor) -> Tensor:
+    """Median over clients (k, ...) of every coordinate; between the two middle values of an even number, their mean.
+
+    Fewer than half of the clients cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
+
+    Example:
+        >>> coordinate_median(torch.tensor([[1.0], [2.0], [1e9]]))
+        tensor([2.], dtype=torch.float64)
+    """
+    ordered, k = values.double().sort(0).values, len(values)
+    return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
+
+
+def trimmed_mean(values: Tensor, trim: float) -> Tensor:
+    """Mean over clients (k, ...) of every coordinate without its ``num_trimmed`` smallest and largest values.
+
+    As many clients at most cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
+
+    Example:
+        >>> trimmed_mean(torch.tensor([[1.0], [2.0], [1e9]]), 0.2)
+        tensor([2.], dtype=torch.float64)
+    """
+    cut = num_trimmed(len(values), trim)
+    return values.double().sort(0).values[cut : len(values) - cut].mean(0)
+
+
+def num_trimmed(num_clients: int, trim: float) -> int:
+    """Clients cut at either end: the share ``trim``, rounded up, as long as somebody is left (rounding is ours).
+
+    Example:
+        >>> [num_trimmed(k, 0.2) for k in (1, 2, 3, 5, 6)]
+        [0, 0, 1, 1, 2]
+    """
+    return min(math.ceil(trim * num_clients), (num_clients - 1) // 2)
+
+
+def norm_clipped(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """States drawn towards their median until none is further from it than the median distance, in float64.
+
+    Distances are over all floating tensors at once; counters stay. A client then moves the mean of k by at most that
+    distance / k, whatever it sends (clipping around a centre: Karimireddy et al., ICML 2021, arXiv 2012.10333; that
+    centre and radius are medians of the round is ours).
+
+    Example:
+        >>> [state["w"].item() for state in norm_clipped([{"w": torch.tensor([x])} for x in (1.0, 2.0, 100.0)])]
+        [1.0, 2.0, 3.0]
+    """
+    names = [name for name, value in states[0].items() if value.is_floating_point()]
+    centre = {name: coordinate_median(torch.stack([state[name] for state in states])) for name in names}
+    moved = [{name: state[name].double() - centre[name] for name in names} for state in states]
+    # hypot does not overflow where a sum of squares would.
+    distances = [math.hypot(*(float(value.norm()) for value in move.values())) for move in moved]
+    radius = sorted(distances)[(len(states) - 1) // 2]
+    clipped = []
+    for state, move, distance in zip(states, moved, distances, strict=True):
+        share = radius / distance if distance > radius else 1.0
+        clipped.append({**state, **{name: centre[name] + share * move[name] for name in names}})
+    return clipped
+
+
+Combine = Callable[[Tensor], Tensor]
+"""What becomes of stacked tensors (k, ...) of k clients."""
+
+
+def robust_average(states: Sequence[Mapping[str, Tensor]], combine: Combine) -> dict[str, Tensor]:
+    """``combine`` for every tensor, in its own dtype; integers take the (lower) median. No client weighs more."""
+    average = {}
+    for name, first in states[0].items():
+        values = torch.stack([state[name] for state in states])
+        average[name] = combine(values).to(first.dtype) if first.is_floating_point() else _middle(values)
+    return average
+
+
+def robust_rows(rows: Sequence[Tensor], counts: Sequence[Tensor], combine: Combine) -> Tensor:
+    """``combine`` of every head row (num_classes, ...) among the clients with samples of its class; of all if none has.
+
+    The row of a class that one client has is that client's, whatever the rule: there is nobody to compare it with.
+    """
+    has = torch.stack([count > 0 for count in counts])  # (clients, num_classes)
+    has[:, ~has.any(0)] = True
+    values, merged = torch.stack(list(rows)), torch.empty_like(rows[0])
+    for holders in has.mT.unique(dim=0):
+        classes = (has.mT == holders).all(1)
+        merged[classes] = combine(values[holders][:, classes]).to(merged.dtype)
+    return merged
+
+
+def _middle(values: Tensor) -> Tensor:
+    return values.sort(0).values[(len(values) - 1) // 2]
 
 
 def _average(values: list[Tensor], shares: list[float]) -> Tensor:

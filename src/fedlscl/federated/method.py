@@ -3,15 +3,27 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from fedlscl.aggregation import classwise_average, weighted_average
+from fedlscl.aggregation import (
+    classwise_average,
+    coordinate_median,
+    norm_clipped,
+    robust_average,
+    robust_rows,
+    trimmed_mean,
+    weighted_average,
+)
 from fedlscl.data import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.classification import ClassificationModule
 from fedlscl.modules.learner import LR, Learner
 from fedlscl.nets.net import Net
+
+Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]
+"""How an averaging server averages."""
 
 
 class Stage(NamedTuple):
@@ -65,6 +77,8 @@ class Method(ABC):
     """Stated anew by every method of this package."""
     simulation_only: ClassVar[bool] = False
     """Whether the server looks into its clients, which only one process with all of them allows."""
+    averages: ClassVar[bool] = False
+    """Whether an ``aggregate`` of the method's own averages as ``self.average`` does."""
     lr: float = LR
     """Learning rate of Adam, fresh in every round (Sec. 5.1.3)."""
     local_epochs: int = 5
@@ -73,12 +87,27 @@ class Method(ABC):
     """Images per step (ours; not in the paper)."""
     head_aggregation: Literal["classwise", "average"] = "classwise"
     """How uploaded heads are averaged: by the samples of each class (ours), or all rows alike (FedAvg's own)."""
+    aggregation: Aggregation = "mean"
+    """How uploads are averaged. The others hold against a few bad clients and count all alike (docs/robustness.md)."""
+    trim: float = 0.2
+    """Share of the clients that ``trimmed_mean`` leaves out at either end, rounded up."""
 
     def __post_init__(self) -> None:
         """Refuse what would train nothing."""
         for name in ("lr", "local_epochs", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} trains nothing: choose more than 0.")
+        if self.aggregation not in get_args(Aggregation):
+            raise ValueError(
+                f"aggregation {self.aggregation!r} is unknown: use one of {', '.join(get_args(Aggregation))}."
+            )
+        if self.aggregation != "mean" and not (self.averages or type(self).aggregate is Method.aggregate):
+            raise ValueError(
+                f"aggregation {self.aggregation!r} changes nothing in {type(self).__name__}, whose server does not "
+                "average as FedAvg's: leave it at mean."
+            )
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trim {self.trim} leaves nobody: choose 0 or more, below 0.5.")
 
     @abstractmethod
     def build_net(self, client: int, num_classes: int) -> Net:
@@ -114,7 +143,11 @@ class Method(ABC):
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """One answer for each upload, in their order."""
-        return [federated_average(uploads, self.head_aggregation)] * len(uploads)
+        return [self.average(uploads)] * len(uploads)
+
+    def average(self, uploads: list[Upload]) -> Payload:
+        """The average of uploads of equal names and shapes, as the fields say."""
+        return federated_average(uploads, self.head_aggregation, self.aggregation, self.trim)
 
     def download(self, client: Client, payload: Payload) -> None:
         """Take over the server's answer."""
@@ -131,13 +164,25 @@ class Method(ABC):
         """Restore what ``state_dict`` gave."""
 
 
-def federated_average(uploads: list[Upload], head_aggregation: str) -> Payload:
-    """Average uploads by their numbers of samples; rows of the head by the samples of their class if so asked."""
-    payloads = [upload.payload for upload in uploads]
-    average = weighted_average(payloads, [upload.num_samples for upload in uploads])
+def federated_average(
+    uploads: list[Upload], head_aggregation: str, aggregation: Aggregation = "mean", trim: float = 0.2
+) -> Payload:
+    """Average uploads by their numbers of samples; rows of the head by the samples of their class if so asked.
+
+    With another ``aggregation`` than the mean no upload weighs more than another, and rows of the head are combined
+    among the clients that have samples of their class.
+    """
+    payloads, counts = [upload.payload for upload in uploads], [upload.class_counts for upload in uploads]
+    if aggregation == "mean":
+        average, merge = weighted_average(payloads, [upload.num_samples for upload in uploads]), classwise_average
+    else:
+        payloads = norm_clipped(payloads) if aggregation == "norm_clipped_mean" else payloads
+        share = trim if aggregation == "trimmed_mean" else 0.0
+        combine = coordinate_median if aggregation == "median" else partial(trimmed_mean, trim=share)
+        average, merge = robust_average(payloads, combine), partial(robust_rows, combine=combine)
+        average = {name: value.to(uploads[0].payload[name].dtype) for name, value in average.items()}
     if head_aggregation == "classwise":
-        for name in average:
-            if name.startswith("head.") and average[name].dim():
-                rows = [payload[name] for payload in payloads]
-                average[name] = classwise_average(rows, [upload.class_counts for upload in uploads])
+        for name, value in average.items():
+            if name.startswith("head.") and value.dim():
+                average[name] = merge([payload[name] for payload in payloads], counts).to(value.dtype)
     return average

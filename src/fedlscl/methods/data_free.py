@@ -3,13 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Progress, Stage, federated_average
+from fedlscl.federated.method import Progress, Stage
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.nets.net import Net
@@ -26,6 +26,7 @@ CLASSES = SYNTHESIS + "classes"
 class DataFree(FedAvg):
     """FedAvg of CNNs whose server synthesises at the end of every task but the run's last."""
 
+    averages: ClassVar = True
     noise_dim: int = 256
     """Width of the synthesizer's input."""
     synthesis_size: int = 32
@@ -54,7 +55,7 @@ class DataFree(FedAvg):
         self.seen = met | self.seen if len(self.seen) else met
         if not progress.final:
             teacher = self.build_net(0, len(met))
-            teacher.load_state_dict(federated_average(uploads, self.head_aggregation))
+            teacher.load_state_dict(self.average(uploads))
             classes = self.seen.nonzero()[:, 0]
             self.parcel = {CLASSES: classes}
             yield from self.synthesise(teacher, classes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlscl.allocation import allocate
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage, federated_average
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.classification import ClassificationModule
 from fedlscl.nets.classifier import make_head
@@ -37,6 +37,7 @@ class FedBE(Method):
         uploads="those blocks, head",
     )
 
+    averages: ClassVar = True
     batch_size: int = 16
     """Images per step (ours)."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
@@ -93,7 +94,7 @@ class FedBE(Method):
         for part in ("head.", *(f"expanded.{block}." for block in range(self.num_expanded))):
             states = [{n: v for n, v in upload.payload.items() if n.startswith(part)} for upload in uploads]
             trained = [replace(u, payload=s) for u, s in zip(uploads, states, strict=True) if s and u.num_samples]
-            answer |= federated_average(trained, self.head_aggregation) if trained else {}
+            answer |= self.average(trained) if trained else {}
         for upload in uploads:
             known = self.importance.get(upload.client, torch.zeros(2, self.num_expanded, dtype=torch.float64)).clone()
             known[0, upload.payload[BLOCKS]] += upload.payload[CHANGES].double()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import MethodCard, Progress, Stage, federated_average
+from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.inversion import prototype_gradients
 from fedlscl.methods.fedavg import FedAvg
@@ -41,6 +41,7 @@ class GLFC(FedAvg):
         uploads="all that is trained, gradients of prototypes",
     )
 
+    averages: ClassVar = True
     memory_size: int = 800
     """Exemplars of a client, shared evenly among its old classes (ours: 20 for each of 40; 2000 in the paper)."""
     entropy_rise: float = 1.2
@@ -99,7 +100,7 @@ class GLFC(FedAvg):
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """FedAvg's model, and whether the proxy finds it the best of its task so far."""
         models = [replace(upload, payload=without_proxy(upload.payload)) for upload in uploads]
-        model = federated_average(models, self.head_aggregation)
+        model = self.average(models)
         met = self.proxy.meet([upload.class_counts for upload in uploads], progress.task)
         gradients = [upload.payload[GRADIENTS] for upload in uploads if GRADIENTS in upload.payload]
         encoder = PrototypeEncoder(len(met), self.prototype_size)
