@@ -24,7 +24,7 @@ class Sums(NamedTuple):
 
 
 def second_moment(features: Tensor) -> Tensor:
-    """C = mean of [E; 1] [E; 1]^T over a feature set (n, feature_dim): (p, p), float64.
+    """C = mean of e e^T with e = [E; 1], over a feature set (n, feature_dim): (p, p), float64.
 
     Example:
         >>> second_moment(torch.tensor([[2.0]]))
