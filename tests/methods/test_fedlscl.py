@@ -7,7 +7,7 @@ from fedlscl.analytic import discriminant_solution, moment_sums
 from fedlscl.distillation import one_by_one_distill, second_moment
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.method import Progress
-from fedlscl.methods import FedLSCL
+from fedlscl.methods import FedLSCL, fedlscl
 from fedlscl.methods.fedlscl import symmetric
 from fedlscl.methods.selection import draw_per_class, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
@@ -411,3 +411,22 @@ def test_a_triangle_becomes_the_matrix_it_was_taken_from():
     matrix = half + half.T
     rows, columns = torch.triu_indices(5, 5)
     assert torch.equal(symmetric(matrix[rows, columns], 5), matrix)
+
+
+def test_the_predecessors_features_are_computed_once_a_task_and_the_run_stays_the_same(
+    make_method, federate, monkeypatch
+):
+    """The literal path computes them at every step of Stage 2; only rounding differs."""
+    fast = federate(make_method(), rounds_per_task=2)
+    monkeypatch.setattr(
+        ContinualFineTuningModule,
+        "_predecessor",
+        torch.no_grad()(lambda module, batch, needed: module.previous.net.generate(batch.images)),
+    )
+    literal = federate(make_method(), rounds_per_task=2)
+    for one, other in zip(fast.clients, literal.clients, strict=True):
+        for name, value in one.net.state_dict().items():
+            torch.testing.assert_close(value, other.net.state_dict()[name], rtol=1e-3, atol=1e-4)
+        expected = one.previous.embed(one.data.fetch(one.buffer.ids).images)
+        assert len(expected) == len(one.buffer) > 0
+        torch.testing.assert_close(one.memory[fedlscl.KEPT], expected)

@@ -67,6 +67,62 @@ def test_only_samples_of_old_classes_are_kept_in_place(collaborator, previous, b
     assert none["features"].item() == 0.0 and none["lora"].item() == 0.0
 
 
+@pytest.fixture
+def kept(previous, batch):
+    """Ids in no order and the predecessor's features of a batch."""
+    order = torch.randperm(len(batch.ids), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return batch.ids[order], previous.embed(batch.images)[order]
+
+
+def test_kept_features_of_the_predecessor_give_the_same_step_to_the_bit(collaborator, previous, batch, kept):
+    literal_step, fast_step = (
+        ContinualFineTuningModule(deepcopy(collaborator), previous, kept=given).train() for given in (None, kept)
+    )
+    for module in (literal_step, fast_step):
+        module.training_step(batch)["loss"].backward()
+    assert all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(literal_step.net.parameters(), fast_step.net.parameters(), strict=True)
+        if a.grad is not None
+    )
+    terms = fast_step.loss(batch)
+    assert terms["features"] > 0 and terms["lora"] > 0
+    assert all(torch.equal(terms[name], value) for name, value in literal_step.loss(batch).items())
+
+
+def test_kept_features_spare_the_predecessors_cnn(collaborator, previous, batch, kept, monkeypatch):
+    module = ContinualFineTuningModule(collaborator, previous, kept=kept)
+    monkeypatch.setattr(previous.small, "forward", lambda images: pytest.fail("the predecessor's CNN ran"))
+    module.loss(batch)
+
+
+def test_what_is_not_kept_is_computed(collaborator, previous, batch, kept):
+    """A sample of an old class that is unknown, or changed at random, gets what the predecessor says of it."""
+    part = kept[0][:3], kept[1][:3]
+    expected = ContinualFineTuningModule(collaborator, previous).eval().loss(batch)
+    for given, seen in ((part, batch), (kept, batch._replace(augmented=True)), ((kept[0][:0], kept[1][:0]), batch)):
+        found = ContinualFineTuningModule(collaborator, previous, kept=given).eval().loss(seen)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    changed = kept[0], kept[1] + 1
+    seen = batch._replace(augmented=True)
+    assert torch.equal(
+        ContinualFineTuningModule(collaborator, previous, kept=changed).eval().loss(seen)["lora"], expected["lora"]
+    )
+
+
+def test_only_old_samples_have_to_be_kept(collaborator, previous, batch, kept, monkeypatch):
+    old = batch.labels.unique()[:1]
+    expected = ContinualFineTuningModule(collaborator, previous, old_classes=old).eval().loss(batch)
+    is_old = torch.isin(kept[0], batch.ids[batch.labels == old])
+    module = ContinualFineTuningModule(
+        collaborator, previous, old_classes=old, kept=(kept[0][is_old], kept[1][is_old])
+    ).eval()
+    monkeypatch.setattr(previous.small, "forward", lambda images: pytest.fail("the predecessor's CNN ran"))
+    found = module.loss(batch)
+    assert all(found[name].item() == pytest.approx(value.item(), rel=1e-5) for name, value in expected.items())
+
+
 def test_the_predecessor_stays_as_it_is_in_evaluation_mode(collaborator, previous, batches, engine):
     before = {name: value.clone() for name, value in previous.state_dict().items()}
     module = ContinualFineTuningModule(collaborator, previous.train())

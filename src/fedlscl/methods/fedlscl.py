@@ -21,13 +21,16 @@ from fedlscl.methods.controls import empty_sums
 from fedlscl.methods.ewc import consolidate, consolidated
 from fedlscl.methods.pooling import solved_heads, sums_for, with_sums
 from fedlscl.methods.private import PrivateSums
-from fedlscl.methods.selection import draw_per_class, scored_buffer
+from fedlscl.methods.selection import draw_per_class, predecessor_features, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
+
+KEPT = "buffer_features"
+"""Where a client keeps its predecessor's features of the buffer."""
 
 
 @dataclass(kw_only=True)
@@ -140,6 +143,7 @@ class FedLSCL(PrivateSums):
                 lr=self.lr,
                 generator_lr=self.generator_lr,
                 head_lr=self.head_lr,
+                kept=(client.buffer.ids, client.memory[KEPT]) if KEPT in client.memory else None,
             )
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
 
@@ -167,7 +171,7 @@ class FedLSCL(PrivateSums):
 
     def expects(self, upload: Upload, net: Net) -> Payload | None:
         """As ``upload``: sums may be missing after a task's first answer and of a client without samples."""
-        if self.secure_sum and self.members is None:
+        if self.secure_sum and secure.KEYS in upload.payload:
             return {secure.KEYS: torch.empty(secure.KEY_BYTES, dtype=torch.uint8, device="meta")}
         expected: Payload = {}
         can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.pools}
@@ -211,6 +215,8 @@ class FedLSCL(PrivateSums):
         """Commit the buffer and keep theta^n, phi^n as they are after the last aggregation."""
         client.buffer = scored_buffer(client, self.buffer_per_class)
         client.snapshot()
+        if self.continual == "replay" and client.net.config.collaboration:
+            client.memory[KEPT] = predecessor_features(client)
         if self.continual == "ewc":
             consolidate(client, samples=200, gamma=1.0)
 

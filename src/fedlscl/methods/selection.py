@@ -21,6 +21,16 @@ def scored_buffer(client: Client, per_class: int) -> Buffer:
     return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
 
 
+def predecessor_features(client: Client) -> Tensor:
+    """E' of the buffer's samples, (n, feature_dim), on the host: the predecessor stays as it is for a whole task.
+
+    W' = phi'(E') is one product away and would be some thousand numbers per sample.
+    """
+    net = client.previous
+    found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
+    return torch.cat(found) if found else torch.empty(0, net.config.feature_dim)
+
+
 def draw_per_class(client: Client, per_class: int) -> Tensor:
     """Ids of up to ``per_class`` random training samples of each class of the current task."""
     ids = client.train_ids[torch.randperm(len(client.train_ids))]

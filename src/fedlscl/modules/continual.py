@@ -34,10 +34,12 @@ class ContinualFineTuningModule(Learner):
         generator_lr: float = GENERATOR_LR,
         head_lr: float = HEAD_LR,
         freeze_norm: bool = True,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """``classes`` are the columns of the cross-entropy; None means all, for ``old_classes`` too.
 
-        ``counts`` of samples by class balance the softmax.
+        ``counts`` of samples by class balance the softmax. ``kept`` are ids (n,) of samples and the predecessor's
+        features E' of them (n, feature_dim), which are then not computed again at every step.
         """
         net, previous = as_collaborator(net), as_collaborator(previous)
         super().__init__(net, lr=lr, lr_of={"generator": generator_lr, "head": head_lr}, freeze_norm=freeze_norm)
@@ -58,15 +60,29 @@ class ContinualFineTuningModule(Learner):
         self.register_buffer("classes", classes, persistent=False)
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("old_classes", old_classes, persistent=False)
+        order = None if kept is None else kept[0].argsort()
+        self.register_buffer("kept_ids", None if kept is None else kept[0][order], persistent=False)
+        self.register_buffer("kept_features", None if kept is None else kept[1][order], persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy, lambda_E ||E - E'||^2 and lambda_W ||W - W'||^2."""
         now = self.net(batch.images, batch.prefix)
-        with torch.no_grad():
-            features, lora = self.previous.net.generate(batch.images)
         old = torch.ones_like(batch.labels) if self.old_classes is None else torch.isin(batch.labels, self.old_classes)
+        features, lora = self._predecessor(batch, old.bool())
         return {
             "cross_entropy": cross_entropy(now.logits, batch.labels, self.classes, self.counts),
             "features": self.lambda_features * consistency(now.features, features, old),
             "lora": self.lambda_lora * consistency(now.lora, lora, old),
         }
+
+    @torch.no_grad()
+    def _predecessor(self, batch: Batch, needed: Tensor) -> tuple[Tensor, Tensor]:
+        """E' and W' of a batch, right where ``needed`` (B,): from kept features if they cover it, W' being linear."""
+        net = self.previous.net
+        if self.kept_ids is None or not len(self.kept_ids) or batch.augmented:
+            return net.generate(batch.images)
+        place = torch.searchsorted(self.kept_ids, batch.ids).clamp_max(len(self.kept_ids) - 1)
+        if (needed & (self.kept_ids[place] != batch.ids)).any():
+            return net.generate(batch.images)
+        features = self.kept_features[place]
+        return features, net.generator(features)

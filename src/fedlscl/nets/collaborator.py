@@ -129,8 +129,12 @@ class Collaborator(Net):
         if not self.config.collaboration:
             empty = images.new_zeros((len(images), 0), dtype=self.head.weight.dtype)
             return empty, empty
-        features = self.unit(self.small(images))
+        features = self.embed(images)
         return features, self.generator(features)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """E = theta_i(x), (B, feature_dim)."""
+        return self.unit(self.small(images))
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Collaboration:
         """Classify stored images (B, 3, h, w) with a LoRA of their own each."""
