@@ -5,16 +5,16 @@ python benchmarks/buffer.py --preset cpu --data_root DATA
 
 import sys
 
-from sweep import Run, parse, sweep
+from sweep import parse, sweep, variant
 
-SIZES = (0, 5, 10, 20, 40)
+SIZES = (0, 5, 10, 20)
 """M of Sec. 4.3; 0 is no replay."""
 
 
 def main() -> int:
     """Run what is missing; 0 when all is there."""
     options = parse("Fig. 5: how many samples of a class the buffer keeps.")
-    rows = [Run(f"M{value}", options.base, ["--method.buffer_per_class", str(value)]) for value in SIZES]
+    rows = [variant(f"M{value}", options, buffer_per_class=value) for value in SIZES]
     return 0 if sweep("buffer", rows, options) else 1
 
 

@@ -1,10 +1,12 @@
 """Keep what a set of runs came to: results, matrices and one table, small enough to be committed.
 
-python benchmarks/collect.py runs/benchmarks/table1_cpu benchmarks/results/table1_cpu
+    python benchmarks/collect.py runs/benchmarks/table1_cpu benchmarks/results/table1_cpu
+
+Folders of the machine that ran them are left out of what is kept: data sets and weights are named by file.
 """
 
 import json
-import shutil
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from fedlscl.report.groups import grouped
 from fedlscl.report.numbers import table_markdown
 from fedlscl.report.runs import read_runs
 
-KEPT = ("results.json", "matrix.csv", "config.yaml")
+KEPT = ("results.json", "matrix.csv", "config.yaml", "costs.json")
+ROOT = re.compile(r"(?<=\s|\")/[^\s\"]*?/(?=(\w+\.safetensors|\w+\.npz))")
+FOLDER = re.compile(r"(?m)^( *(?:root|default_root_dir|cache_dir): )/\S+/")
+"""Absolute folders in configurations and results."""
 
 
 def main(runs: Path, out: Path) -> None:
@@ -28,10 +33,13 @@ def main(runs: Path, out: Path) -> None:
         folder = out / folder.relative_to(runs)
         folder.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
-            shutil.copy(results.with_name(name), folder / name)
-        costs = json.loads(results.with_name("costs.json").read_text())
-        (folder / "costs.json").write_text(json.dumps(costs, indent=1) + "\n")
+            (folder / name).write_text(without_places(results.with_name(name).read_text()))
     write_atomically(out / "table.md", table_markdown(grouped(read_runs([out]))).encode())
+
+
+def without_places(text: str) -> str:
+    """A file of a run without the folders of its machine."""
+    return FOLDER.sub(r"\1", ROOT.sub("data/", text))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 python benchmarks/heterogeneous.py --preset cpu --data_root DATA
 """
 
-import json
 import sys
 
-from sweep import Run, parse, sweep
+from sweep import parse, sweep, variant
 
 MIXTURES = {
     "resnet18": ["resnet18"],
     "mobilenetv3": ["mobilenetv3_small_100"],
-    "mixed_2": ["resnet18", "mobilenetv3_small_100"],
-    "mixed_3": ["resnet18", "mobilenetv3_small_100", "resnet10t"],
+    "mixed": ["mobilenetv3_small_100", "resnet18", "resnet10t"],
 }
 """Handed out to the clients in turn (architectures of ours: timm's small ones)."""
 
@@ -22,9 +20,9 @@ def main() -> int:
     options = parse("Small models of one and of several architectures, with and without One-by-One Distillation.")
     rows = []
     for name, models in MIXTURES.items():
-        changes = ["--method.small_models", json.dumps(models)]
-        rows.append(Run(name, options.base, changes))
-        rows.append(Run(f"{name}_no_distillation", options.base, [*changes, "--method.distill", "false"]))
+        changes = {"small_models": models} if len(models) > 1 else {"collaborator__small_model": models[0]}
+        rows.append(variant(name, options, **changes))
+        rows.append(variant(f"{name}_no_distillation", options, **changes, distill=False))
     return 0 if sweep("heterogeneous", rows, options) else 1
 
 

@@ -1,13 +1,15 @@
 """Run a list of configurations over seeds, one process each, and keep what they came to.
 
 A call goes on where the last one stopped: finished runs are skipped, begun ones continue from their checkpoint, and
-those whose configuration has changed since begin anew.
+those whose configuration has changed since begin anew. What another sweep has run already, with the same configuration
+and seed, is copied.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +17,15 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FOLDERS = {"cpu": "cifar100_small", "gpu": "cifar100_deit_tiny", "paper": "imagenet_r"}
 """Where the configurations of a preset are; `--configs` names another folder."""
+FIGURE_TASKS = {"cpu": 3}
+"""Tasks of the runs behind Figs. 3 to 5, where they are not all."""
 SEEDS = (42, 1999, 2024)
 """The paper's."""
 
@@ -50,6 +56,28 @@ def parse(description: str) -> argparse.Namespace:
     return options
 
 
+def variant(name: str, options: argparse.Namespace, **changes: Any) -> Run:
+    """A row for a figure: the base configuration with other values of the method; what it has anyway is left out.
+
+    Args:
+        name: of the row.
+        options: of the driver.
+        changes: by option, with __ for a dot.
+    """
+    known = yaml.safe_load(options.base.read_text())["method"]["init_args"]
+    arguments: list[str] = []
+    for key, value in changes.items():
+        path, here = key.split("__"), known
+        for part in path:
+            here = here.get(part, {}) if isinstance(here, dict) else {}
+        if here != value:
+            text = json.dumps(value) if isinstance(value, list | bool) else str(value)
+            arguments += [f"--method.{'.'.join(path)}", text]
+    if options.preset in FIGURE_TASKS:
+        arguments += ["--trainer.max_tasks", str(FIGURE_TASKS[options.preset])]
+    return Run(name, options.base, arguments)
+
+
 def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> bool:
     """Run all that is not finished; seed by seed, so that an interrupted table has whole columns. True when all is."""
     out = options.out / f"{name}_{options.preset}"
@@ -70,6 +98,8 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
     command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(run.config)]
     command += ["--seed_everything", str(seed), "--data.root", options.data_root]
     folder = out / place(run, seed)
+    if copied(run, seed, folder, out):
+        return True
     command += ["--trainer.default_root_dir", str(folder.parent), "--trainer.name", run.name, *run.options]
     folder.parent.mkdir(parents=True, exist_ok=True)
     if asked(run) == known(folder):
@@ -87,6 +117,21 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
     state = "done" if process.returncode == 0 else f"stopped ({process.returncode}), see {log.name}"
     print(f"{run.name}, seed {seed}: {state} after {time.monotonic() - started:.0f} s", flush=True)
     return process.returncode == 0
+
+
+def copied(run: Run, seed: int, folder: Path, out: Path) -> bool:
+    """Take over the finished run of another sweep of the same preset that asked for the same; whether there is one."""
+    preset = out.name.rsplit("_", 1)[1]
+    for other in sorted(out.parent.glob(f"*_{preset}/seed{seed}/*.asked")):
+        found = other.with_suffix("")
+        if found != folder and finished(found, run):
+            shutil.copytree(
+                found, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint*", "tensorboard")
+            )
+            folder.with_suffix(".asked").write_text(asked(run))
+            print(f"{run.name}, seed {seed}: the run {found.parent.parent.name}/{found.name}", flush=True)
+            return True
+    return False
 
 
 def place(run: Run, seed: int) -> Path:

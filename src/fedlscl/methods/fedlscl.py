@@ -24,7 +24,7 @@ from fedlscl.methods.private import PrivateSums
 from fedlscl.methods.selection import draw_per_class, predecessor_features, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
-from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
@@ -48,8 +48,6 @@ class FedLSCL(PrivateSums):
     """The net of each client."""
     small_models: Sequence[str] = ()
     """Small models handed out to the clients in turn, in place of collaborator.small_model (Fig. 4)."""
-    lr: float = 1e-4
-    """Learning rate of the small model (ours; 1e-3 in Sec. 5.1.3)."""
     generator_lr: float = GENERATOR_LR
     """Learning rate of the generator (ours; not in the paper)."""
     head_lr: float = HEAD_LR
@@ -69,9 +67,9 @@ class FedLSCL(PrivateSums):
     """M: samples of lowest loss kept of each class (Fig. 5)."""
     replay_current: bool = True
     """Mix as many samples per class of the current task into Stage 2 (ours; the paper replays the buffer alone)."""
-    lambda_features: float = 1.0
+    lambda_features: float = CONSISTENCY
     """Weight of ||E - E'||^2 in Eq. 4 (its value is not in the paper)."""
-    lambda_lora: float = 1.0
+    lambda_lora: float = CONSISTENCY
     """Weight of ||W - W'||^2 in Eq. 4 (its value is not in the paper)."""
     distill: bool = True
     """One-by-One Distillation at the server; without it clients keep their own generators (Table 2)."""

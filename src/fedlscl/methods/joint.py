@@ -94,8 +94,6 @@ class JointLSCL(_Pool):
 
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
     """The net."""
-    lr: float = 1e-4
-    """Learning rate of the small model."""
     generator_lr: float = GENERATOR_LR
     """Learning rate of the generator."""
     head_lr: float = HEAD_LR

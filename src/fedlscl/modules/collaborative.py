@@ -11,8 +11,8 @@ from fedlscl.modules.learner import LR
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.vit import FoundationConfig
 
-GENERATOR_LR = 3e-4
-"""Learning rate of the generator (ours; the paper has one rate, at which the frozen ViT's features drift)."""
+GENERATOR_LR = 1e-3
+"""Learning rate of the generator (the paper has one rate for all)."""
 
 HEAD_LR = 2e-4
 """Learning rate of the head (ours; an imprinted row needs little, and rows of few samples overfit)."""

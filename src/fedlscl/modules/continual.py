@@ -13,6 +13,10 @@ from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Frozen
 from fedlscl.objectives import consistency, cross_entropy
 
+CONSISTENCY = 0.01
+"""Weights of both terms that hold a model to its predecessor (their values are not in the paper): 1 and more hold
+back an adapter that still improves."""
+
 
 class ContinualFineTuningModule(Learner):
     """Classify replayed samples while features E and generated weights W of old ones stay where they were.
@@ -28,8 +32,8 @@ class ContinualFineTuningModule(Learner):
         classes: Tensor | None = None,
         old_classes: Tensor | None = None,
         counts: Tensor | None = None,
-        lambda_features: float = 1.0,
-        lambda_lora: float = 1.0,
+        lambda_features: float = CONSISTENCY,
+        lambda_lora: float = CONSISTENCY,
         lr: float = LR,
         generator_lr: float = GENERATOR_LR,
         head_lr: float = HEAD_LR,
