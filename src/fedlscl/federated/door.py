@@ -128,25 +128,24 @@ class Door:
             return f"cannot be checked ({type(error).__name__}: {one_line(error)})"
 
     def _form_flaw(self, upload: Upload) -> str:
-        expected = self.method.expects(upload, self._own_net())
-        return "" if expected is None else form_flaw(upload.payload, expected)
-
-    def _own_net(self) -> Net:
-        """What the server knows by itself: names and shapes of the method's net, and its norms at the start."""
         if self._net is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                net = self.method.build_net(0, self.num_classes)
-            self._start = norms_of(net.state_dict())
-            self._net = net.to("meta")
-        return self._net
+                self._net = self.method.build_net(0, self.num_classes)
+        expected = self.method.expects(upload, self._net)
+        if expected is None:
+            return ""
+        known = {n: v for n, v in expected.items() if n not in self._start and v.device.type != "meta"}
+        self._start |= norms_of(known)
+        return form_flaw(upload.payload, expected)
 
     def _largest(self, norms: list[dict[str, float]]) -> dict[str, float]:
         """The largest norm of each tensor: a multiple of the upper median of earlier norms and of this round's.
 
-        The net as it is built has a vote, too: without it the first round of two clients could not be decided. As long
-        as at least half of all votes are honest, a limit is no smaller than that multiple of the smallest honest norm;
-        as long as more than half are, no larger than that of the largest. What most send as zeros has no limit.
+        What the method's net holds at its start has a vote, too: without it the first round of two clients could not be
+        decided. As long as at least half of all votes are honest, a limit is no smaller than that multiple of the
+        smallest honest norm; as long as more than half are, no larger than that of the largest. What most send as zeros
+        has no limit.
         """
         limits = {}
         for name in {name: None for sizes in norms for name in sizes} if self.limits.norm_factor else ():
@@ -218,8 +217,8 @@ def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     for name, value in tensors.items():
         if value.is_floating_point():
             # Scaled, since squares of finite numbers need not be finite.
-            largest = float(value.abs().max()) if value.numel() else 0.0
-            norms[name] = largest * float((value.double() / largest).norm()) if largest else 0.0
+            largest = float(value.detach().abs().max()) if value.numel() else 0.0
+            norms[name] = largest * float((value.detach().double() / largest).norm()) if largest else 0.0
     return norms
 
 

@@ -130,14 +130,15 @@ class Method(ABC):
         return iter(())
 
     def expects(self, upload: Upload, net: Net) -> Payload | None:
-        """What an honest message from this sender of this round looks like: names, shapes and dtypes, content aside.
+        """What an honest message from this sender of this round looks like: names, shapes and dtypes.
 
-        The door compares every upload with it. A method with an ``upload`` of its own should say what that sends (with
-        None, the door checks values alone) and raise what is wrong where numbers in a message decide its shapes.
+        The door compares every upload with it, and norms with those of tensors that come from ``net`` as it is. A
+        method with an ``upload`` of its own should say what that sends (with None, the door checks values alone) and
+        raise what is wrong where numbers in a message decide its shapes.
 
         Args:
             upload: what came; its sender, round and class counts are checked already, its payload is anything.
-            net: client 0's as it is built, on the meta device.
+            net: client 0's as it is built.
         """
         return dict(net.state_dict()) if type(self).upload is Method.upload else None
 

@@ -1,0 +1,218 @@
+import functools
+import random
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import malformed
+from fedlscl import methods
+from fedlscl.federated import door as doors
+from fedlscl.federated.attendance import Attendance
+from fedlscl.federated.contract import same_tensors
+from fedlscl.federated.door import Door, Limits, Refusal
+from fedlscl.federated.method import Progress
+from fedlscl.federated.payload import Upload
+from fedlscl.federated.rehearsal import Recorded, fake_data, learn
+from tiny_methods import METHODS, SMALL, VIT
+
+ORACLES = {"Joint", "JointLSCL"}
+FAST = {
+    "FedAvg": lambda: methods.FedAvg(foundation=VIT, local_epochs=1, batch_size=8),
+    "FedLSCL": METHODS["FedLSCL"],
+    "FedRidge": METHODS["FedRidge"],
+    "LoRM": METHODS["LoRM"],
+    "PILoRA": METHODS["PILoRA"],
+}
+FIRST = Progress(0, 0)
+
+
+@pytest.fixture(scope="module")
+def four(make_data):
+    """Four clients."""
+    return make_data(num_clients=4, fake_classes=16)
+
+
+@pytest.fixture(scope="module", params=FAST)
+def run(request, four):
+    """A finished run of four clients, with all messages."""
+    trainer = Recorded()
+    trainer.fit(FAST[request.param](), deepcopy(four))
+    assert trainer.server.door.refusals == []
+    return trainer
+
+
+@pytest.mark.parametrize("kind", malformed.KINDS)
+def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
+    """Of any round, from any client, at any place."""
+    picker = random.Random(kind)
+    for _ in range(3):
+        progress = Progress(picker.randrange(2), picker.randrange(2))
+        uploads = [upload for upload in run.uploads if (upload.task, upload.round) == (*progress,)]
+        place = picker.choice([n for n, upload in enumerate(uploads) if upload.payload] or [None])
+        if place is None:
+            continue
+        bad = uploads[place]
+        door = Door(run.method, 4, 16)
+        arrived = malformed.deliver(door, bad, malformed.KINDS[kind](bad, picker), progress)
+        admitted = door.admit([*uploads[:place], *arrived, *uploads[place + 1 :]], progress)
+        assert admitted == [*uploads[:place], *uploads[place + 1 :]]
+        (refusal,) = door.refusals
+        assert (refusal.task, refusal.round) == (*progress,) and "cannot be checked" not in refusal.reason
+        assert kind == "unknown_sender" or refusal.client == bad.client
+        assert refusal.reason.isprintable() and len(refusal.reason) < 300
+
+
+@pytest.mark.parametrize("kind", malformed.KINDS)
+def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four):
+    """To the bit: answers, server, all other clients, and everything that is learned from there."""
+    make, picker = FAST["FedAvg"], random.Random(kind)
+    tampered = Recorded(callbacks=[malformed.Tamper(2, 1, 1, lambda upload: malformed.KINDS[kind](upload, picker))])
+    absent = Recorded()
+    absent.attendance = Attendance(absences=frozenset({(2, 1, 1)}))
+    for trainer in (tampered, absent):
+        trainer.fit(make(), deepcopy(four))
+    assert len(tampered.server.door.refusals) == 1 and absent.server.door.refusals == []
+    for trainer in (tampered, absent):
+        trainer.clients.pop(2)
+    same_tensors(tampered.states, absent.states, "a run with a refused upload")
+    assert [len(answers) for answers in tampered.answers] == [4, 4, 4, 3]
+    norms = [trainer.server.door.norms for trainer in (tampered, absent)]
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - ORACLES))
+def test_who_misses_a_whole_task_comes_back(name, federate):
+    """No honest upload is refused, whoever was there when."""
+    trainer = Recorded(rounds_per_task=1)
+    trainer.attendance = Attendance(absences=frozenset({(1, 0, 0)}))
+    trainer.fit(METHODS[name](), fake_data())
+    assert trainer.server.door.refusals == []
+    assert [len(answers) for answers in trainer.answers] == [1, 2]
+    assert not trainer.matrix.of("seen")[:, -1].isnan().any()
+
+
+def test_heterogeneous_small_models_pass():
+    options = {"small_models": ("test_resnet", "test_byobnet"), "shared_initialisation": False}
+    run = learn(replace(METHODS["FedLSCL"](), **options))
+    assert len({len(client.net.state_dict()) for client in run.clients}) == 2
+    assert run.server.door.refusals == []
+
+
+def test_secure_sums_and_noise_pass():
+    config = replace(METHODS["FedLSCL"]().collaborator, analytic_weight=0.0, adapted_weight=0.0)
+    for options in ({"secure_sum": True}, {"secure_sum": True, "collaborator": config, "noise_multiplier": 1.0}):
+        run = learn(replace(METHODS["FedLSCL"](), **options))
+        assert run.server.door.refusals == []
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedBE", "GLFC", "MFCL"])
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "norm_clipped_mean"])
+def test_who_averages_may_do_so_robustly(name, aggregation):
+    run = learn(replace(METHODS[name](), aggregation=aggregation), rounds_per_task=1)
+    assert run.method.aggregation == aggregation and run.server.door.refusals == []
+
+
+@pytest.mark.parametrize("name", ["FedLSCL", "FedRidge", "FedWeIT", "Local", "LoRM", "PILoRA"])
+def test_who_does_not_average_refuses_another_average(name):
+    with pytest.raises(ValueError, match=f"aggregation 'median' changes nothing in {name}"):
+        replace(METHODS[name](), aggregation="median")
+
+
+def test_a_method_that_says_nothing_of_its_upload_has_its_values_checked_alone():
+    class Own(methods.FedAvg):
+        def upload(self, client):
+            return {**super().upload(client), "mine": torch.ones(client.id + 1)}
+
+        def aggregate(self, uploads, progress):
+            return [{n: v for n, v in upload.payload.items() if n != "mine"} for upload in uploads]
+
+    run = learn(Own(**SMALL))
+    assert run.server.door.refusals == []
+    bad = replace(run.uploads[0], payload={"mine": torch.tensor([float("nan")])})
+    assert run.server.door.admit([bad], FIRST) == []
+    assert run.server.door.refusals == [Refusal(0, 0, 0, "'mine' is not finite")]
+
+
+@pytest.fixture
+def fedavg():
+    return Door(FAST["FedAvg"](), 3, 6)
+
+
+@functools.cache
+def built():
+    torch.manual_seed(0)
+    return FAST["FedAvg"]().build_net(0, 6).state_dict()
+
+
+def honest(door, client, scale=1.0):
+    payload = {name: scale * value for name, value in built().items()}
+    return Upload(client=client, task=0, round=0, payload=payload, class_counts=torch.full((6,), 3))
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_norm_out_of_all_proportion_is_refused_however_few_there_are(fedavg, others):
+    """Between two clients, and for one alone, the net at its start decides."""
+    uploads = [honest(fedavg, client) for client in range(others)] + [honest(fedavg, others, 1e6)]
+    admitted = fedavg.admit(uploads, FIRST)
+    assert [upload.client for upload in admitted] == list(range(others)) or others == 0
+    if others:
+        (refusal,) = fedavg.refusals
+        assert "beyond" in refusal.reason and "raise trainer.norm_factor" in refusal.reason
+
+
+@given(st.lists(st.floats(1.0, 999.0), min_size=1, max_size=3), st.floats(0, 1e-6))
+def test_no_honest_client_is_refused_because_of_another(scales, tiny):
+    """Norms differ by less than the factor, and one client of four sends next to nothing."""
+    door = Door(FAST["FedAvg"](), 4, 6)
+    uploads = [honest(door, client, scale) for client, scale in enumerate(scales)]
+    admitted = door.admit([*uploads, honest(door, 3, tiny)], FIRST)
+    assert {upload.client for upload in admitted} >= set(range(len(scales)))
+
+
+def test_what_is_remembered_makes_later_rounds_stricter_and_survives_a_restart(fedavg):
+    for _ in range(5):
+        assert len(fedavg.admit([honest(fedavg, client) for client in range(3)], FIRST)) == 3
+    other = Door(FAST["FedAvg"](), 3, 6)
+    other.load_state_dict(fedavg.state_dict())
+    for door in (fedavg, other):
+        # Two of three collude; the rounds before are more than they are.
+        found = door.admit([honest(door, 0, 1e6), honest(door, 1), honest(door, 2, 1e6)], FIRST)
+        assert [upload.client for upload in found] == [1]
+    assert fedavg.state_dict() == other.state_dict()
+    assert max(map(len, fedavg.norms.values())) <= doors.REMEMBERED
+
+
+def test_norms_may_be_left_alone():
+    door = Door(FAST["FedAvg"](), 3, 6, Limits(norm_factor=0))
+    assert len(door.admit([honest(door, 0), honest(door, 1), honest(door, 2, 1e30)], FIRST)) == 3
+
+
+@pytest.mark.parametrize("options", [{"norm_factor": 0.5}, {"norm_factor": -1}, {"upload_gb": 0}])
+def test_limits_that_refuse_everybody_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        Limits(**options)
+
+
+def test_a_quorum_counts_who_was_let_in(four):
+    poison = malformed.Tamper(0, 0, 1, lambda upload: [replace(upload, task=5)])
+    trainer = Recorded(callbacks=[poison], quorum=4)
+    with pytest.raises(ValueError, match="quorum 4 is not met: 3 of 4 clients answered in task 1, round 2"):
+        trainer.fit(FAST["FedAvg"](), deepcopy(four))
+
+
+def test_whatever_a_check_raises_the_round_goes_on(fedavg, monkeypatch):
+    def broken(upload, net):
+        raise RuntimeError("two\nlines") if upload.client == 1 else ValueError("mind\x1b")
+
+    uploads = [honest(fedavg, client) for client in range(2)]
+    monkeypatch.setattr(fedavg.method, "expects", broken)
+    assert fedavg.admit(uploads, FIRST) == []
+    assert [refusal.reason for refusal in fedavg.refusals] == [
+        "cannot be checked (ValueError: mind?)",
+        "cannot be checked (RuntimeError: two lines)",
+    ]
