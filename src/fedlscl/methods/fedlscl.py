@@ -169,7 +169,7 @@ class FedLSCL(PrivateSums):
 
     def expects(self, upload: Upload, net: Net) -> Payload | None:
         """As ``upload``: sums may be missing after a task's first answer and of a client without samples."""
-        if self.secure_sum and secure.KEYS in upload.payload:
+        if self.secure_sum and self.members is None:
             return {secure.KEYS: torch.empty(secure.KEY_BYTES, dtype=torch.uint8, device="meta")}
         expected: Payload = {}
         can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.pools}
