@@ -1,9 +1,17 @@
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
+from flwr.app import Message
 
+from fedlscl.deploy.coordinator import Coordinator
+from fedlscl.deploy.flower import carried
+from fedlscl.federated.checkpoint import load_checkpoint
+from fedlscl.federated.method import Progress
 from fedlscl.federated.results import write_results
+from fedlscl.federated.trainer import FederatedTrainer
 from tiny_methods import METHODS
 
 ALL = sorted(set(METHODS) - {"Joint", "JointLSCL"})
@@ -41,3 +49,164 @@ def test_every_method_ends_as_in_simulation(name, network, federate):
     trainer = federate(METHODS[name](), rounds_per_task=rounds)
     same_run(coordinator, trainer)
     same_files(coordinator, trainer)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+def small():
+    return METHODS["FedAvg"]()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(federate):
+    """Two tasks of two rounds in simulation."""
+    return federate(small(), rounds_per_task=2)
+
+
+def test_letters_lost_doubled_and_failed_change_nothing(network, undisturbed):
+    made = network(small(), rounds_per_task=2)
+    count = 0
+
+    def fault(node, message):
+        nonlocal count
+        count += 1
+        return ("error", "twice", None)[count % 3]
+
+    made.grid.fault = fault
+    same_run(made.fit(), undisturbed)
+    assert any("node was killed" in line for line in made.said)
+
+
+@pytest.mark.parametrize("where", ["before_aggregation", "before_checkpoint", "after_checkpoint"])
+@pytest.mark.parametrize("round_", [0, 2])
+def test_a_server_that_is_killed_goes_on(network, undisturbed, monkeypatch, where, round_):
+    made = network(small(), rounds_per_task=2)
+    with monkeypatch.context() as patched:
+        kill_coordinator(patched, where, round_)
+        with pytest.raises(Killed):
+            made.fit()
+    same_run(made.fit(), undisturbed)
+    assert any("going on from" in line for line in made.said)
+
+
+def kill_coordinator(patched, where, round_):
+    """Raise at one point of the n-th round."""
+    calls = {"rounds": 0}
+
+    def counted(name, after):
+        original = getattr(Coordinator, name)
+
+        def method(self, *arguments):
+            if after:
+                original(self, *arguments)
+            if name == "_server_round" or arguments[0] != Progress(0, 0):
+                calls["rounds"] += 1
+                if calls["rounds"] == round_ + 1:
+                    raise Killed
+            return None if after else original(self, *arguments)
+
+        patched.setattr(Coordinator, name, method)
+
+    counted(
+        *{
+            "before_aggregation": ("_server_round", False),
+            "before_checkpoint": ("_server_round", True),
+            "after_checkpoint": ("_save", True),
+        }[where]
+    )
+
+
+def test_a_server_goes_back_one_checkpoint_and_the_nodes_follow(network, undisturbed, monkeypatch):
+    made = network(small(), rounds_per_task=2)
+    with monkeypatch.context() as patched:
+        kill_coordinator(patched, "after_checkpoint", 2)
+        with pytest.raises(Killed):
+            made.fit()
+    path = made.folder / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    same_run(made.fit(), undisturbed)
+
+
+def test_a_node_that_is_away_misses_its_round_as_in_simulation(network, federate):
+    made = network(small(), rounds_per_task=2)
+    away = {"left": True}
+
+    def fault(node, message):
+        # Node 11's letter of the second round is lost for good.
+        is_letter = message.metadata.message_type == "train"
+        return (
+            "lost"
+            if is_letter and node == 11 and made.said and "round 1" in made.said[-1] and away.pop("left", 0)
+            else None
+        )
+
+    made.grid.fault = fault
+    coordinator = made.fit(deadline=3.0)
+    absences = frozenset({(1, 0, 1)})
+    trainer = FederatedTrainer(rounds_per_task=2, accelerator="cpu")
+    trainer.attendance = replace(trainer.attendance, absences=absences)
+    trainer.fit(small(), made.federation().datamodule)
+    same_run(coordinator, trainer)
+    assert json.loads((coordinator.run_dir / "network.json").read_text())[1]["missed"] == [1]
+
+
+def test_a_round_ends_with_its_deadline(network):
+    made = network(small())
+    made.grid.fault = lambda node, message: "lost" if node == 11 else None
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"clients \[1\] were not tested"):
+        made.fit(deadline=1.5)
+    # Two rounds and the end.
+    assert 4.5 <= time.monotonic() - began < 4.5 + 3
+
+
+def test_too_few_clients_stop_the_run_and_it_goes_on_when_they_are_back(network, undisturbed):
+    made = network(small(), rounds_per_task=2, quorum=2)
+    made.grid.offline = {11}
+    with pytest.raises(ValueError, match="quorum 2 is not met: 1 of 2 clients answered in task 1, round 1"):
+        made.fit(deadline=0.5)
+    made.grid.offline = set()
+    same_run(made.fit(), undisturbed)
+
+
+def test_a_client_that_sends_nonsense_is_left_out_with_a_reason(network):
+    made = network(small())
+    app = made.grid.app
+
+    def lying(message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            return Message(carried(b"nonsense"), reply_to=message)
+        return app(message, context)
+
+    made.grid.app = lying
+    with pytest.raises(ValueError, match=r"clients \[1\] were not tested"):
+        made.fit()
+    state = load_checkpoint(made.folder / "run" / "checkpoint.pt")
+    assert {refusal["client"] for refusal in state["door"]["refusals"]} == {1}
+    assert "cut short" in state["door"]["refusals"][0]["reason"]
+
+
+def test_sampled_clients_end_as_in_simulation(network, federate):
+    options = {"rounds_per_task": 2, "participation": 0.5, "failure_rate": 0.2, "quorum": 0}
+    same_run(network(small(), **options).fit(), federate(small(), **options))
+
+
+def test_a_server_once_in_a_task_ends_as_in_simulation(network, federate):
+    options = {"rounds_per_task": 2, "server_every": "task"}
+    same_run(network(small(), **options).fit(), federate(small(), **options))
+
+
+def test_another_configuration_does_not_go_on_in_the_same_folder(network):
+    made = network(small())
+    made.fit()
+    other = Coordinator(replace(made.federation(), identity="other"), None, made.folder / "run")
+    with pytest.raises(ValueError, match="holds another run: choose another folder"):
+        other.fit()
+
+
+@pytest.mark.parametrize("name", ["Joint", "JointLSCL"])
+def test_oracles_are_refused_in_one_line(name, network):
+    with pytest.raises(ValueError, match=f"method {name} pools the data of all clients.*use fedlscl fit"):
+        network(METHODS[name]())

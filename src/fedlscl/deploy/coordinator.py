@@ -16,7 +16,7 @@ from fedlscl.deploy.ledger import Ledger
 from fedlscl.deploy.letters import TEST_BEFORE, TRAIN, UPLOAD, read_reply
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import AT_SERVER
-from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from fedlscl.federated.checkpoint import load_last_good, save_checkpoint, write_atomically
 from fedlscl.federated.client import Client
 from fedlscl.federated.device import connect
 from fedlscl.federated.door import Door
@@ -170,7 +170,7 @@ class Coordinator:
             write_atomically(self.run_dir / CONFIG, self.federation.text.encode())
             self._save(Progress(0, 0))
             return Progress(0, 0)
-        state = load_checkpoint(path)
+        state = load_last_good(path)
         if state["identity"] != self.federation.identity or "ledgers" not in state:
             raise ValueError(f"run-dir {str(self.run_dir)!r} holds another run: choose another folder.")
         self.run = state["run"]

@@ -24,7 +24,7 @@ from fedlscl.deploy.letters import (
     prefixed,
     read_letter,
 )
-from fedlscl.federated.checkpoint import load_checkpoint, save_checkpoint
+from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Stage
 from fedlscl.federated.payload import Payload
@@ -72,24 +72,24 @@ class Node:
 
     def _answer(self, letter: Letter) -> Reply:
         path = self.folder / f"{letter.run}.pt"
-        state = load_checkpoint(path, letter.identity) if path.exists() else None
-        done, acknowledged = (0, 0) if state is None else (state["done"], state["acknowledged"])
+        state = load_last_good(path, letter.identity) if path.exists() else None
+        done, acknowledged, kept_from = state["numbers"] if state else (0, 0, 0)
         if letter.acknowledged > done:
             what = "is gone" if state is None else "is older than what the server has of it"
             raise ValueError(f"the state of client {self.index} in {path} {what}: restore it, or start a new run.")
-        if letter.acknowledged < acknowledged:
-            raise ValueError(f"the server's checkpoint is older than client {self.index}: restore its newest one.")
+        if letter.acknowledged < kept_from:
+            raise ValueError(f"the server's checkpoint is too old for client {self.index}: restore its newest one.")
         outbox = [Result(**entry) for entry in state["outbox"]] if state else []
-        outbox = [result for result in outbox if result.number > letter.acknowledged]
         fresh = [command for command in letter.commands if command.number > done]
         if fresh:
             client = self._client(state)
-            # Only the newest upload can still count.
-            outbox = [result for result in outbox if "samples" not in result.said]
             outbox += [Result(c.number, *self._do(client, c, letter.answer)) for c in fresh]
             done = fresh[-1].number
-            self._save(path, letter, client, done, outbox)
-        return Reply(self.index, done, outbox)
+            # One letter longer than needed: the server, too, may have to go back to the checkpoint before.
+            outbox = [result for result in outbox if result.number > acknowledged]
+            numbers = [done, letter.acknowledged, acknowledged]
+            self._save(path, letter.identity, client, numbers, newest_uploads(outbox))
+        return Reply(self.index, done, [result for result in outbox if result.number > letter.acknowledged])
 
     def _client(self, state: dict[str, Any] | None) -> Client:
         """The client as it was when the state was saved."""
@@ -136,15 +136,17 @@ class Node:
             "test_samples": len(client.data.test_ids(client.task)),
         }
 
-    def _save(self, path: Path, letter: Letter, client: Client, done: int, outbox: list[Result]) -> None:
-        state = {
-            "identity": letter.identity,
-            "client": client.state_dict(),
-            "done": done,
-            "acknowledged": letter.acknowledged,
-            "outbox": [result._asdict() for result in outbox],
-        }
+    def _save(self, path: Path, identity: str, client: Client, numbers: list[int], outbox: list[Result]) -> None:
+        """One file, replaced in one step; a node that was killed before goes on from the one before."""
+        said = [result._asdict() for result in outbox]
+        state = {"identity": identity, "client": client.state_dict(), "numbers": numbers, "outbox": said}
         save_checkpoint(path, state)
+
+
+def newest_uploads(outbox: list[Result], number: int = 2) -> list[Result]:
+    """Without uploads whose rounds are over: those before the last two."""
+    uploads = [result.number for result in outbox if "samples" in result.said]
+    return [result for result in outbox if result.number not in uploads[:-number]]
 
 
 @contextmanager

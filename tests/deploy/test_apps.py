@@ -1,0 +1,81 @@
+import shutil
+import time
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from fedlscl.deploy import apps
+from fedlscl.deploy.federation import read_federation
+from fedlscl.deploy.flower import carried, carried_by
+from fedlscl.deploy.letters import Letter, read_reply
+from fedlscl.federated.results import write_results
+from flower_network import EXAMPLE, ROOT, Network, missing
+
+
+def test_the_example_has_the_configuration_of_the_demo():
+    shipped = EXAMPLE / "federation" / "digits.yaml"
+    assert shipped.read_bytes() == (ROOT / "configs" / "digits.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("node", "config", "reason"),
+    [
+        ({"partition-id": 0}, "digits.yaml", "state-dir is missing: add it to --node-config"),
+        ({"partition-id": 7, "state-dir": "state"}, "digits.yaml", "partition-id 7: num_clients is 3"),
+        ({"partition-id": 0, "state-dir": "state"}, "none.yaml", "none.yaml' cannot be read"),
+        ({"partition-id": 0, "state-dir": "state"}, "digits.yaml", "client 0 has another configuration"),
+    ],
+)
+def test_a_node_that_is_set_up_wrongly_says_so_in_one_line(node, config, reason, monkeypatch):
+    monkeypatch.setattr("flwr.supercore.task_identity.TaskIdentity._run_id", 1)
+    monkeypatch.setattr("flwr.supercore.task_identity.TaskIdentity._node_id", 1)
+    message = Message(carried(Letter(0, "ab", "other", 0, [], None).encode()), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    context = Context(1, 1, node, RecordDict(), {"config": config})
+    reply = read_reply(carried_by(apps.client_app(EXAMPLE / "federation")(message, context).content))
+    assert reason in reply.refusal
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"absent: {', '.join(missing())}")
+def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tmp_path):
+    app = tmp_path / "app"
+    shutil.copytree(EXAMPLE, app)
+    config = app / "federation" / "digits.yaml"
+    text = config.read_text().replace("rounds_per_task: 2", "rounds_per_task: 1\n  max_tasks: 1")
+    config.write_text(f"{text}  train_per_class: 8\n  test_per_class: 4\n")
+    (tmp_path / "foreign").mkdir()
+    foreign = Network(tmp_path / "foreign", 1).keys
+    network = Network(tmp_path, 3)
+    try:
+        network.start_link()
+        for node in range(3):
+            network.register(node)
+            network.start_node(node)
+        run = network.run(app, **{"run-dir": tmp_path / "run", "deadline": 150})
+        ports = network.ports[4:]
+        strangers = {
+            "CERTIFICATE_VERIFY_FAILED": network.start_node(0, ca=foreign / "ca.crt", name="wrong_ca", port=ports[0]),
+            "could not establish": network.start_node(0, insecure=True, key=False, name="no_tls", port=ports[1]),
+            "[code: 2004]": network.start_node(0, key=foreign / "node0", name="unknown_key", port=ports[2]),
+            "[code: 2001]": network.start_node(0, key=False, name="no_key", port=ports[3]),
+        }
+        assert run.wait(200) == 0, network.log("run")
+        end = time.monotonic() + 20
+        while any(process.poll() is None for process in strangers.values()) and time.monotonic() < end:
+            time.sleep(0.2)
+        for name, (reason, process) in zip(
+            ("wrong_ca", "no_tls", "unknown_key", "no_key"), strangers.items(), strict=True
+        ):
+            assert process.returncode == 1 and reason in network.log(name)
+            assert "Receiving" not in network.log(name)
+    finally:
+        network.close()
+    federation = read_federation(config)
+    trainer = federation.trainer
+    trainer.fit(federation.method, federation.datamodule, federation.seed)
+    trainer.run_dir = tmp_path / "simulated"
+    trainer.run_dir.mkdir()
+    write_results(trainer)
+    for file in ("results.json", "matrix.csv"):
+        assert (trainer.run_dir / file).read_bytes() == (tmp_path / "run" / file).read_bytes()

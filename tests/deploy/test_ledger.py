@@ -1,0 +1,68 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlscl.deploy.ledger import OF_A_ROUND, Ledger
+from fedlscl.deploy.letters import TRAIN, UPLOAD, Reply, Result
+from fedlscl.federated.method import Progress
+
+ROUNDS = 2
+
+
+class Doing:
+    """A node that notes what it does and answers as `Node` does."""
+
+    def __init__(self):
+        self.done, self.did, self.outbox = 0, [], []
+
+    def answer(self, letter):
+        for command in letter.commands:
+            if command.number > self.done:
+                self.did.append(command)
+                self.outbox.append(Result(command.number, {}, {}))
+                self.done = command.number
+        return Reply(0, self.done, [result for result in self.outbox if result.number > letter.acknowledged])
+
+
+@given(st.lists(st.sampled_from(["arrives", "letter lost", "reply lost", "twice"]), min_size=1, max_size=12))
+def test_whatever_is_lost_nothing_is_done_twice_and_no_end_of_a_task_is_left_out(fates):
+    ledger, node, heard = Ledger(0), Doing(), []
+    for step, fate in enumerate([*fates, "arrives"]):
+        task, round_ = divmod(step, ROUNDS)
+        if round_ == 0:
+            ledger.turn_over(task, ROUNDS - 1)
+        ledger.tell(TRAIN, task, round_)
+        ledger.tell(UPLOAD, task, round_)
+        letter = ledger.letter("run", "identity")
+        if fate != "letter lost":
+            reply = node.answer(letter)
+            reply = node.answer(letter) if fate == "twice" else reply
+            if fate != "reply lost":
+                heard += [command for command, _ in ledger.done_in(reply)]
+                ledger.acknowledge(reply)
+                if any(command.kind == UPLOAD and command[2:] == (task, round_) for command in heard):
+                    ledger.give({}, Progress(task, round_))
+        ledger.miss()
+    numbers = [command.number for command in node.did]
+    assert numbers == sorted(set(numbers))
+    # All that is no part of a round was done in order and heard of, up to the present task.
+    lasting = [command for command in node.did if command.kind not in OF_A_ROUND]
+    assert [command for command in heard if command.kind not in OF_A_ROUND] == lasting
+    tasks = range((len(fates)) // ROUNDS + 1)
+    kinds = [(command.kind, command.task) for command in lasting if command.kind != "download"]
+    told = [(kind, task) for task in tasks for kind in ("begin_task", "end_task", "test_after")]
+    assert kinds == told[:-2]
+
+
+def test_a_reply_about_what_was_never_told_is_refused():
+    ledger = Ledger(0)
+    ledger.turn_over(0, 0)
+    for reply, reason in [
+        (Reply(1, 1, []), "says that it is client 1"),
+        (Reply(0, 2, []), "did command 2 of 0 to 1"),
+        (Reply(0, -1, []), "did command -1"),
+        (Reply(0, 1, []), "no result of command 1"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            ledger.done_in(reply)
+    assert ledger.acknowledged == 0 and len(ledger.commands) == 1

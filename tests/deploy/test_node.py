@@ -1,0 +1,145 @@
+import json
+
+import pytest
+import torch
+
+from fedlscl.deploy.federation import Federation
+from fedlscl.deploy.letters import Command, Letter, pack, read_reply, unpack
+from fedlscl.deploy.node import Node
+from fedlscl.federated.trainer import FederatedTrainer
+from tiny_methods import METHODS
+
+BEGIN, TRAIN, UPLOAD = (Command(n, kind, 0, 0) for n, kind in enumerate(("begin_task", "train", "upload"), start=1))
+LETTER = Letter(0, "ab", "id", 0, [BEGIN, TRAIN, UPLOAD], None)
+
+
+@pytest.fixture
+def node(make_data, tmp_path):
+    """Client 0, built anew with every call as in a new process."""
+
+    def make(name="FedAvg", identity="id", index=0):
+        trainer = FederatedTrainer(rounds_per_task=1, accelerator="cpu")
+        return Node(Federation(METHODS[name](), make_data(), trainer, 42, identity), index, tmp_path)
+
+    return make
+
+
+def test_a_letter_that_comes_again_gets_the_same_reply_and_nothing_is_done(node, tmp_path, monkeypatch):
+    first = node().answer(LETTER.encode())
+    state = (tmp_path / "ab.pt").read_bytes()
+    monkeypatch.setattr(Node, "_client", lambda *_: pytest.fail("was done again"))
+    assert node().answer(LETTER.encode()) == first
+    assert (tmp_path / "ab.pt").read_bytes() == state
+
+
+def test_a_node_that_lost_its_reply_before_it_was_saved_does_the_same_again(node, tmp_path):
+    first = node().answer(LETTER.encode())
+    (tmp_path / "ab.pt").unlink()
+    assert node().answer(LETTER.encode()) == first
+
+
+def test_commands_of_one_letter_are_those_of_several(node, tmp_path):
+    whole = read_reply(node().answer(LETTER.encode()))
+    (tmp_path / "ab.pt").unlink()
+    for number in (1, 2, 3):
+        reply = read_reply(node().answer(LETTER._replace(commands=LETTER.commands[:number]).encode()))
+    payloads = [result.results[-1].tensors for result in (whole, reply)]
+    assert payloads[0].keys() == payloads[1].keys()
+    assert all(torch.equal(payloads[0][name], payloads[1][name]) for name in payloads[0])
+
+
+def test_only_upload_counts_and_accuracies_leave_a_node(node, make_data):
+    tests = [Command(4, "test_before", 0, 0), Command(5, "end_task", 0, 0), Command(6, "test_after", 0, 0)]
+    header, tensors = unpack(node("FedNCM").answer(LETTER._replace(commands=[*LETTER.commands, *tests]).encode()))
+    stream = make_data().stream(0)
+    said = {number: values for number, values in header["results"]}
+    assert {number: list(values) for number, values in said.items() if values} == {
+        1: ["num_classes", "fingerprint", "classes", "train_samples", "test_samples"],
+        3: ["samples"],
+    }
+    assert said[1]["classes"] == stream.classes(0).tolist() and said[3]["samples"] == len(stream.train_ids(0))
+    kinds = {name.split("/")[1] for name in tensors}
+    assert kinds == {"payload", "class_counts", "accuracies"}
+    sizes = {name: value.shape for name, value in tensors.items() if "accuracies" in name}
+    assert sizes == {"4/accuracies": (2, 1), "6/accuracies": (2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("letter", "reason"),
+    [
+        (LETTER._replace(identity="other"), "client 0 has another configuration"),
+        (LETTER._replace(client=1), "a letter for client 1 came to client 0"),
+        (LETTER._replace(run="../x"), "is no name of a run"),
+        (LETTER._replace(acknowledged=3), "is gone: restore it, or start a new run"),
+        (LETTER._replace(commands=[Command(1, "erase", 0, 0)]), "command 'erase' is unknown"),
+    ],
+)
+def test_what_a_node_cannot_accept_comes_back_in_one_line(node, tmp_path, letter, reason):
+    reply = read_reply(node().answer(letter.encode()))
+    assert reason in reply.refusal and not reply.results and reply.done == 0
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_nonsense_is_refused(node):
+    for data in (b"", b"nonsense", pack({"client": 0}, {}), pack([], {})):
+        assert read_reply(node().answer(data)).refusal
+
+
+def test_a_server_from_before_the_last_checkpoint_is_refused(node):
+    for number, acknowledged in ((1, 0), (2, 1), (3, 2)):
+        letter = LETTER._replace(commands=LETTER.commands[:number], acknowledged=acknowledged)
+        assert not read_reply(node().answer(letter.encode())).refusal
+    # One step back is kept for it, two are not.
+    assert [result.number for result in read_reply(node().answer(letter._replace(acknowledged=1).encode())).results]
+    assert "too old" in read_reply(node().answer(LETTER.encode())).refusal
+
+
+def test_every_run_has_a_state_of_its_own(node, tmp_path):
+    replies = [node().answer(LETTER._replace(run=run).encode()) for run in ("ab", "cd")]
+    assert replies[0] == replies[1]
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"ab.pt", "cd.pt"}
+
+
+def test_a_partition_that_does_not_exist_is_refused(node):
+    with pytest.raises(ValueError, match="partition-id 2: num_clients is 2"):
+        node(index=2)
+
+
+def test_a_node_needs_its_own_samples_only(node, make_data, tmp_path):
+    """Client 0 with an .npz of its own and a manifest in which the others have nothing."""
+    import numpy as np
+
+    from fedlscl.data import ClientSplit, SpatialTemporalDataModule
+    from fedlscl.data.manifest import save_manifest
+
+    whole = make_data()
+    stream = whole.stream(0)
+    train = torch.cat([stream.train_ids(task) for task in range(2)])
+    test = torch.cat([stream.test_ids(task) for task in range(2)]).unique()
+    arrays = {}
+    for part, ids in (("train", train), ("test", test)):
+        offset = 0 if part == "train" else len(whole.data.train_labels)
+        images = getattr(whole.data, f"{part}_images")[ids - offset]
+        arrays |= {
+            f"{part}_images": images.permute(0, 2, 3, 1).numpy(),
+            f"{part}_labels": whole.data.labels(ids).numpy(),
+        }
+    np.savez(tmp_path / "own.npz", **arrays, class_names=np.array([f"c{i}" for i in range(6)]))
+    own = {"dataset": "own.npz", "root": str(tmp_path), "num_clients": 2, "num_tasks": 2, "batch_size": 8}
+    data = SpatialTemporalDataModule(**own).data
+    place = {int(i): n for n, i in enumerate(train)} | {int(i): len(train) + n for n, i in enumerate(test)}
+
+    def moved(parts):
+        return tuple(np.array([place[int(i)] for i in ids], dtype=np.int64) for ids in parts)
+
+    split = whole.splits[0]
+    mine = ClientSplit(split.classes, moved(split.train), moved(split.test))
+    nothing = tuple(np.array([], dtype=np.int64) for _ in range(2))
+    others = ClientSplit(whole.splits[1].classes, nothing, nothing)
+    save_manifest(tmp_path / "own.json", [mine, others], data.class_names, data.fingerprint, {})
+    trainer = FederatedTrainer(rounds_per_task=1, accelerator="cpu")
+    datamodule = SpatialTemporalDataModule(**own, manifest=str(tmp_path / "own.json"))
+    alone = Node(Federation(METHODS["FedAvg"](), datamodule, trainer, 42, "id"), 0, tmp_path / "alone")
+    (_, found), (_, wanted) = (unpack(each.answer(LETTER.encode())) for each in (alone, node()))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert json.loads((tmp_path / "own.json").read_text())["clients"][1][0]["train"] == []
