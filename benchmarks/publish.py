@@ -1,10 +1,12 @@
-"""Fill the tables in README.md and docs/results.md from benchmarks/results, so that pages cannot drift from runs.
+"""Fill the tables in README.md and docs/ from benchmarks/results, so that pages cannot drift from runs.
 
     python benchmarks/publish.py
 
 A table stands between <!-- table NAME --> and <!-- end -->; <!-- table NAME: ROW ROW --> takes some rows only.
+<!-- costs NAME: ROW ROW --> is what runs of one seed cost.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from fedlscl.report.numbers import table_markdown
 from fedlscl.report.runs import read_runs
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
-START = r"(?P<start><!-- table (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n)"
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/costs.md")
+START = r"(?P<start><!-- (?P<kind>table|costs) (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n)"
 TABLE = re.compile(START + r".*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -25,7 +27,10 @@ def filled(text: str) -> str:
     Raises:
         ValueError: if a row is asked for that is not there.
     """
-    return TABLE.sub(lambda found: found["start"] + table(found["name"], found["rows"]) + found["end"], text)
+    kinds = {"table": table, "costs": costs}
+    return TABLE.sub(
+        lambda found: found["start"] + kinds[found["kind"]](found["name"], found["rows"]) + found["end"], text
+    )
 
 
 def table(name: str, rows: str | None) -> str:
@@ -38,6 +43,21 @@ def table(name: str, rows: str | None) -> str:
     if missing:
         raise ValueError(f"rows {sorted(missing)} are not in benchmarks/results/{name}: run and collect them first.")
     return table_markdown([group for group in groups if group.name in wanted])
+
+
+def costs(name: str, rows: str | None) -> str:
+    """What the named runs of the first seed cost, in the order of their names."""
+    lines = [
+        "| run | trained values per client | values up per client and round | up MB | seconds | peak memory GB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    seed = min((ROOT / "benchmarks/results" / name).glob("seed*"))
+    for row in (rows or "").split():
+        result, cost = (json.loads((seed / row / f"{file}.json").read_text()) for file in ("results", "costs"))
+        trained, sent = (max(result["parameters"][key]) for key in ("trainable", "uploaded_per_round"))
+        numbers = f"{result['traffic']['up_bytes'] / 1e6:.2f} | {cost['total_seconds']:.0f}"
+        lines.append(f"| {row} | {trained:,} | {sent:,} | {numbers} | {cost['peak_memory_bytes']['host'] / 1e9:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
