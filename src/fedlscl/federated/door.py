@@ -95,7 +95,7 @@ class Door:
 
     def refuse(self, client: int, progress: Progress, reason: str) -> None:
         """Quarantine a client for the round; for a message that could not even be read, whoever received it calls."""
-        refusal = Refusal(client, *progress, reason)
+        refusal = Refusal(client, progress.task, progress.round, reason)
         if refusal in self.refusals:
             return
         self.refusals.append(refusal)
