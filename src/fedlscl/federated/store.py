@@ -82,7 +82,7 @@ class FileRows:
 def checksum(values: Tensor) -> Tensor:
     """BLAKE2b of a tensor's bytes, (DIGEST,) uint8."""
     data = values.contiguous().view(-1).view(torch.uint8).numpy()
-    return torch.frombuffer(bytearray(blake2b(memoryview(data), digest_size=DIGEST).digest()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(blake2b(data.data, digest_size=DIGEST).digest()), dtype=torch.uint8)
 
 
 def _reserve(path: Path, size: int) -> None:
