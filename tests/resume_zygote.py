@@ -2,14 +2,18 @@
 
 Reads one JSON object per line from stdin: arguments, folder, the method's name, the event at which to die as its kind
 and number (null for never), and whether the run is watched by more than its results. Answers with the exit status. A
-process that lives to its end writes the kinds of its events to events.json.
+process that lives to its end writes the kinds of its events to events.json. Where ``traced`` is true, every line that
+is executed in a server step or while a checkpoint is saved is an event, too; where ``full`` is a number, that call to
+write, flush, link or rename a file and all later ones find the disk full.
 """
 
+import errno
 import io
 import json
 import os
 import signal
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -18,16 +22,18 @@ import torch
 from fedlscl import methods
 from fedlscl.__main__ import main
 from fedlscl.cli import commands
-from fedlscl.federated import checkpoint
+from fedlscl.federated import checkpoint, server, trainer
 from fedlscl.federated.results import Results
 from fedlscl.modules.learner import Learner
 
 EVENTS: list[str] = []
+COUNTS: Counter[str] = Counter()
 
 
 def happens(kind, deadly, before_death=lambda: None):
     EVENTS.append(kind)
-    if [kind, EVENTS.count(kind)] == deadly:
+    COUNTS[kind] += 1
+    if [kind, COUNTS[kind]] == deadly:
         before_death()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -65,7 +71,47 @@ def lay_traps(method, deadly):
     checkpoint.write_atomically = torn
 
 
-def run(arguments, folder, method, deadly, watched):
+def trace(owner, name, kind, deadly):
+    """Every line that a function, or whatever it calls, executes is an event."""
+    original = getattr(owner, name)
+
+    def tracer(frame, event, argument):
+        if event == "line":
+            happens(kind, deadly)
+        return tracer
+
+    def wrapped(*args, **kwargs):
+        sys.settrace(tracer)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            sys.settrace(None)
+
+    setattr(owner, name, wrapped)
+
+
+def fill_disk(number):
+    """The checkpoint's n-th call and all later ones fail as on a full disk."""
+    left = [number]
+
+    def shorten(owner, name):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    for name in ("fsync", "link", "replace"):
+        shorten(checkpoint.os, name)
+    # The flush is where buffered bytes reach the disk.
+    shorten(checkpoint, "write_atomically")
+
+
+def run(arguments, folder, method, deadly, watched, traced=False, full=None):
     os.chdir(folder)
     for stream in (1, 2):
         os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -73,6 +119,11 @@ def run(arguments, folder, method, deadly, watched):
         # Curves and figures cost more than a tiny method.
         commands.observers = lambda: (Results(),)
     lay_traps(getattr(methods, method), deadly)
+    if traced:
+        trace(server.Server, "aggregate", "line of the server step", deadly)
+        trace(trainer, "save_checkpoint", "line of saving a checkpoint", deadly)
+    if full is not None:
+        fill_disk(full)
     status = main(arguments)
     Path("events.json").write_text(json.dumps(EVENTS))
     sys.stdout.flush()

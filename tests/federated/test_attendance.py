@@ -76,3 +76,10 @@ def test_every_method_goes_on_without_those_who_are_absent(name, federate):
 def test_a_round_without_quorum_ends_the_run_and_says_so(federate):
     with pytest.raises(ValueError, match=r"quorum 2 is not met: 1 of 2 clients answered in task 1, round 1; lower"):
         federate(METHODS["FedAvg"](), participation=0.5, quorum=2)
+
+
+def test_absences_may_be_named():
+    named = Attendance(absences=frozenset({(1, 0, 2), (3, 0, 2), (0, 1, 0)}))
+    assert named.present(4, 42, Progress(0, 2)) == [0, 2]
+    assert named.present(4, 42, Progress(0, 1)) == [0, 1, 2, 3]
+    assert named.present(4, 42, Progress(1, 0)) == [1, 2, 3]

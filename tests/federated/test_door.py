@@ -1,4 +1,5 @@
 import functools
+import json
 import random
 from copy import deepcopy
 from dataclasses import replace
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import malformed
 from fedlscl import methods
@@ -16,7 +18,9 @@ from fedlscl.federated.contract import same_tensors
 from fedlscl.federated.door import Door, Limits, Refusal
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.rehearsal import Recorded, fake_data, learn
+from fedlscl.federated.rehearsal import Recorded, Stop, Stopped, fake_data, learn
+from fedlscl.federated.results import Results
+from fedlscl.federated.tensorboard import TensorBoard
 from tiny_methods import METHODS, SMALL, VIT
 
 ORACLES = {"Joint", "JointLSCL"}
@@ -216,3 +220,38 @@ def test_whatever_a_check_raises_the_round_goes_on(fedavg, monkeypatch):
         "cannot be checked (ValueError: mind?)",
         "cannot be checked (RuntimeError: two lines)",
     ]
+
+
+def test_who_was_left_out_is_said_everywhere_and_survives_a_restart(tmp_path):
+    """In results.json and TensorBoard, in a run that goes on from a checkpoint as in one that does not."""
+
+    def begun(folder, *callbacks):
+        folder.mkdir()
+        trainer = Recorded(callbacks=[Results(), TensorBoard(), *callbacks])
+        trainer.run_dir = folder
+        return trainer
+
+    method, poison = METHODS["FedRidge"], malformed.Tamper(1, 0, 1, lambda upload: [replace(upload, payload={"w": 1})])
+    whole = begun(tmp_path / "whole", poison)
+    whole.fit(method(), fake_data())
+    stopped = begun(tmp_path / "stopped", poison, Stop(after=2))
+    with pytest.raises(Stopped):
+        stopped.fit(method(), fake_data())
+    resumed = Recorded(callbacks=[Results(), TensorBoard()])
+    resumed.run_dir = stopped.run_dir
+    resumed.fit(method(), fake_data(), checkpoint=stopped.run_dir / "checkpoint.pt")
+    texts = [(folder / "results.json").read_bytes() for folder in (whole.run_dir, stopped.run_dir)]
+    assert texts[0] == texts[1]
+    expected = {"client": 1, "task": 0, "round": 1, "reason": "'w' is no plain tensor"}
+    assert json.loads(texts[0])["quarantined"] == [expected]
+    for folder in (whole.run_dir, stopped.run_dir):
+        events = EventAccumulator(str(folder / "tensorboard"), {"tensors": 0})
+        events.Reload()
+        assert [(point.step, point.value) for point in events.Scalars("quarantined")] == [
+            (0, 0),
+            (1, 1),
+            (2, 0),
+            (3, 0),
+        ]
+        (text,) = events.Tensors("quarantined/text_summary")
+        assert text.step == 1 and text.tensor_proto.string_val[0].decode() == "- client 1: 'w' is no plain tensor"

@@ -74,8 +74,9 @@ def read_message(data: bytes, limit: int | None = None) -> tuple[dict[str, str],
     try:
         # The library keeps one of two tensors of the same name without a word.
         metadata = json.loads(data[8 : 8 + size], object_pairs_hook=_once).get("__metadata__", {})
-        payload = {name: value.clone() for name, value in load(data).items()}
-        names = [name for name, value in payload.items() if value.dtype == torch.bool and _holds_more_than_bits(value)]
+        mapped = load(data)
+        names = [name for name, value in mapped.items() if value.dtype == torch.bool and _holds_more_than_bits(value)]
+        payload = {name: value.clone() for name, value in mapped.items()}
     except Exception as error:  # The library raises one kind for each way of being broken, and torch has its own.
         raise ValueError(f"message is no safetensors ({one_line(error)})") from None
     if names:
