@@ -17,13 +17,16 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.device import Precision, connect
 from fedlscl.federated.door import Door, Limits
 from fedlscl.federated.engine import Engine
+from fedlscl.federated.gathering import gather_accuracies, gather_clients, gather_history
 from fedlscl.federated.local import LocalWork
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AccuracyMatrix
 from fedlscl.federated.parking import Parking
-from fedlscl.federated.payload import Payload, Upload, num_bytes
+from fedlscl.federated.payload import Upload
 from fedlscl.federated.ranks import Ranks
 from fedlscl.federated.server import Server
+from fedlscl.federated.state import state_of, take_up
+from fedlscl.federated.traffic import count, no_traffic
 
 
 class FederatedTrainer:
@@ -124,7 +127,7 @@ class FederatedTrainer:
             self.run_dir = self.ranks.from_first(self.run_dir)
             for task in range(start.task, self.num_tasks):
                 self._learn_task(task, start.round if task == start.task else 0)
-            self._collect_clients()
+            gather_clients(self.ranks, self.engine, self.clients)
             self._call("on_fit_end")
         except BaseException:
             self._call("on_exception")
@@ -149,23 +152,12 @@ class FederatedTrainer:
         self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed, door)
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
         self.matrix = AccuracyMatrix(datamodule.num_clients, self.num_tasks)
-        shape = (datamodule.num_clients, self.num_tasks, self.rounds_per_task)
-        names = ("up", "down", "up_values", "down_values")
-        self.traffic = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+        self.traffic = no_traffic(datamodule.num_clients, self.num_tasks, self.rounds_per_task)
         self.history = []
 
     def restore(self, path: Path, identity: str = "") -> Progress:
         """Take up the state of a checkpoint, after ``setup``; the beginning of its identity suffices."""
-        state = load_last_good(path, identity)
-        self.method.load_state_dict(state["method"])
-        self.server.door.load_state_dict(state["door"])
-        progress = Progress(*state["progress"])
-        for client, values in zip(self.clients, state["clients"], strict=True):
-            client.load_state_dict(values)
-            client.task, client.round = min(progress.task, self.num_tasks - 1), progress.round
-        self.matrix.values = state["matrix"]
-        self.traffic, self.history = state["traffic"], state["history"]
-        return progress
+        return take_up(self, load_last_good(path, identity))
 
     def _learn_task(self, task: int, first_round: int) -> None:
         self.progress = Progress(task, first_round)
@@ -181,7 +173,7 @@ class FederatedTrainer:
         for client in filter(self._is_mine, self.clients):
             self.local.end_task(client)
             self._evaluate(client, "after")
-        self._collect_accuracies("after", self.clients)
+        gather_accuracies(self.ranks, self.matrix, "after", task, self.clients)
         self._call("on_task_end")
         self._checkpoint(Progress(task + 1, 0))
 
@@ -194,9 +186,9 @@ class FederatedTrainer:
         present, begun = [self.clients[index] for index in self.present], len(self.history)
         for client in filter(self._is_mine, present):
             self._local_round(client)
-        self._collect_history(begun)
+        gather_history(self.ranks, self.history, begun)
         if progress.last:
-            self._collect_accuracies("before", present)
+            gather_accuracies(self.ranks, self.matrix, "before", progress.task, present)
         if self.server_every == "round" or progress.last:
             uploads = self.ranks.gather([self.local.upload(client) for client in filter(self._is_mine, present)])
             self._server_round(sorted(uploads, key=lambda upload: upload.client))
@@ -220,7 +212,7 @@ class FederatedTrainer:
 
     def _server_round(self, uploads: list[Upload]) -> None:
         for upload in uploads:
-            self._count("up", upload.client, upload.payload)
+            count(self.traffic, "up", upload.client, self.progress, upload.payload)
         uploads = self.server.admit(uploads, self.progress)
         self.attendance.check_quorum(len(uploads), len(self.clients), self.progress)
         if not uploads:
@@ -230,7 +222,7 @@ class FederatedTrainer:
         answers = self.server.aggregate(uploads, self.progress)
         self._call("on_server_end", time.perf_counter() - started)
         for index, answer in answers.items():
-            self._count("down", index, answer)
+            count(self.traffic, "down", index, self.progress, answer)
             if self.ranks.owns(index):
                 self.local.download(self.clients[index], answer)
 
@@ -249,32 +241,6 @@ class FederatedTrainer:
     def _is_mine(self, client: Client) -> bool:
         return self.ranks.owns(client.id)
 
-    def _collect_history(self, begun: int) -> None:
-        """What the other processes' clients went through since ``begun``, in the order of clients."""
-        entries = self.ranks.gather(self.history[begun:])
-        self.history[begun:] = entries if self.ranks.size == 1 else sorted(entries, key=lambda entry: entry["client"])
-
-    def _collect_accuracies(self, phase: str, clients: list[Client]) -> None:
-        """What the other processes measured."""
-        task = self.progress.task
-        mine = [(c.id, self.matrix.row(phase, c.id, task)) for c in clients if self._is_mine(c)]
-        for client, row in self.ranks.gather(mine):
-            self.matrix.record(phase, client, task, row)
-
-    def _collect_clients(self) -> None:
-        """Bring what the other processes' clients are now to all."""
-        if self.ranks.size > 1:
-            mine = [(client.id, client.state_dict()) for client in self.clients if self._is_mine(client)]
-            for index, state in self.ranks.gather(mine):
-                if not self.ranks.owns(index):
-                    with self.engine.on_device(self.clients[index]):
-                        self.clients[index].load_state_dict(state)
-
-    def _count(self, direction: str, client: int, payload: Payload) -> None:
-        place = client, *self.progress
-        self.traffic[direction][place] = num_bytes(payload)
-        self.traffic[f"{direction}_values"][place] = sum(value.numel() for value in payload.values())
-
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks if self.ranks.is_first else ():
             getattr(callback, hook)(self, *args)
@@ -282,18 +248,8 @@ class FederatedTrainer:
     def _checkpoint(self, progress: Progress) -> None:
         if self.run_dir is None:
             return
-        self._collect_clients()
+        gather_clients(self.ranks, self.engine, self.clients)
         if not self.ranks.is_first:
             return
-        state = {
-            "identity": self.identity,
-            "progress": list(progress),
-            "method": self.method.state_dict(),
-            "door": self.server.door.state_dict(),
-            "clients": [client.state_dict() for client in self.clients],
-            "matrix": self.matrix.values,
-            "traffic": self.traffic,
-            "history": self.history,
-        }
-        save_checkpoint(self.run_dir / "checkpoint.pt", state)
+        save_checkpoint(self.run_dir / "checkpoint.pt", state_of(self, progress))
         self._call("on_checkpoint")
