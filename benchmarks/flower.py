@@ -2,10 +2,11 @@
 
     python benchmarks/flower.py [--phase quiet|first|second|stock|table ...] [--out DIR]
 
-Digits, three clients, two tasks of two rounds, real processes with TLS and node keys on loopback. In every round the
-SuperNode of one client is killed (SIGKILL, with all that it started) while it works on its letter, and a supervisor
-starts it again; between the phases 'first' and 'second' everything is killed, SuperLink and server included, in the
-middle of round 3. The disturbed run has to end with the same matrix as the undisturbed one and as ``fedlscl fit``.
+Fed-LSCL on digits (24 training images of each class), three clients, two tasks of two rounds, real processes with TLS
+and node keys on loopback. In every round the SuperNode of one client is killed (SIGKILL, with all that it started)
+while it works on its letter, and a supervisor starts it again; between the phases 'first' and 'second' everything is
+killed, SuperLink and server included, in the middle of round 3. The disturbed run has to end with the same matrix as
+the undisturbed one and as ``fedlscl fit``.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +36,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "flower")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "flower_faults")
     options = parser.parse_args()
+    # The processes of the trial are ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options.work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     for phase in options.phase:
@@ -102,19 +106,21 @@ def stock(work: Path) -> dict:
         before = trial.lines(STOCK)
         trial.restart_everything()
         trial.submit()
-        trial.wait_for(lambda: "[ROUND " in network.log("run").split("Successfully started run")[-1], 60)
+        trial.wait_for(lambda: "[ROUND " in network.log("run").split("Successfully started run")[-1], 300)
         began_at = re.findall(r"\[ROUND (\d+)/", network.log("run").split("Successfully started run")[-1])[0]
     return {"seconds": trial.seconds, "kills": kills, "log": before, "round_after_restart": int(began_at)}
 
 
 def fresh(folder: Path, source: Path = EXAMPLE) -> Network:
-    """A new folder with keys and the app; the digits federation shortened to two tasks."""
+    """A new folder with keys and the app; the digits federation shortened to two tasks of few images."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copytree(source, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
     config = folder / "app/federation/digits.yaml"
     if config.exists():
-        config.write_text(config.read_text().replace("rounds_per_task: 2", "rounds_per_task: 2\n  max_tasks: 2"))
+        text = config.read_text().replace("rounds_per_task: 2", "rounds_per_task: 2\n  max_tasks: 2")
+        text = text.replace("local_epochs: 2", "local_epochs: 1")
+        config.write_text(f"{text}  train_per_class: 24\n  test_per_class: 12\n")
     return Network(folder, NODES)
 
 
@@ -145,7 +151,7 @@ class Trial:
         self.seen = [self.network.log(f"node{node}").count(WORKING) for node in range(NODES)]
         self.killed: list[int] = []
         is_ours = (self.network.folder / "app/federation").exists()
-        given = {"run-dir": self.network.folder / "run", "deadline": 250} if is_ours else {}
+        given = {"run-dir": self.network.folder / "run", "deadline": 900} if is_ours else {}
         self.network.run(self.network.folder / "app", **given)
 
     def lines(self, pattern: str) -> list[str]:
@@ -155,7 +161,7 @@ class Trial:
     def wait_until_working(self, number: int, node: int) -> None:
         """Return when a node has its letter of the run's round ``number`` (from 0), and a second for its work."""
         due = self.seen[node] + number + 1 + self.killed.count(node)
-        self.wait_for(lambda: self.network.log(f"node{node}").count(WORKING) >= due, 250)
+        self.wait_for(lambda: self.network.log(f"node{node}").count(WORKING) >= due, 900)
         time.sleep(2)
 
     def kill_in_round(self, number: int, pattern: str, node: int) -> dict:
@@ -164,13 +170,13 @@ class Trial:
         self.network.kill(f"node{node}")
         self.killed.append(node)
         began = time.perf_counter()
-        self.wait_for(lambda: len(self.lines(pattern)) > number, 200)
+        self.wait_for(lambda: len(self.lines(pattern)) > number, 900)
         return {"round": number + 1, "node": node, "seconds_to_round_end": round(time.perf_counter() - began, 1)}
 
     def wait_for_end(self) -> None:
         """Return when the run has ended."""
         process = self.network.processes["run"]
-        self.wait_for(lambda: process.poll() is not None, 280)
+        self.wait_for(lambda: process.poll() is not None, 900)
 
     def restart_everything(self) -> None:
         """SIGKILL for all, then start all but the run."""

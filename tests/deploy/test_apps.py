@@ -3,6 +3,7 @@ import time
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedlscl.deploy import apps
 from fedlscl.deploy.federation import read_federation
@@ -27,8 +28,8 @@ def test_the_example_has_the_configuration_of_the_demo():
     ],
 )
 def test_a_node_that_is_set_up_wrongly_says_so_in_one_line(node, config, reason, monkeypatch):
-    monkeypatch.setattr("flwr.supercore.task_identity.TaskIdentity._run_id", 1)
-    monkeypatch.setattr("flwr.supercore.task_identity.TaskIdentity._node_id", 1)
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
     message = Message(carried(Letter(0, "ab", "other", 0, [], None).encode()), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(1, 1, node, RecordDict(), {"config": config})
@@ -52,7 +53,7 @@ def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tm
         for node in range(3):
             network.register(node)
             network.start_node(node)
-        run = network.run(app, **{"run-dir": tmp_path / "run", "deadline": 150})
+        run = network.run(app, **{"run-dir": tmp_path / "run", "deadline": 250})
         ports = network.ports[4:]
         strangers = {
             "CERTIFICATE_VERIFY_FAILED": network.start_node(0, ca=foreign / "ca.crt", name="wrong_ca", port=ports[0]),
@@ -60,7 +61,7 @@ def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tm
             "[code: 2004]": network.start_node(0, key=foreign / "node0", name="unknown_key", port=ports[2]),
             "[code: 2001]": network.start_node(0, key=False, name="no_key", port=ports[3]),
         }
-        assert run.wait(200) == 0, network.log("run")
+        assert run.wait(280) == 0, network.log("run")
         end = time.monotonic() + 20
         while any(process.poll() is None for process in strangers.values()) and time.monotonic() < end:
             time.sleep(0.2)

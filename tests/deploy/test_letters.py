@@ -17,7 +17,7 @@ def test_letters_and_replies_come_back_as_they_were():
     found = read_letter(letter.encode())
     assert found._replace(answer=None) == letter._replace(answer=None) and same(found.answer, PAYLOAD)
     assert read_letter(letter._replace(answer=None).encode()).answer is None
-    reply = Reply(1, 14, [Result(1, {"a": [1]}, {"x": PAYLOAD["counts"]}), Result(14, {}, PAYLOAD)])
+    reply = Reply(1, 14, [Result(1, {"a": [1]}, {"x": PAYLOAD["counts"].clone()}), Result(14, {}, PAYLOAD)])
     found = read_reply(reply.encode())
     assert (found.client, found.done, found.refusal) == (1, 14, "")
     assert [result[:2] for result in found.results] == [(1, {"a": [1]}), (14, {})]

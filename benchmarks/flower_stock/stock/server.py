@@ -13,4 +13,4 @@ def main(grid: Grid, context: Context) -> None:
 
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     arrays = ArrayRecord(build().state_dict())
-    strategy.start(grid, arrays, num_rounds=int(context.run_config["rounds"]), timeout=200)
+    strategy.start(grid, arrays, num_rounds=int(context.run_config["rounds"]), timeout=900)
