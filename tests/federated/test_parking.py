@@ -61,3 +61,19 @@ def test_a_parked_client_tells_its_state_without_coming_back():
 def test_a_memory_that_is_none_is_refused():
     with pytest.raises(ValueError, match="clients_gb -1 is no amount of memory"):
         FederatedTrainer(clients_gb=-1)
+
+
+def test_a_state_that_somebody_holds_outlives_the_next_turns():
+    """It may be mapped from the file that the next turn replaces."""
+    (client,), parking = make_clients(1), Parking(0)
+    client.net.weight = torch.nn.Parameter(torch.rand(100_000))
+    before = client.net.weight.detach().clone()
+    parking.leave(client)
+    held = client.state_dict()
+    for _ in range(3):
+        parking.take(client)
+        with torch.no_grad():
+            client.net.weight += 1
+        parking.leave(client)
+    assert held["net"]["weight"].equal(before)
+    torch.testing.assert_close(client.state_dict()["net"]["weight"], before + 3)

@@ -118,7 +118,10 @@ class Client:
     def park(self, path: Path) -> None:
         """Put everything into a file and free the memory; the net's structure stays, without values."""
         state = self.state_dict()
-        torch.save(state, path)
+        # A new file, since tensors of the old one may still be mapped by whoever read the state.
+        fresh = path.with_suffix(".new")
+        torch.save(state, fresh)
+        fresh.replace(path)
         self.constants = {name: value for name, value in self.net.named_buffers() if name not in state["net"]}
         self.net.to("meta")
         self.previous, self.buffer, self.memory, self.parked = None, Buffer.empty(), {}, path
@@ -126,7 +129,7 @@ class Client:
     def unpark(self) -> None:
         """Bring everything back from the file, if it is in one."""
         if self.parked is not None:
-            state = self.state_dict()
+            state = torch.load(self.parked, weights_only=True)
             self.parked = None
             self.net.to_empty(device="cpu")
             for name, value in self.constants.items():
