@@ -1,3 +1,4 @@
+import json
 import shutil
 import time
 
@@ -78,5 +79,7 @@ def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tm
     trainer.run_dir = tmp_path / "simulated"
     trainer.run_dir.mkdir()
     write_results(trainer)
-    for file in ("results.json", "matrix.csv"):
-        assert (trainer.run_dir / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    assert (trainer.run_dir / "matrix.csv").read_bytes() == (tmp_path / "run" / "matrix.csv").read_bytes()
+    found, wanted = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("run", "simulated"))
+    for name in ("data", "summary", "traffic", "parameters", "foundation", "method"):
+        assert found[name] == wanted[name]
