@@ -25,6 +25,8 @@ def test_a_federation_on_disk_learns_the_same_bits(name, federate):
     assert all(parameter.is_meta for client in parked.clients for parameter in client.net.parameters())
     left, right = states(plain), states(parked)
     assert left.keys() == right.keys() and all(left[key].equal(right[key]) for key in left)
+    assert [client.state_dict()["answered"] for client in parked.clients] == [2, 2]
+    assert torch.equal(plain.traffic["up"], parked.traffic["up"])
     assert torch.equal(plain.matrix.values.nan_to_num(-1), parked.matrix.values.nan_to_num(-1))
 
 

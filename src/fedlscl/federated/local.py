@@ -37,9 +37,9 @@ class LocalWork:
 
     def begin_task(self, client: Client) -> None:
         """Before the first round of ``client.task``."""
-        client.answered = 0
         self._seed(Turn.BEGIN, client)
         with self.engine.on_device(client):
+            client.answered = 0
             self.method.begin_task(client)
 
     def train(self, client: Client, train: TrainStage) -> None:
@@ -61,7 +61,7 @@ class LocalWork:
         self._seed(Turn.DOWNLOAD, client)
         with self.engine.on_device(client):
             self.method.download(client, answer)
-        client.answered += 1
+            client.answered += 1
 
     def end_task(self, client: Client) -> None:
         """After the last download of ``client.task``."""
