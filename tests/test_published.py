@@ -26,4 +26,4 @@ def test_a_changed_number_is_noticed():
 
 def test_rows_that_were_not_run_are_refused():
     with pytest.raises(ValueError, match="nobody"):
-        publish.filled("<!-- table table1_cpu: nobody -->\n<!-- end -->")
+        publish.filled("<!-- table table1_160px: nobody -->\n<!-- end -->")
