@@ -162,7 +162,7 @@ def _with(upload, name, value):
 
 def _poisoned(upload, picker, values):
     name = picker.choice(sorted(n for n, v in upload.payload.items() if v.is_floating_point() and v.numel()))
-    value = upload.payload[name].clone()
+    value = upload.payload[name].clone(memory_format=torch.contiguous_format)
     value.view(-1)[picker.randrange(value.numel())] = picker.choice(values)
     return _with(upload, name, value)
 

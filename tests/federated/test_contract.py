@@ -26,6 +26,11 @@ class SendsGradients(FedAvg):
         return {**super().upload(client), "head.weight": client.net.head.weight}
 
 
+class SaysOtherwise(FedAvg):
+    def expects(self, upload, net):
+        return {}
+
+
 class SharesMemory(FedAvg):
     def upload(self, client):
         return {name: value.detach() for name, value in client.net.state_dict().items()}
@@ -69,6 +74,7 @@ class Forgets(FedAvg):
 BROKEN = [
     (contract.learns_with_finite_numbers, NotFinite, SMALL, "state /clients/0/memory/broken is not finite"),
     (contract.sends_plain_tensors, SendsGradients, SMALL, "message 'head.weight' "),
+    (contract.passes_the_door, SaysOtherwise, SMALL, "refused at the door: 'head.bias' is not expected"),
     (contract.shares_no_memory, SharesMemory, SMALL, "shares memory with its client"),
     (contract.keeps_the_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
     (contract.repeats, Draws, SMALL, "sends another 'drawn'"),

@@ -54,6 +54,12 @@ def sends_plain_tensors(run: Recorded, make: Callable[[], Method]) -> None:
             demand(not value.is_floating_point() or bool(value.isfinite().all()), f"message {name!r} is not finite")
 
 
+def passes_the_door(run: Recorded, make: Callable[[], Method]) -> None:
+    """What ``expects`` says is what ``upload`` sends."""
+    for client, task, round_, reason in run.server.door.refusals:
+        demand(False, f"the upload of client {client} in task {task}, round {round_} is refused at the door: {reason}")
+
+
 def shares_no_memory(run: Recorded, make: Callable[[], Method]) -> None:
     """What is sent is a copy of what the client owns."""
     owned = {tensor.untyped_storage().data_ptr() for _, tensor in tensors(run.states["clients"]) if tensor.numel()}
@@ -121,6 +127,7 @@ def has_plain_state(run: Recorded, make: Callable[[], Method]) -> None:
 PROMISES = (
     learns_with_finite_numbers,
     sends_plain_tensors,
+    passes_the_door,
     shares_no_memory,
     keeps_the_foundation,
     has_plain_state,

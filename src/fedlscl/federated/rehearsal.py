@@ -13,7 +13,7 @@ class Recorded(FederatedTrainer):
     """Two rounds per task on the CPU, with all messages kept."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"accelerator": "cpu", "rounds_per_task": 2} | options)
+        super().__init__(**{"accelerator": "cpu", "rounds_per_task": 2, "quorum": 0} | options)
         self.uploads: list[Upload] = []
         self.answers: list[list[Payload]] = []
 

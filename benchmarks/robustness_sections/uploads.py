@@ -1,0 +1,111 @@
+"""Malformed uploads at the door: are all refused, and is the round's result that of a round without the sender?"""
+
+import random
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+import malformed
+from fedlscl import methods
+from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.federated.contract import tensors
+from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.rehearsal import Recorded
+from fedlscl.federated.server import Server
+from robustness_sections.notes import Notes
+from tiny_methods import METHODS
+
+SENDING = ("FedAvg", "FedBE", "FedLSCL", "FedRidge", "FedWeIT", "LoRM", "PILoRA")
+"""Methods with uploads of different kinds."""
+
+
+class Moment(NamedTuple):
+    """A federation just before a server step."""
+
+    method: Method
+    door: dict[str, Any]
+    uploads: list[Upload]
+    progress: Progress
+
+
+class Moments(Recorded):
+    """Keeps the moments before all server steps."""
+
+    def _server_round(self, uploads: list[Upload]) -> None:
+        state = deepcopy(self.server.door.state_dict())
+        self.moments = [*getattr(self, "moments", []), Moment(deepcopy(self.method), state, uploads, self.progress)]
+        super()._server_round(uploads)
+
+
+def moments_of(name: str, clients: int) -> tuple[Moments, list[Moment]]:
+    """Four rounds of a method on fake data."""
+    data = SpatialTemporalDataModule(
+        dataset="fake", fake_classes=4 * clients, num_clients=clients, num_tasks=2, private_classes=2, public_classes=2,
+        train_per_class=8, test_per_class=4, image_size=16, batch_size=8,
+    )  # fmt: skip
+    method = METHODS[name]()
+    run = Moments()
+    run.fit(replace(method, num_clients=clients) if isinstance(method, methods.FedWeIT) else method, data)
+    assert run.server.door.refusals == []
+    return run, run.moments
+
+
+def uploads(notes: Notes, number: int = 100, clients: int = 4, seed: int = 42) -> dict[str, Any]:
+    """By kind: how many were sent, how many refused, how often the answers equal those without the sender."""
+    made, known = {name: moments_of(name, clients) for name in SENDING}, {}
+
+    def send(kind: str) -> dict[str, int]:
+        picker, counts = random.Random(f"{seed} {kind}"), {"sent": 0, "refused": 0, "equal": 0}
+        while counts["sent"] < number:
+            name, number_of = picker.choice(SENDING), picker.randrange(4)
+            run, moments = made[name]
+            moment = moments[number_of]
+            bad = picker.choice(moment.uploads)
+            if not bad.payload:
+                continue
+            honest = [upload for upload in moment.uploads if upload is not bad]
+            counts["sent"] += 1
+            place = name, number_of, bad.client
+            if place not in known:
+                known[place], _ = step(run, moment, honest, bad, [])
+            answers, refused = step(run, moment, honest, bad, malformed.KINDS[kind](bad, picker))
+            counts["refused"] += refused
+            counts["equal"] += same(answers, known[place])
+        return counts
+
+    return {kind: notes.once(f"{clients} clients, {kind}", partial(send, kind)) for kind in malformed.KINDS}
+
+
+def step(
+    run: Moments, moment: Moment, honest: list[Upload], bad: Upload, arrived: list[Any]
+) -> tuple[dict[str, Any], bool]:
+    """What the server answers and keeps, and whether it refused the bad upload and no other."""
+    server = Server(deepcopy(moment.method), run.seed, deepcopy(run.server.door))
+    server.door.method, server.door.norms, server.door.refusals = server.method, {}, []
+    server.door.load_state_dict(moment.door)
+    all_uploads = sorted(
+        [*honest, *malformed.deliver(server.door, bad, arrived, moment.progress)],
+        key=lambda upload: bad.client if upload not in honest else upload.client,
+    )
+    admitted = server.admit(all_uploads, moment.progress)
+    is_refused = len(server.door.refusals) == 1 and [u.client for u in admitted] == [u.client for u in honest]
+    answers: dict[str, Payload] = {}
+    if admitted:
+        server.train(admitted, moment.progress, lambda client, stage: run.engine.train(stage))
+        answers = {str(client): answer for client, answer in server.aggregate(admitted, moment.progress).items()}
+    return {"answers": answers, "method": server.method.state_dict(), "norms": norms(server)}, is_refused
+
+
+def norms(server: Server) -> dict[str, torch.Tensor]:
+    """What the door remembers."""
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in server.door.norms.items()}
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Equal tensors at equal places, to the bit."""
+    left, right = dict(tensors(found)), dict(tensors(wanted))
+    return left.keys() == right.keys() and all(torch.equal(left[place], right[place]) for place in right)
