@@ -19,6 +19,7 @@ COPIES = "source"
 SHIM = re.compile(r'<script src="https://unpkg.com/iframe-worker/shim"></script>')
 """What the theme takes from elsewhere to search from disk; theme/search.js does the same."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json", ".ipynb": "json"}
+PICTURES = (".png", ".svg", ".jpg", ".gif")
 LIMIT = 60_000
 """Characters of a file that are shown."""
 LAYERS = {
@@ -55,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             content = _copy(root / target, target)
             uri = f"{COPIES}/{_page_name(target)}"
             files.append(File.generated(config, uri, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
-            if target.endswith(".md"):
+            if isinstance(content, str) and target.endswith(".md"):
                 waiting.append((target, content))
     return files
 
@@ -83,6 +84,11 @@ def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:
     """No page asks anybody for anything."""
     script = posixpath.relpath("theme/search.js", posixpath.dirname(page.url) or ".")
     return SHIM.sub(f'<script src="{script}"></script>', output)
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """The page that a web server shows for a wrong address has nothing to search from disk."""
+    return SHIM.sub("", output_content)
 
 
 def _existing(entries: list[Any], docs: Path) -> list[Any]:
@@ -114,13 +120,17 @@ def _resolve(page: str, link: str) -> str | None:
 
 
 def _page_name(target: str) -> str:
-    return target if target.endswith(".md") else target.replace("/", "__") + ".md"
+    if target.endswith(".md"):
+        return target
+    return target.replace("/", "__") + ("" if target.endswith(PICTURES) else ".md")
 
 
-def _copy(path: Path, target: str) -> str:
+def _copy(path: Path, target: str) -> str | bytes:
     if path.is_dir():
         names = sorted(f"- `{name}`" for name in os.listdir(path) if not name.startswith((".", "__")))
         return "\n".join([f"# {target}", "", *names])
+    if path.suffix in PICTURES:
+        return path.read_bytes()
     text = path.read_text(errors="replace")[:LIMIT]
     if path.suffix == ".md":
         return text
