@@ -148,7 +148,7 @@ def test_print_config_resolves_files_and_nested_options(tmp_path, capsys):
 def test_the_saved_configuration_is_resolved_and_replays(trained, tmp_path):
     config = saved(trained)
     assert config["method"]["init_args"]["collaborator"]["foundation"]["name"] == "test_vit"
-    assert config["method"]["init_args"]["lambda_lora"] == 1.0
+    assert config["method"]["init_args"]["lambda_lora"] == 0.01
     assert "ckpt_path" not in config
     assert main(["fit", "--config", str(trained / "config.yaml"), *tiny.inside(tmp_path)]) == 0
     assert contents(tmp_path / "FedLSCL" / "version_0") == contents(trained)
