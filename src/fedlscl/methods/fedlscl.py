@@ -170,7 +170,7 @@ class FedLSCL(PrivateSums):
     def expects(self, upload: Upload, net: Net) -> Payload | None:
         """As ``upload``: sums may be missing after a task's first answer and of a client without samples."""
         if self.secure_sum and self.members is None:
-            return {secure.KEYS: torch.empty(secure.KEY_BYTES, dtype=torch.uint8, device="meta")}
+            return secure.announced_form()
         expected: Payload = {}
         can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.pools}
         for head in HEADS:
@@ -180,16 +180,12 @@ class FedLSCL(PrivateSums):
             rows = len(net.generator.matrix)
             moments = torch.empty(rows * (rows + 1) // 2, device="meta")
             expected |= {"generator": net.generator.matrix, "moments": moments}
-            if self.secure_sum:
-                expected[secure.PRODUCTS] = expected.pop("generator")
-        if self.secure_sum:
-            expected = {name: value.to(torch.int64) for name, value in expected.items()}
-        return expected
+        return secure.masked_form(expected) if self.secure_sum else expected
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""
         if self.secure_sum:
-            return [self._secure_answer(uploads, progress)] * len(uploads)
+            return [self.answer_to_all(uploads, progress, self._analytic_heads)] * len(uploads)
         common = self._analytic_heads([upload.payload for upload in uploads], progress)
         if "generator" not in uploads[0].payload:
             return [dict(common) for _ in uploads]
@@ -248,18 +244,6 @@ class FedLSCL(PrivateSums):
         if not self.balance:
             return None
         return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
-
-    def _secure_answer(self, uploads: list[Upload], progress: Progress) -> Payload:
-        if self.members is None:
-            answer = secure.introduction(uploads, progress)
-            self.members = answer[secure.MEMBERS]
-            return answer
-        total = secure.sums_of_all(uploads, self.members)
-        common = self._analytic_heads([total], progress)
-        if secure.PRODUCTS not in total:
-            return common
-        self.account(progress)
-        return {name: total[name] for name in (secure.MOMENTS, secure.PRODUCTS)} | common
 
     def _analytic_heads(self, payloads: Sequence[Payload], progress: Progress) -> Payload:
         """Linear discriminants; sums of adapted features count for good from the task's last round on."""

@@ -1,6 +1,7 @@
 """What keeps a single client out of sight: masked sums and noise. Both are OFF by default."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from fedlscl.distillation import upper_triangle
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress
-from fedlscl.federated.payload import Payload, outgoing
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.methods import secure
 from fedlscl.noise import Secrets, epsilon, noised, noisy_moment
 
 START = "noise.start"
@@ -63,6 +65,21 @@ class PrivateSums(Method):
             generator = start + noised(generator - start, self.clip_norm, self.noise_multiplier, self.secrets)
             moment = noisy_moment(moment, self.noise_multiplier, self.secrets)
         return outgoing({"generator": generator, "moments": upper_triangle(moment).float()})
+
+    def answer_to_all(
+        self, uploads: list[Upload], progress: Progress, heads: Callable[[list[Payload], Progress], Payload]
+    ) -> Payload:
+        """Of secure sums: everybody's key at first, later those of Eq. 5 and what ``heads`` makes of the others."""
+        if self.members is None:
+            answer = secure.introduction(uploads, progress)
+            self.members = answer[secure.MEMBERS]
+            return answer
+        total = secure.sums_of_all(uploads, self.members)
+        common = heads([total], progress)
+        if secure.PRODUCTS not in total:
+            return common
+        self.account(progress)
+        return {name: total[name] for name in (secure.MOMENTS, secure.PRODUCTS)} | common
 
     def account(self, progress: Progress) -> None:
         """Count a round's two noisy tensors, and state epsilon at the end of a task."""

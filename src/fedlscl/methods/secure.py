@@ -31,6 +31,11 @@ def announcement(client: Client, secrets: Secrets) -> Payload:
     return {KEYS: public_key(client.memory[PRIVATE])}
 
 
+def announced_form() -> Payload:
+    """Names, shapes and dtypes of an announcement."""
+    return {KEYS: torch.empty(KEY_BYTES, dtype=torch.uint8, device="meta")}
+
+
 def introduction(uploads: list[Upload], progress: Progress) -> Payload:
     """Everybody's public key, for everybody.
 
@@ -70,6 +75,12 @@ def masked_upload(client: Client, payload: Payload) -> Payload:
         client.memory |= {OWN + name: terms[name] for name in (MOMENTS, PRODUCTS)}
     keys = dict(zip(client.memory[MEMBERS].tolist(), client.memory[KEYS], strict=True))
     return masked(terms, client.id, client.memory[PRIVATE], keys, f"{client.task}/{client.round}")
+
+
+def masked_form(expected: Payload) -> Payload:
+    """Names, shapes and dtypes of a masked upload, given those of the plain one."""
+    named = {PRODUCTS if name == "generator" else name: value for name, value in expected.items()}
+    return {name: value.to(torch.int64) for name, value in named.items()}
 
 
 def sums_of_all(uploads: list[Upload], members: Tensor) -> dict[str, Tensor]:
