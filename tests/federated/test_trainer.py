@@ -6,6 +6,7 @@ from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress, Stage
 from fedlscl.federated.payload import num_bytes
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.federated.wording import introduction
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
 from fedlscl.modules.classification import ClassificationModule
 from tiny_methods import METHODS
@@ -391,3 +392,32 @@ def test_the_cache_changes_no_more_than_rounding(make_method, federate):
 def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FederatedTrainer(**options)
+
+
+def test_augmented_training_serves_no_cached_tokens_says_so_and_repeats_to_the_bit(make_method, make_data, monkeypatch):
+    seen = []
+
+    class Spy(Callback):
+        def on_stage_start(self, trainer, client, stage):
+            place = trainer.engine.place
+            monkeypatch.setattr(
+                trainer.engine, "place", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
+            )
+
+        def on_stage_end(self, trainer, client, stage, terms, seconds):
+            monkeypatch.undo()
+
+    def run(**changed):
+        trainer = FederatedTrainer(rounds_per_task=1, accelerator="cpu", callbacks=[Spy()], max_tasks=2)
+        trainer.fit(make_method("fedlscl"), make_data(**changed))
+        return trainer
+
+    first, second = (run(augment="standard") for _ in range(2))
+    assert seen and all(batch.prefix is None and batch.augmented for batch in seen)
+    for one, other in zip(first.clients, second.clients, strict=True):
+        assert all(torch.equal(value, other.net.state_dict()[name]) for name, value in one.net.state_dict().items())
+    assert any("augment" in line and "no cached ViT tokens" in line for line in introduction(first))
+    seen.clear()
+    plain = run()
+    assert seen and all(batch.prefix is not None for batch in seen)
+    assert not any("augment" in line for line in introduction(plain))

@@ -33,6 +33,8 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         "splits": [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits],
         **{name: trainer[name] for name in DECIDING},
     }
+    if config["data"].get("augment", "none") != "none":
+        learned["augment"] = config["data"]["augment"]
     computed = {name: trainer[name] for name in ("precision",)}
     return f"{_hash(learned)}-{_hash(computed)}"
 

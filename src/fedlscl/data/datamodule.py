@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedlscl.data import manifest as manifests
+from fedlscl.data.augment import Augment
 from fedlscl.data.batch import Batch
 from fedlscl.data.datasets import load_images
 from fedlscl.data.images import ImageData
@@ -44,6 +45,8 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         cache_dir: where decoded image folders are kept, ~/.cache/fedlscl if left out.
         fake_classes: number of classes of 'fake'.
         num_workers: processes that fetch batches; 0 fetches in the training process.
+        augment: 'standard' shifts and flips training images at random, anew in every epoch; frozen ViT tokens are then
+            computed at every step instead of once.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
         fake_classes: int = 12,
         num_workers: int = 0,
+        augment: Augment = "none",
     ) -> None:
         super().__init__()
         if num_workers < 0:
@@ -91,6 +95,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         self.cache_dir = cache_dir
         self.fake_classes = fake_classes
         self.num_workers = num_workers
+        self.augment: Augment = augment
         self._run_seed = 42
         self._data: ImageData | None = None
         self._splits: list[ClientSplit] | None = None
@@ -150,7 +155,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         """The tasks of one client."""
         if not 0 <= client < self.num_clients:
             raise ValueError(f"client={client}: num_clients={self.num_clients}, use 0 to {self.num_clients - 1}")
-        return ClientStream(client, self.splits[client], self.data, self.num_workers)
+        return ClientStream(client, self.splits[client], self.data, self.num_workers, self.augment)
 
     def fetch(self, ids: Tensor) -> Batch:
         """The samples of ids (B,), in that order."""
@@ -160,7 +165,8 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         self, ids: Tensor, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
     ) -> DataLoader:
         """Loader of even batches over ids (n,), see `fedlscl.data.batches`."""
-        return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers)
+        augment = self.augment if shuffle else "none"
+        return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers, augment)
 
     def at(self, client: int | None, task: int | None) -> PlaceDataModule:
         """A plain datamodule for one place in the streams; ``None`` means every client, or every task."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fedlscl.data.augment import Augment, standard
 from fedlscl.data.batch import Batch
 from fedlscl.data.images import ImageData
 
@@ -17,6 +18,7 @@ def batches(
     shuffle: bool,
     generator: torch.Generator | None = None,
     num_workers: int = 0,
+    augment: Augment = "none",
 ) -> DataLoader:
     """Loader of `Batch` over ids (n,).
 
@@ -27,11 +29,13 @@ def batches(
         shuffle: whether every pass has a new order, drawn from the generator.
         generator: of the order; none means torch's global one.
         num_workers: processes that fetch; 0 fetches in this one.
+        augment: what is done to the images at random; it changes nothing in the order.
     """
+    order = EvenBatches(len(ids), batch_size, shuffle, generator)
     return DataLoader(
         _Fetched(data, ids),
         batch_size=None,
-        sampler=EvenBatches(len(ids), batch_size, shuffle, generator),
+        sampler=order if augment == "none" else Seeded(order, generator),
         num_workers=num_workers,
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
         generator=torch.Generator(),
@@ -69,8 +73,24 @@ class EvenBatches(Sampler[Tensor]):
             yield from order.tensor_split(self.num_batches)
 
 
+class Seeded(Sampler[tuple[Tensor, int]]):
+    """Positions of every batch with a seed for what is random about it, whichever process will fetch it."""
+
+    def __init__(self, order: EvenBatches, generator: torch.Generator | None = None) -> None:
+        self.order = order
+        start = torch.initial_seed() if generator is None else generator.initial_seed()
+        self.seeds = torch.Generator().manual_seed(start ^ 1)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for positions in self.order:
+            yield positions, int(torch.randint(2**62, (), generator=self.seeds))
+
+
 class _Fetched(Dataset[Batch]):
-    """An item is the batch of several positions."""
+    """An item is the batch of several positions, changed at random where a seed comes with them."""
 
     def __init__(self, data: ImageData, ids: Tensor) -> None:
         self.data = data
@@ -79,5 +99,8 @@ class _Fetched(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, positions: Tensor) -> Batch:
-        return self.data.fetch(self.ids[positions])
+    def __getitem__(self, item: Tensor | tuple[Tensor, int]) -> Batch:
+        if isinstance(item, Tensor):
+            return self.data.fetch(self.ids[item])
+        batch = self.data.fetch(self.ids[item[0]])
+        return batch._replace(images=standard(batch.images, item[1]), augmented=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fedlscl.data.augment import Augment
 from fedlscl.data.batch import Batch
 from fedlscl.data.images import ImageData
 from fedlscl.data.loader import batches
@@ -20,6 +21,8 @@ class ClientStream:
     split: ClientSplit
     data: ImageData
     num_workers: int = 0
+    augment: Augment = "none"
+    """What is done at random to shuffled images, which are those that a net is trained on."""
 
     @property
     def num_tasks(self) -> int:
@@ -54,4 +57,5 @@ class ClientStream:
         self, ids: Tensor, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
     ) -> DataLoader:
         """Loader of even batches over ids (n,), see `fedlscl.data.batches`."""
-        return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers)
+        augment = self.augment if shuffle else "none"
+        return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers, augment)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedlscl.data import Batch, ClientStream
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.client import Client
+from fedlscl.federated.compilation import Compile, compile_small_models
 from fedlscl.federated.method import Stage
 from fedlscl.federated.parking import Parking
 from fedlscl.nets.net import Net
@@ -20,15 +21,21 @@ class Engine:
     """Runs stages and nets on Fabric's device in its precision, with frozen prefixes from the cache."""
 
     def __init__(
-        self, fabric: Fabric, cache: PrefixCache, infer_batch_size: int = 128, parking: Parking | None = None
+        self,
+        fabric: Fabric,
+        cache: PrefixCache,
+        infer_batch_size: int = 128,
+        parking: Parking | None = None,
+        compile: Compile = "auto",
     ) -> None:
-        self.fabric, self.cache, self.infer_batch_size = fabric, cache, infer_batch_size
+        self.fabric, self.cache, self.infer_batch_size, self.compile = fabric, cache, infer_batch_size, compile
         self.parking = parking or Parking(float("inf"))
 
     def train(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
         """Go through a stage's batches; returns the mean of each term of the last epoch."""
         module = stage.module
         self.fabric.to_device(module)
+        compile_small_models(module.net, self.compile)
         optimizer: Any = self.fabric.setup_optimizers(module.configure_optimizers())
         module.train()
         means: dict[str, float] = {}

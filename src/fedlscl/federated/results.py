@@ -11,6 +11,7 @@ from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.costs import CostLog, Timed
 from fedlscl.federated.description import describe_data, describe_foundation, parameter_counts, plain
 from fedlscl.federated.export import matrix_rows, round_rows, to_csv, to_json
+from fedlscl.federated.flops import flops_by_client
 from fedlscl.federated.metrics import MASKS, average_accuracy, summary, to_lists
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> 
             **parameter_counts(trainer),
             "uploaded_per_round": [int(client.max()) if done else 0 for client in values["up_values"]],
         },
+        "flops_per_image": flops_by_client(trainer) if data is None else None,
         "tasks_done": done,
         "accuracy": to_lists(trainer.matrix),
         "summary": [plain(summary(trainer.matrix, task)) for task in range(done)],

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedlscl.federated.callbacks import AT_SERVER
-from fedlscl.federated.costs import Timed
+from fedlscl.federated.costs import Timed, peak_memory
 from fedlscl.federated.description import plain
 from fedlscl.federated.heatmap import matrix_pixels
 from fedlscl.federated.metrics import MASKS, average_accuracy, summary
@@ -72,8 +72,11 @@ class TensorBoard(Timed):
             text = "\n".join(f"- client {found.client}: {found.reason}" for found in refused)
             self.writer.add_text("quarantined", text, trainer.step)
         for direction in ("up", "down"):
-            scalars[f"traffic/{direction}_bytes"] = int(trainer.traffic[direction][:, *trainer.progress].sum())
+            total = int(trainer.traffic[direction][:, *trainer.progress].sum())
+            scalars[f"traffic/{direction}_bytes"] = total
+            scalars[f"traffic/{direction}_bytes_per_client"] = total / max(1, len(trainer.present))
         scalars |= {f"seconds/{name}": seconds for name, seconds in lap.seconds.items()}
+        scalars |= {f"memory/{place}_peak_bytes": size for place, size in peak_memory().items() if size}
         scalars["seconds/round"] = time.perf_counter() - self.round_began
         if lap.training_seconds:
             scalars["images_per_second"] = lap.images / lap.training_seconds

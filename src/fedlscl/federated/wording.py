@@ -22,6 +22,9 @@ def introduction(trainer: "FederatedTrainer") -> list[str]:
     ]
     if foundation is not None:
         lines.append(f"  foundation  {foundation['name']}, weights {foundation['fingerprint'][:12]}")
+    if data.augment != "none":
+        alone = "" if foundation is None else ": no cached ViT tokens in training"
+        lines.append(f"  augment     {data.augment}{alone}")
     lines.append(f"  device      {trainer.fabric.device}, precision {trainer.precision}, seed {trainer.seed}")
     if trainer.run_dir is not None:
         lines.append(f"  run         {trainer.run_dir}")
