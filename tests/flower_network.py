@@ -1,5 +1,6 @@
 """A SuperLink with TLS and SuperNodes with keys, as processes of this machine on loopback addresses."""
 
+import ctypes
 import os
 import shutil
 import signal
@@ -98,6 +99,7 @@ class Network:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
         self.processes[name] = process
         return process
@@ -106,6 +108,11 @@ class Network:
         (self.folder / home).mkdir(exist_ok=True)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": str(self.folder / home)}
+
+
+def end_with_parent():
+    """Let the kernel kill this process when the one that started it is gone, however that ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def free_ports(number):

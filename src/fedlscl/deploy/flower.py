@@ -40,10 +40,12 @@ class FlowerPost:
         self.homes: dict[int, int] = {}
         """Node of each client."""
         self.strangers: set[int] = set()
-        """Nodes that are no client of this run."""
+        """Nodes that turned out to be no client of this run, in this exchange."""
 
     def exchange(self, letters: dict[int, bytes], seconds: float) -> dict[int, bytes]:
         """Replies by client, of those that came in time; returns as soon as all are there."""
+        # Asked anew where a client is missing: who came second may be the one that is left.
+        self.strangers.clear()
         end, round_ = time.monotonic() + seconds, _Round(letters, {}, {}, {})
         while len(round_.replies) < len(letters) and (left := end - time.monotonic()) > 0:
             self._send(round_, left)

@@ -1,0 +1,33 @@
+from flwr.app import Context, RecordDict
+
+from fedlscl.deploy.flower import FlowerPost
+from tiny_methods import METHODS
+
+
+def test_a_node_that_claims_another_ones_part_is_ignored_as_long_as_that_one_is_online(network):
+    made = network(METHODS["FedNCM"]())
+    for node, part in ((12, 1), (13, 5), (14, "x")):
+        made.grid.contexts[node] = Context(
+            1, node, {"partition-id": part, "state-dir": str(made.folder)}, RecordDict(), {"config": "-"}
+        )
+    # No integer at all is an error of that node's app, and comes back as one.
+    made.grid.fault = lambda node, message: "error" if node == 14 else None
+    said = []
+    post = FlowerPost(made.grid, 2, said.append, pause=0.01, retry=0.02)
+    replies = post.exchange({0: b"nonsense", 1: b"nonsense"}, 30.0)
+    assert post.homes == {0: 10, 1: 11} and replies.keys() == {0, 1}
+    made.grid.offline = {11}
+    post.exchange({1: b"nonsense"}, 5.0)
+    assert post.homes == {0: 10, 1: 12}
+    assert (
+        any("node 12 has partition-id 1 as node 11 has: ignored" in line for line in said) or 12 not in post.strangers
+    )
+
+
+def test_letters_wait_until_a_node_is_there(network):
+    made = network(METHODS["FedNCM"]())
+    made.grid.offline = {10, 11}
+    post = FlowerPost(made.grid, 2, pause=0.01)
+    assert post.exchange({0: b"nonsense"}, 0.05) == {} and made.grid.pushed == 0
+    made.grid.offline = set()
+    assert post.exchange({0: b"nonsense"}, 30.0).keys() == {0}
