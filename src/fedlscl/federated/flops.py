@@ -1,7 +1,6 @@
-"""Floating-point operations of a net's matrix products and convolutions, counted once per architecture."""
+"""Floating-point operations of matrix products and convolutions, counted after every task: what trains may change."""
 
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,9 +25,6 @@ class Flops(NamedTuple):
     """The rest of a forward pass and its gradient; what an objective adds (teachers, penalties) is not counted."""
 
 
-_counted: WeakKeyDictionary[Net, Flops] = WeakKeyDictionary()
-
-
 def flops_by_client(trainer: "FederatedTrainer") -> dict[str, list[int]]:
     """`Flops` of every client by name; nets with equally many parameters of one type count as one architecture."""
     found: dict[tuple[str, int], Flops] = {}
@@ -44,12 +40,11 @@ def flops_by_client(trainer: "FederatedTrainer") -> dict[str, list[int]]:
 
 def flops_per_image(net: Net) -> Flops:
     """Count one image's passes in evaluation mode; net, gradients and random numbers stay as they are."""
-    if net not in _counted:
-        mode = net.training
-        with torch.random.fork_rng():
-            _counted[net] = _count(net.eval())
-        net.train(mode)
-    return _counted[net]
+    mode = net.training
+    with torch.random.fork_rng():
+        counted = _count(net.eval())
+    net.train(mode)
+    return counted
 
 
 def _count(net: Net) -> Flops:
