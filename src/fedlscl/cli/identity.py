@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlscl.data import ClientSplit
+from fedlscl.federated.device import chosen_precision
 
 DECIDING = ("rounds_per_task", "server_every", "max_tasks", "participation", "failure_rate", "norm_factor", "upload_gb")
 """Options of the trainer that decide what is learned."""
@@ -35,7 +36,7 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
     }
     if config["data"].get("augment", "none") != "none":
         learned["augment"] = config["data"]["augment"]
-    computed = {name: trainer[name] for name in ("precision",)}
+    computed = {"precision": chosen_precision(trainer["precision"], trainer["accelerator"])}
     return f"{_hash(learned)}-{_hash(computed)}"
 
 

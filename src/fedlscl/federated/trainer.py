@@ -14,7 +14,7 @@ from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import AT_SERVER, Callback
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
-from fedlscl.federated.device import Precision, connect
+from fedlscl.federated.device import Precision, chosen_precision, connect
 from fedlscl.federated.door import Door, Limits
 from fedlscl.federated.engine import Engine
 from fedlscl.federated.gathering import gather_accuracies, gather_clients, gather_history
@@ -37,7 +37,7 @@ class FederatedTrainer:
         server_every: whether the server aggregates in every 'round', or once per 'task' (Algorithm 1's letter).
         accelerator: where to train, as in Fabric: auto, cpu, gpu, cuda, mps.
         devices: processes that share the clients, each on a device of its own (or on cores of its own, on a CPU).
-        precision: 32-true, bf16-mixed, or 16-mixed on CUDA.
+        precision: 32-true, bf16-mixed, or 16-mixed on CUDA; auto is bf16-mixed where the hardware has it.
         cache_gb: memory for frozen ViT tokens that are computed once per image; 0 turns the cache off.
         clients_gb: memory for idle clients; above it those that worked longest ago wait in files.
         checkpoint_every: rounds between two checkpoints; the end of a task always has one.
@@ -88,7 +88,7 @@ class FederatedTrainer:
         self.present: list[int] = []
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
         self.accelerator, self.devices, self.cache_gb = accelerator, devices, cache_gb
-        self.precision: Precision = precision
+        self.precision = chosen_precision(precision, accelerator)
         self.default_root_dir, self.name = default_root_dir, name
         self.callbacks = list(callbacks or [])
         self.run_dir: Path | None = None

@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fedlscl.federated.description import describe_foundation, parameter_counts
+from fedlscl.federated.device import fast_bf16
 
 if TYPE_CHECKING:
     from fedlscl.federated.trainer import FederatedTrainer
@@ -25,7 +26,9 @@ def introduction(trainer: "FederatedTrainer") -> list[str]:
     if data.augment != "none":
         alone = "" if foundation is None else ": no cached ViT tokens in training"
         lines.append(f"  augment     {data.augment}{alone}")
-    lines.append(f"  device      {trainer.fabric.device}, precision {trainer.precision}, seed {trainer.seed}")
+    slow = trainer.precision == "bf16-mixed" and trainer.fabric.device.type == "cpu" and not fast_bf16()
+    note = " (slow: this processor has no bf16 instructions; take 32-true or auto)" if slow else ""
+    lines.append(f"  device      {trainer.fabric.device}, precision {trainer.precision}{note}, seed {trainer.seed}")
     if trainer.run_dir is not None:
         lines.append(f"  run         {trainer.run_dir}")
     if trainer.step:
