@@ -58,7 +58,10 @@ def refused(tmp_path, capsys):
         ("--method.local_epochs x", "method.local_epochs='x' does not fit: give int."),
         ("--method.collaborator.block x", "method.collaborator.block='x' does not fit: give int."),
         ("--method.head_aggregation x", "method.head_aggregation='x' does not fit: give 'classwise' or 'average'."),
-        ("--trainer.precision 8", "trainer.precision='8' does not fit: give 'auto' or '32-true' or 'bf16-mixed' or '16-mixed'."),
+        (
+            "--trainer.precision 8",
+            "trainer.precision='8' does not fit: give 'auto' or '32-true' or 'bf16-mixed' or '16-mixed'.",
+        ),
         ("--seed_everything -1", "seed_everything='-1' does not fit: give a number >=0"),
         ("--trainer.rounds_per_task", "argument --trainer.rounds_per_task: expected one argument"),
         ("--trainer.rounds_per_task 0", "rounds_per_task 0 trains nothing: choose 1 or more."),
