@@ -5,7 +5,7 @@ python benchmarks/ablation.py --preset cpu --data_root DATA
 
 import sys
 
-from sweep import Run, parse, sweep
+from sweep import Run, parse, sweep, variant
 
 TABLE_2 = {
     "full": [],
@@ -17,27 +17,27 @@ TABLE_2 = {
 }
 """The paper's rows: Stage 2 and One-by-One Distillation on and off, and Stage 2 replaced (end of Sec. 4.3)."""
 OURS = {
-    "no_collaboration": ["--method.collaborator.collaboration", "false"],
-    "no_frozen_head": ["--method.collaborator.analytic_weight", "0"],
-    "no_adapted_head": ["--method.collaborator.adapted_weight", "0"],
-    "batch_statistics": ["--method.freeze_norm", "false"],
-    "no_imprinting": ["--method.imprint", "false"],
-    "linear_head": ["--method.collaborator.head", "linear"],
-    "no_balance": ["--method.balance", "false"],
-    "buffer_alone": ["--method.replay_current", "false"],
-    "own_initialisation": ["--method.shared_initialisation", "false"],
+    "full": {},
+    "no_collaboration": {"collaborator__collaboration": False},
+    "no_frozen_head": {"collaborator__analytic_weight": 0},
+    "no_adapted_head": {"collaborator__adapted_weight": 0},
+    "batch_statistics": {"freeze_norm": False},
+    "no_imprinting": {"imprint": False},
+    "linear_head": {"collaborator__head": "linear"},
+    "no_balance": {"balance": False},
+    "buffer_alone": {"replay_current": False},
+    "own_initialisation": {"shared_initialisation": False},
 }
-"""One choice of ours taken back at a time; the cpu preset runs them with the first seed alone."""
+"""One choice of ours taken back at a time, over as many tasks as the figures."""
 
 
 def main() -> int:
     """Run what is missing; 0 when all is there."""
     options = parse("Ablation of Fed-LSCL.")
     rows = [Run(name, options.base, changes) for name, changes in TABLE_2.items()]
-    ours = [Run(name, options.base, changes) for name, changes in OURS.items()]
-    done = sweep("ablation", rows, options)
-    options.seeds = options.seeds[: 1 if options.preset == "cpu" else None]
-    return 0 if sweep("ablation", ours, options) and done else 1
+    ours = [variant(name, options, **changes) for name, changes in OURS.items()]
+    ended = [sweep("ablation", rows, options), sweep("choices", ours, options)]
+    return 0 if all(ended) else 1
 
 
 if __name__ == "__main__":

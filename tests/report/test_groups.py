@@ -54,6 +54,11 @@ def test_where_a_run_was_made_is_no_setting(four):
     assert [group.seeds for group in grouped([four[0], moved])] == [[1, 2]]
 
 
+def test_machines_of_other_precision_repeat_the_same_setting(four):
+    elsewhere = with_option(four[1], "precision: 32-true", "precision: auto")
+    assert [group.seeds for group in grouped([four[0], elsewhere])] == [[1, 2]]
+
+
 def test_an_unfinished_run_does_not_join_the_finished_ones(four):
     results = {**four[1].results, "tasks_done": 1, "summary": four[1].results["summary"][:1]}
     stopped = dataclasses.replace(four[1], results=results)

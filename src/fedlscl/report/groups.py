@@ -12,10 +12,10 @@ NOT_A_SETTING = {
     "seed_everything",
     "method.class_path",
     *(f"trainer.{name}" for name in ("accelerator", "devices", "cache_gb", "cache_dir", "compile")),
-    *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks")),
+    *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks", "precision")),
     *(f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")),
 }
-"""Options that change where and when something is computed, or which repetition it is."""
+"""Options that change where, when and how exactly something is computed, or which repetition it is."""
 MOST_NAMED = 3
 """Differing options that a group's name holds."""
 
