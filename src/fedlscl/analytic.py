@@ -32,6 +32,11 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int) -> MomentSum
     return MomentSums(x.mT @ x, x.mT @ F.one_hot(labels, num_classes).double())
 
 
+def added(one: MomentSums, other: MomentSums) -> MomentSums:
+    """Sums over the samples of both."""
+    return MomentSums(one.gram + other.gram, one.products + other.products)
+
+
 def ridge_solution(sums: MomentSums, ridge: float) -> tuple[Tensor, Tensor]:
     """Weight (num_classes, width) and bias (num_classes,) of the regression on one-hot labels, float32.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.analytic import MomentSums, moment_sums, ridge_solution
+from fedlscl.analytic import MomentSums, added, moment_sums, ridge_solution
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
@@ -124,7 +124,7 @@ def moments_of(client: Client, ids: Tensor, pick: str) -> MomentSums | None:
     total: MomentSums | None = None
     for batch, output in client.infer(ids):
         part = moment_sums(getattr(output, pick), batch.labels, output.logits.shape[1])
-        total = part if total is None else MomentSums(total.gram + part.gram, total.products + part.products)
+        total = part if total is None else added(total, part)
     return total
 
 

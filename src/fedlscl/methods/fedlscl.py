@@ -19,9 +19,9 @@ from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods import secure
 from fedlscl.methods.controls import empty_sums
 from fedlscl.methods.ewc import consolidate, consolidated
-from fedlscl.methods.pooling import solved_heads, sums_for, with_sums
+from fedlscl.methods.pooling import solved_heads, sums_of, with_sums
 from fedlscl.methods.private import PrivateSums
-from fedlscl.methods.selection import draw_per_class, predecessor_features, scored_buffer
+from fedlscl.methods.selection import draw_per_class, predecessor_features, scored_buffer, survey
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
@@ -155,15 +155,15 @@ class FedLSCL(PrivateSums):
         if self.secure_sum and not secure.knows_members(client):
             return secure.announcement(client, self.secrets)
         is_first = secure.first_sum_of_task(client) if self.secure_sum else not client.answered
-        payload: dict[str, Tensor] = {}
-        if self.collaborator.analytic_weight > 0 and is_first:
-            payload |= sums_for("analytic", client, or_zeros=self.secure_sum)
-        if client.net.pools:
-            payload |= sums_for("adapted", client, or_zeros=self.secure_sum)
-        if self._federates(client):
-            ids = scored_buffer(client, self.buffer_per_class).ids
-            moment = second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
-            payload |= self.released(client, moment)
+        wanted = {"analytic": self.collaborator.analytic_weight > 0 and is_first, "adapted": client.net.pools}
+        heads = [head for head, is_wanted in wanted.items() if is_wanted]
+        payload: Payload = {}
+        if heads or self._federates(client):
+            found = survey(client, self.buffer_per_class, heads)
+            payload |= sums_of(found.sums, heads, client.net, or_zeros=self.secure_sum)
+            if self._federates(client):
+                features = [e for _, (e, _) in client.infer(found.buffer.ids, part=client.net.generate)]
+                payload |= self.released(client, second_moment(torch.cat(features)))
         payload = outgoing(payload)
         return secure.masked_upload(client, payload) if self.secure_sum else payload
 

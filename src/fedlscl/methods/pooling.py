@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 
 from fedlscl.analytic import MomentSums, discriminant_solution
-from fedlscl.federated.client import Client
 from fedlscl.federated.payload import Payload
-from fedlscl.methods.controls import add_sums, moments_of_task
+from fedlscl.methods.controls import add_sums, empty_sums
 from fedlscl.nets.collaborator import HEADS
+from fedlscl.nets.net import Net
 
 
-def sums_for(head: str, client: Client, or_zeros: bool = False) -> Payload:
-    """What a client adds to the sums behind a head for its task; without samples nothing, or zeros."""
-    sums = moments_of_task(client, HEADS[head])
-    if or_zeros and not sums:
-        num_classes, width = client.net.head.weight.shape
-        sums = {"gram": torch.zeros(width + 1, width + 1), "products": torch.zeros(width + 1, num_classes)}
-    return {f"{head}.{name}": value for name, value in sums.items()}
+def sums_of(found: Mapping[str, MomentSums], heads: Sequence[str], net: Net, or_zeros: bool = False) -> Payload:
+    """What a client adds to the sums behind its heads for its task; without samples nothing, or zeros."""
+    payload: Payload = {}
+    for head in heads:
+        sums = found.get(head)
+        if sums is None and or_zeros:
+            sums = MomentSums(*(torch.zeros(part.shape) for part in empty_sums(net)))
+        if sums is not None:
+            payload |= {f"{head}.{name}": value for name, value in sums._asdict().items()}
+    return payload
 
 
 def with_sums(sums: Mapping[str, Tensor], head: str, payloads: Sequence[Payload]) -> dict[str, Tensor]:

@@ -1,24 +1,47 @@
 """Which samples Stage 2 replays (Sec. 4.3): those of lowest loss, kept in a buffer, and some of the current task."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fedlscl.analytic import MomentSums, added, moment_sums
 from fedlscl.data import Buffer
 from fedlscl.federated.client import Client
+from fedlscl.nets.collaborator import HEADS
 from fedlscl.objectives import sample_losses
 
 
-@torch.no_grad()
-def scored_buffer(client: Client, per_class: int) -> Buffer:
+class Survey(NamedTuple):
+    """What one pass of the client's net over its task's samples tells."""
+
+    buffer: Buffer
     """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
+    sums: dict[str, MomentSums]
+    """Behind each analytic head that was asked for; none for a client without samples."""
+
+
+def scored_buffer(client: Client, per_class: int) -> Buffer:
+    """B^n as the net is now."""
+    return survey(client, per_class).buffer
+
+
+@torch.no_grad()
+def survey(client: Client, per_class: int, heads: Sequence[str] = ()) -> Survey:
+    """Score the task's samples, and sum up what the given heads read of them."""
     ids, labels, losses = [], [], []
+    sums: dict[str, MomentSums] = {}
     for batch, output in client.infer(client.train_ids):
         ids.append(batch.ids.cpu())
         labels.append(batch.labels.cpu())
         losses.append(sample_losses(output.trained, batch.labels, client.classes.to(batch.labels.device)).cpu())
+        for head in heads:
+            part = moment_sums(getattr(output, HEADS[head]), batch.labels, output.logits.shape[1])
+            sums[head] = added(sums[head], part) if head in sums else part
     if not ids:
-        return client.buffer
-    return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
+        return Survey(client.buffer, sums)
+    return Survey(client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class), sums)
 
 
 def predecessor_features(client: Client) -> Tensor:
