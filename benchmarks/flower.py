@@ -1,12 +1,13 @@
 """Nodes and server killed in the middle of a run over Flower, ours and stock FedAvg side by side.
 
-    python benchmarks/flower.py [--phase quiet|first|second|stock|table ...] [--out DIR]
+    python benchmarks/flower.py [--phase quiet|first|second|stock|stragglers|table ...] [--out DIR]
 
 Fed-LSCL on digits (24 training images of each class), three clients, two tasks of two rounds, real processes with TLS
 and node keys on loopback. In every round the SuperNode of one client is killed (SIGKILL, with all that it started)
 while it works on its letter, and a supervisor starts it again; between the phases 'first' and 'second' everything is
 killed, SuperLink and server included, in the middle of round 3. The disturbed run has to end with the same matrix as
-the undisturbed one and as ``fedlscl fit``.
+the undisturbed one and as ``fedlscl fit``. In the phase 'stragglers' a node is stopped (SIGSTOP) while it works, a
+different one in each of three rounds, and goes on when the round is over: the round has to end with its deadline.
 """
 
 import argparse
@@ -24,10 +25,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from flower_network import EXAMPLE, QUIET, Network  # noqa: E402
 
-PHASES = ("quiet", "first", "second", "stock", "table")
+PHASES = ("quiet", "first", "second", "stock", "stragglers", "table")
 NODES = 3
 OURS, STOCK = r"task (\d+), round (\d+): (\d) of (\d) clients in ([\d.]+) s", r"Received (\d) results and (\d) failures"
 WORKING = "Receiving: train message"
+DEADLINE = 100
+"""Seconds of a round with a straggler; the other nodes are done by then."""
 
 
 def main() -> int:
@@ -111,6 +114,20 @@ def stock(work: Path) -> dict:
     return {"seconds": trial.seconds, "kills": kills, "log": before, "round_after_restart": int(began_at)}
 
 
+def stragglers(work: Path) -> dict:
+    """Rounds 1 to 3 with a node that stands still; in the last one everybody is there again."""
+    network = fresh(work / "stragglers")
+    with Trial(network) as trial:
+        trial.submit(DEADLINE)
+        for number in range(NODES):
+            trial.stop_in_round(number, OURS, node=number)
+        trial.wait_for_end()
+        ended = network.processes["run"].poll() == 0
+    rounds = json.loads((network.folder / "run/network.json").read_text())
+    late = [round(each["seconds"] - DEADLINE, 3) for each in rounds if each["missed"]]
+    return {"seconds": trial.seconds, "deadline": DEADLINE, "seconds_after_it": late, "ended": ended, "rounds": rounds}
+
+
 def fresh(folder: Path, source: Path = EXAMPLE) -> Network:
     """A new folder with keys and the app; the digits federation shortened to two tasks of few images."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -144,14 +161,14 @@ class Trial:
         self.seconds = round(time.perf_counter() - self.began, 1)
         self.network.close()
 
-    def submit(self) -> None:
+    def submit(self, deadline: int = 900) -> None:
         """Start the run; a log of an earlier one stands before ``self.start``."""
         path = self.network.folder / "run.log"
         self.start = len(path.read_text()) if path.exists() else 0
         self.seen = [self.network.log(f"node{node}").count(WORKING) for node in range(NODES)]
         self.killed: list[int] = []
         is_ours = (self.network.folder / "app/federation").exists()
-        given = {"run-dir": self.network.folder / "run", "deadline": 900} if is_ours else {}
+        given = {"run-dir": self.network.folder / "run", "deadline": deadline} if is_ours else {}
         self.network.run(self.network.folder / "app", **given)
 
     def lines(self, pattern: str) -> list[str]:
@@ -172,6 +189,16 @@ class Trial:
         began = time.perf_counter()
         self.wait_for(lambda: len(self.lines(pattern)) > number, 900)
         return {"round": number + 1, "node": node, "seconds_to_round_end": round(time.perf_counter() - began, 1)}
+
+    def stop_in_round(self, number: int, pattern: str, node: int) -> None:
+        """Let a node that works stand still until the round is over."""
+        self.wait_until_working(number, node)
+        group = self.network.processes[f"node{node}"].pid
+        os.killpg(group, signal.SIGSTOP)
+        try:
+            self.wait_for(lambda: len(self.lines(pattern)) > number, 900)
+        finally:
+            os.killpg(group, signal.SIGCONT)
 
     def wait_for_end(self) -> None:
         """Return when the run has ended."""
@@ -223,6 +250,11 @@ def table(out: Path) -> str:
     if "second" in found:
         same = "same" if found["second"]["same_matrix"] else "ANOTHER"
         rows.append(f"| ours | all of the above | {same} matrix as undisturbed, byte for byte |")
+    if slow := found.get("stragglers"):
+        late = ", ".join(f"{seconds:.2f}" for seconds in slow["seconds_after_it"])
+        end = "run completed" if slow["ended"] else "RUN NOT COMPLETED"
+        fault = f"rounds 1 to 3: SIGSTOP of a node until the round is over, deadline {slow['deadline']} s"
+        rows.append(f"| ours | {fault} | rounds end {late} s after the deadline, without that node; {end} |")
     for kill, line in zip(found.get("stock", {}).get("kills", ()), found.get("stock", {}).get("log", ()), strict=False):
         rows.append(f"| stock FedAvg | round {kill['round']}: SIGKILL of node {kill['node']} | {line} |")
     if "stock" in found:

@@ -1,5 +1,7 @@
 """Checkpoints that broke on the disk, and disks that are full."""
 
+import hashlib
+import io
 import logging
 import os
 import random
@@ -7,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedlscl.federated.checkpoint import canonical, load_checkpoint, load_last_good, previous
 from robustness_sections.processes import FIT, KILLED, RESUME, Zygote, checkpoint_in, differing, prepare
@@ -39,7 +43,7 @@ def damage(work: Path, number: int = 300, runs: int = 6, seed: int = 42) -> dict
         path = work / "damaged" / "checkpoint.pt"
         path.parent.mkdir()
         good, older = checkpoint_in(whole).read_bytes(), previous(checkpoint_in(whole)).read_bytes()
-        wanted = repr(canonical(load_checkpoint(previous(checkpoint_in(whole)))))
+        wanted = content(load_checkpoint(previous(checkpoint_in(whole))))
         for kind in ("truncated", "bit flipped"):
             counts = {"damaged": 0, "loaded silently": 0, "previous used": 0, "previous named": 0}
             for _ in range(number // 2):
@@ -48,7 +52,7 @@ def damage(work: Path, number: int = 300, runs: int = 6, seed: int = 42) -> dict
                 said.lines.clear()
                 counts["damaged"] += 1
                 counts["loaded silently"] += loads(path)
-                counts["previous used"] += repr(canonical(load_last_good(path))) == wanted
+                counts["previous used"] += content(load_last_good(path)) == wanted
                 counts["previous named"] += len(said.lines) == 1 and str(previous(path)) in said.lines[0]
             found[kind] = counts
         ends = 0
@@ -62,6 +66,13 @@ def damage(work: Path, number: int = 300, runs: int = 6, seed: int = 42) -> dict
             ends += is_named and differing(folder, whole) == []
     logger.removeHandler(said)
     return found | {"whole program": {"damaged": runs, "named the previous one and ended equal to the byte": ends}}
+
+
+def content(state: dict[str, Any]) -> bytes:
+    """Digest of all values of a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(canonical(state), buffer)
+    return hashlib.sha256(buffer.getbuffer()).digest()
 
 
 def broken(data: bytes, kind: str, picker: random.Random) -> bytes:
