@@ -2,6 +2,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
+from fedlscl.nets import blocks
 from fedlscl.nets.blocks import first_token_only, is_plain, run_block
 
 OPTIONS = [
@@ -34,7 +35,14 @@ def test_first_token_of_a_block_needs_only_its_own_row(block, tokens):
     torch.testing.assert_close(first_token_only(block, tokens), block(tokens)[:, :1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=["fused", "written out"])
+def attention(request, monkeypatch):
+    """Attention as in float32 and as in bfloat16 on a CPU, both computed in float32 here."""
+    monkeypatch.setattr(blocks, "_is_bfloat16", lambda x: request.param == "written out")
+
+
 @pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.usefixtures("attention")
 def test_a_block_computes_what_timm_computes(block, tokens, with_gradient):
     """Outputs, and the gradient of what enters."""
     left, right = (tokens.clone().requires_grad_(with_gradient) for _ in range(2))
@@ -47,6 +55,7 @@ def test_a_block_computes_what_timm_computes(block, tokens, with_gradient):
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-4 * right.grad.abs().max().item())
 
 
+@pytest.mark.usefixtures("attention")
 def test_hooks_on_a_block_are_called_on_either_path(block, tokens):
     """Low-rank updates are hooks on linear layers."""
     with torch.no_grad():
@@ -59,6 +68,24 @@ def test_hooks_on_a_block_are_called_on_either_path(block, tokens):
         hook.remove()
         torch.testing.assert_close(fused, explicit, rtol=1e-4, atol=1e-4)
         assert name == "attn.qkv" or (fused - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("precision", "is_explicit"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_attention_is_written_out_in_bfloat16_only(block, tokens, monkeypatch, precision, is_explicit):
+    """By autocast and by the tokens' own type; without gradients it is fused."""
+    asked = []
+
+    def attend(attention, h, prefix, is_explicit):
+        asked.append(is_explicit)
+        return h
+
+    monkeypatch.setattr(blocks, "attend", attend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_explicit):
+        run_block(block, tokens)
+        with torch.no_grad():
+            run_block(block, tokens)
+    run_block(block.to(precision), tokens.to(precision))
+    assert asked == [True, True] * is_explicit
 
 
 def test_mixed_precision_stays_near(block, tokens):
