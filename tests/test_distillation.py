@@ -294,3 +294,12 @@ def test_eq5_without_a_unique_solution_is_refused(lambda_proximal):
 def test_an_empty_feature_set_is_refused():
     with pytest.raises(ValueError, match="feature set is empty"):
         second_moment(torch.empty(0, 3))
+
+
+def test_clients_without_features_teach_nobody():
+    generators, zero, own = [torch.randn(4, 6) for _ in range(3)], torch.zeros(4, 4), torch.eye(4)
+    assert all(map(torch.equal, one_by_one_distill(generators, [zero] * 3, 1.0), generators))
+    fused = one_by_one_distill(generators, [own, zero, zero], 1.0)
+    assert torch.equal(fused[0], generators[0]) and not torch.allclose(fused[1], generators[1])
+    alone = one_by_one_distill([generators[1], generators[0]], [zero, own], 1.0)[0]
+    torch.testing.assert_close(fused[1], alone)

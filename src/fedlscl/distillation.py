@@ -113,9 +113,14 @@ def subtract_terms(total: Sums, own: Sums) -> Sums:
 def solve(
     generator: Tensor, others: Sums, lambda_proximal: float, data_anchor: float = 0.0, own_moment: Tensor | None = None
 ) -> Tensor:
-    """Minimise Eq. 5 for one client from the sums over the others; (p, lora_dim) in the generator's dtype."""
+    """Minimise Eq. 5 for one client from the sums over the others; (p, lora_dim) in the generator's dtype.
+
+    Where nobody else has a feature set, the generator stays as it is.
+    """
     if not lambda_proximal > 0:
         raise ValueError(f"lambda_proximal {lambda_proximal} leaves Eq. 5 without a unique solution: choose above 0.")
+    if not others.moments.any():
+        return generator.clone()
     phi = generator.double()
     p = len(phi)
     scale = lambda_proximal * others.moments.diagonal().mean()

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.method import Progress
 from fedlscl.methods import FedLSCL, fedlscl
 from fedlscl.methods.fedlscl import symmetric
-from fedlscl.methods.selection import draw_per_class, scored_buffer
+from fedlscl.methods.selection import draw_per_class, feature_moment, scored_buffer
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
@@ -229,6 +230,23 @@ def test_consistency_of_the_first_step_is_zero_where_stage_one_made_no_step(make
     terms = [entry["terms"] for entry in trainer.history if entry["stage"] == "continual"]
     assert len(terms) == 2
     assert all(term["features"] == 0.0 and term["lora"] == 0.0 for term in terms)
+
+
+def test_without_a_buffer_moments_are_of_the_tasks_samples(make_method, federate):
+    method = make_method(buffer_per_class=0)
+    watch = Sent(method)
+    trainer = federate(method, max_tasks=1, rounds_per_task=1)
+    assert len(watch.uploads) == 2 and all(len(client.buffer) == 0 for client in trainer.clients)
+    for payload in watch.uploads:
+        moment = symmetric(payload["moments"], 17)
+        assert torch.linalg.matrix_rank(moment) > 1 and moment[-1, -1] == 1
+
+
+def test_a_client_without_data_has_nothing_to_teach(make_method):
+    net = make_method().build_net(0, 4)
+    client = SimpleNamespace(net=net, train_ids=torch.tensor([], dtype=torch.long))
+    moment = feature_moment(client, client.train_ids)
+    assert moment.shape == (17, 17) and not moment.any()
 
 
 def test_without_distillation_clients_keep_their_generators(make_method, federate):

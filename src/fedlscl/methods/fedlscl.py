@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import one_by_one_distill, second_moment, symmetric
+from fedlscl.distillation import one_by_one_distill, symmetric
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
@@ -21,7 +21,7 @@ from fedlscl.methods.controls import empty_sums
 from fedlscl.methods.ewc import consolidate, consolidated
 from fedlscl.methods.pooling import solved_heads, sums_of, with_sums
 from fedlscl.methods.private import PrivateSums
-from fedlscl.methods.selection import draw_per_class, predecessor_features, scored_buffer, survey
+from fedlscl.methods.selection import draw_per_class, feature_moment, predecessor_features, scored_buffer, survey
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
@@ -146,7 +146,7 @@ class FedLSCL(PrivateSums):
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
-        """phi_i and the second moment of FS_i, the features of what the buffer would be now.
+        """phi_i and the second moment of FS_i, the features of what the buffer would be now (M = 0: of the task).
 
         With analytic heads also the second moments of the ViT's features: once per task of the frozen ones, in every
         round of the adapted ones. No CNN, no head, no image and no raw feature ever leaves the client. With
@@ -162,8 +162,7 @@ class FedLSCL(PrivateSums):
             found = survey(client, self.buffer_per_class, heads)
             payload |= sums_of(found.sums, heads, client.net, or_zeros=self.secure_sum)
             if self._federates(client):
-                features = [e for _, (e, _) in client.infer(found.buffer.ids, part=client.net.generate)]
-                payload |= self.released(client, second_moment(torch.cat(features)))
+                payload |= self.released(client, feature_moment(client, found.buffer.ids))
         payload = outgoing(payload)
         return secure.masked_upload(client, payload) if self.secure_sum else payload
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedlscl.analytic import MomentSums, added, moment_sums
 from fedlscl.data import Buffer
+from fedlscl.distillation import second_moment
 from fedlscl.federated.client import Client
 from fedlscl.nets.collaborator import HEADS
 from fedlscl.objectives import sample_losses
@@ -42,6 +43,15 @@ def survey(client: Client, per_class: int, heads: Sequence[str] = ()) -> Survey:
     if not ids:
         return Survey(client.buffer, sums)
     return Survey(client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class), sums)
+
+
+def feature_moment(client: Client, ids: Tensor) -> Tensor:
+    """C_i of the samples' features; of the task's where there are none, and zero of a client without data (ours)."""
+    ids = ids if len(ids) else client.train_ids
+    if not len(ids):
+        size = len(client.net.generator.matrix)
+        return torch.zeros(size, size, dtype=torch.float64)
+    return second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
 
 
 def predecessor_features(client: Client) -> Tensor:
