@@ -3,21 +3,28 @@
     python benchmarks/publish.py
 
 A table stands between <!-- table NAME --> and <!-- end -->; <!-- table NAME: ROW ROW --> takes some rows only.
-<!-- costs NAME: ROW ROW --> is what runs of one seed cost.
+<!-- costs NAME: ROW ROW --> is what runs of one seed cost, <!-- figure NAME --> a picture of final accuracies.
+The whole report over each of REPORTS goes to benchmarks/results/NAME/report.html.
 """
 
 import json
 import re
 from pathlib import Path
 
+from figures import figure
+
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.report.groups import grouped
+from fedlscl.report.groups import Group, grouped
 from fedlscl.report.numbers import table_markdown
+from fedlscl.report.page import page
 from fedlscl.report.runs import read_runs
+from fedlscl.report.write import figures
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/costs.md")
-START = r"(?P<start><!-- (?P<kind>table|costs) (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n)"
+PICTURES = ROOT / "docs/pictures"
+REPORTS = ("table1_cpu", "ablation_cpu")
+START = r"(?P<start><!-- (?P<kind>table|costs|figure) (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n)"
 TABLE = re.compile(START + r".*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -27,7 +34,7 @@ def filled(text: str) -> str:
     Raises:
         ValueError: if a row is asked for that is not there.
     """
-    kinds = {"table": table, "costs": costs}
+    kinds = {"table": table, "costs": costs, "figure": shown}
     return TABLE.sub(
         lambda found: found["start"] + kinds[found["kind"]](found["name"], found["rows"]) + found["end"], text
     )
@@ -35,7 +42,7 @@ def filled(text: str) -> str:
 
 def table(name: str, rows: str | None) -> str:
     """The table over benchmarks/results/NAME, best first; of the named rows only, where some are named."""
-    groups = grouped(read_runs([ROOT / "benchmarks/results" / name]))
+    groups = results(name)
     if rows is None:
         return table_markdown(groups)
     wanted = rows.split()
@@ -43,6 +50,16 @@ def table(name: str, rows: str | None) -> str:
     if missing:
         raise ValueError(f"rows {sorted(missing)} are not in benchmarks/results/{name}: run and collect them first.")
     return table_markdown([group for group in groups if group.name in wanted])
+
+
+def results(name: str) -> list[Group]:
+    """What is kept under benchmarks/results/NAME."""
+    return grouped(read_runs([ROOT / "benchmarks/results" / name]))
+
+
+def shown(name: str, rows: str | None) -> str:
+    """A figure by its file, with its numbers in words."""
+    return f"![{figure(name, results(name)).alt}](pictures/{name}.svg)\n"
 
 
 def costs(name: str, rows: str | None) -> str:
@@ -60,6 +77,19 @@ def costs(name: str, rows: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def main() -> None:
+    """Pages, pictures and reports."""
+    for path in PAGES:
+        for found in TABLE.finditer(text := path.read_text()):
+            if found["kind"] == "figure":
+                drawn = figure(found["name"], results(found["name"]))
+                write_atomically(PICTURES / f"{drawn.name}.svg", drawn.svg)
+        write_atomically(path, filled(text).encode())
+    for name in REPORTS:
+        folder = ROOT / "benchmarks/results" / name
+        groups = results(name)
+        write_atomically(folder / "report.html", page(groups, figures(groups), [], folder).encode())
+
+
 if __name__ == "__main__":
-    for page in PAGES:
-        write_atomically(page, filled(page.read_text()).encode())
+    main()
