@@ -1,0 +1,48 @@
+"""One small figure per experiment for the results page: final accuracy of each row, under both masks."""
+
+from collections.abc import Sequence
+
+from fedlscl.federated.wording import percent
+from fedlscl.report.groups import Group
+from fedlscl.report.style import AMONG, COLOURS, Picture, legend, legend_height, percent_axis, picture
+
+LOOKS = {"seen": (COLOURS[0], "o"), "task": (COLOURS[1], "s")}
+TITLES = {
+    "ablation_cpu": ("Parts of Fed-LSCL", ["full", "no_distillation", "no_stage_2", "neither"]),
+    "choices_cpu": ("One choice of ours taken back at a time", []),
+    "blocks_cpu": ("The adapted block", ["block0", "block3", "block6", "block9", "block11"]),
+    "buffer_cpu": ("Samples kept of each class", ["M0", "M5", "M10", "M20"]),
+    "heterogeneous_cpu": ("Small models of the clients", []),
+}
+"""By folder of results: what the figure shows, and its rows in order; the others follow, best first."""
+
+
+def figure(name: str, groups: Sequence[Group]) -> Picture:
+    """Rows of benchmarks/results/NAME from top to bottom, a bar of one standard deviation where there are seeds."""
+    what, order = TITLES[name]
+    known = {group.name: group for group in groups}
+    rows = [known[row] for row in order if row in known] + [group for group in groups if group.name not in order]
+    places = range(len(rows))[::-1]
+
+    def draw(canvas) -> None:
+        axes, handles = canvas.subplots(), []
+        for mask, (colour, marker) in LOOKS.items():
+            found = [row.known(f"{mask}/average") for row in rows]
+            means = [value.mean for value in found]
+            handles += axes.plot(means, places, marker, color=colour)
+            spreads = [value.deviation or 0.0 for value in found]
+            axes.errorbar(means, places, xerr=spreads, fmt="none", ecolor=colour, elinewidth=1.2)
+        axes.set_yticks(places, [row.name.replace("_", " ") for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        percent_axis(axes, "")
+        axes.xaxis.set_major_formatter(axes.yaxis.get_major_formatter())
+        axes.set_yticks(places, [row.name.replace("_", " ") for row in rows])
+        axes.set_xlabel("final accuracy, %")
+        legend(canvas, handles, [AMONG[mask] for mask in LOOKS])
+
+    numbers = "; ".join(
+        f"{row.name} {percent(row.known('seen/average').mean)} and {percent(row.known('task/average').mean)} %"
+        for row in rows
+    )
+    alt = f"{what}, final accuracy {' and '.join(AMONG.values())}: {numbers}."
+    return picture(name, what, alt, draw, 0.26 * len(rows) + 0.75 + legend_height(list(AMONG.values())))
