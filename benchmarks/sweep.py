@@ -104,10 +104,10 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
     folder.parent.mkdir(parents=True, exist_ok=True)
     if asked(run) == known(folder):
         command += ["--ckpt_path", "last"]
-    folder.with_suffix(".asked").write_text(asked(run))
+    note(folder).write_text(asked(run))
     environment = dict(os.environ, **({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {}))
     started = time.monotonic()
-    with folder.with_suffix(".log").open("a") as log:
+    with note(folder, "log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             process.wait(left)
@@ -123,12 +123,12 @@ def copied(run: Run, seed: int, folder: Path, out: Path) -> bool:
     """Take over the finished run of another sweep of the same preset that asked for the same; whether there is one."""
     preset = out.name.rsplit("_", 1)[1]
     for other in sorted(out.parent.glob(f"*_{preset}/seed{seed}/*.asked")):
-        found = other.with_suffix("")
+        found = other.with_name(other.name.removesuffix(".asked"))
         if found != folder and finished(found, run):
             shutil.copytree(
                 found, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint*", "tensorboard")
             )
-            folder.with_suffix(".asked").write_text(asked(run))
+            note(folder).write_text(asked(run))
             print(f"{run.name}, seed {seed}: the run {found.parent.parent.name}/{found.name}", flush=True)
             return True
     return False
@@ -144,9 +144,14 @@ def asked(run: Run) -> str:
     return hashlib.sha256("\0".join([run.config.read_text(), *run.options]).encode()).hexdigest()
 
 
+def note(folder: Path, kind: str = "asked") -> Path:
+    """A file beside a run's folder, whose name may hold a dot."""
+    return folder.with_name(f"{folder.name}.{kind}")
+
+
 def known(folder: Path) -> str | None:
     """What was asked for when the run in a folder began."""
-    file = folder.with_suffix(".asked")
+    file = note(folder)
     return file.read_text() if file.is_file() else None
 
 
