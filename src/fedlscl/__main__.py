@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlscl import __version__
-
-COMMANDS = ("fit", "validate", "test", "predict", "report", "methods")
+from fedlscl.cli import COMMANDS
 
 HELP = """\
 usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
@@ -14,12 +13,14 @@ usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
 Large-small model collaboration for federated continual learning.
 
 commands:
-  fit        learn all tasks: fedlscl fit --config configs/digits.yaml
+  fit        learn all tasks: fedlscl fit --config configs/digits.yaml; --dry_run says what that would take
   validate   accuracies of a trained run on its held-out images
   test       the same as validate
   predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
   report     one table over runs, or with --out a page: fedlscl report RUN [RUN ...] --out DIR
   methods    list the methods
+  doctor     what works on this machine: fedlscl doctor --config FILE --data_root DIR
+  completion TAB completion: eval "$(fedlscl completion bash)", or zsh
 
 options:
   --version  show the version and exit

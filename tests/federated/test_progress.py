@@ -3,6 +3,7 @@ import re
 import pytest
 
 from fedlscl.federated.progress import MANY_CLIENTS
+from fedlscl.federated.wording import in_bytes
 from fedlscl.methods import FedAvg, FedNCM
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -16,7 +17,9 @@ def quick(foundation_config):
 def test_introduction_says_what_is_about_to_be_done(whole):
     first = whole.screen.splitlines()
     assert first[0] == "FedLSCL on fake: 2 clients, 2 tasks of 2 classes per client, 2 rounds per task"
-    parts = dict(line.split(maxsplit=1) for line in first[1:5])
+    parts = dict(line.split(maxsplit=1) for line in first[1:6])
+    # 2 clients x 2 tasks x 2 classes; the two public classes are divided, so that 6 classes in all make 2 + 4 shares.
+    assert parts["images"] == "48 for training, 32 for testing, of all clients"
     assert re.fullmatch(
         r"[\d,]+ trainable of [\d,]+ \([\d,]+ in the shared frozen ViT\), per client", parts["parameters"]
     )
@@ -33,6 +36,16 @@ def test_plain_mode_has_a_line_per_stage_round_and_task(whole):
     assert len(re.findall(r"^task \d/2, round \d/2: [\d.]+ kB up, [\d.]+ kB down", text, re.M)) == 4
     assert len(re.findall(r"^after task \d/2: average [\d.]+ %, current task [\d.]+ %, forgetting", text, re.M)) == 2
     assert "100% done, 0:00:00 left" in text
+
+
+def test_bytes_and_time_of_the_whole_run_are_said_after_two_rounds(whole):
+    """As those of the first task's two rounds, twice: bytes of a round do not depend on the task."""
+    lines = whole.screen.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("  in all ")]
+    assert lines[place - 1].startswith("task 1/2, round 2/2: ")
+    up, down = (in_bytes(2 * int(whole.trainer.traffic[way][:, 0].sum())) for way in ("up", "down"))
+    assert re.fullmatch(rf"  in all      about {up} up, {down} down, 0:0\d:\d\d", lines[place])
+    assert int(whole.trainer.traffic["up"].sum()) == 2 * int(whole.trainer.traffic["up"][:, 0].sum())
 
 
 def test_share_done_never_falls(whole):

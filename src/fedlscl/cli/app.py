@@ -11,7 +11,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlscl import __version__
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.configuration import named_method, usable_method, weights_found, with_method_names, with_saved_config
+from fedlscl.cli.completion import print_completion
+from fedlscl.cli.configuration import (
+    named_method,
+    usable_method,
+    weights_found,
+    with_flags,
+    with_method_names,
+    with_saved_config,
+)
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
 from fedlscl.cli.report import report
@@ -22,7 +30,7 @@ from fedlscl.federated.trainer import FederatedTrainer
 DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 HEADER = [f"fedlscl=={__version__}"]
-OF_ONE_CALL = ("config", "ckpt_path")
+OF_ONE_CALL = ("config", "ckpt_path", "dry_run")
 """Options that a saved configuration leaves out."""
 
 
@@ -34,13 +42,22 @@ def run(arguments: list[str]) -> None:
     if arguments[0] == "report":
         report(arguments[1:])
         return
+    if arguments[0] == "completion":
+        print_completion(arguments[1:])
+        return
     for chatty in ("lightning.fabric", "lightning.pytorch", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Where ``python -m`` looks too: a method of one's own lies beside its configuration.
     sys.path.append(os.getcwd())
     try:
-        FederatedCLI(with_method_names(arguments))
+        if arguments[0] == "doctor":
+            # Here, since it times products and looks into files.
+            from fedlscl.cli.doctor import doctor
+
+            doctor(arguments[1:])
+            return
+        FederatedCLI(with_flags(with_method_names(arguments)))
     finally:
         sys.path.pop()
 

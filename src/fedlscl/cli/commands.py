@@ -31,7 +31,13 @@ class Commands:
         self.trainer, self.config, self.text = trainer, config, text
         self.seed: int = config["seed_everything"]
 
-    def fit(self, model: Method, datamodule: SpatialTemporalDataModule, ckpt_path: str | None = None) -> None:
+    def fit(
+        self,
+        model: Method,
+        datamodule: SpatialTemporalDataModule,
+        ckpt_path: str | None = None,
+        dry_run: bool = False,
+    ) -> None:
         """Learn all tasks.
 
         Args:
@@ -39,6 +45,7 @@ class Commands:
             datamodule: the streams of tasks.
             ckpt_path: 'last' continues the newest run of this name, or begins if none has a checkpoint; a run
                 directory or a checkpoint file continues that run.
+            dry_run: only say what would be done, with bytes and time from a few timed steps; nothing is written.
         """
         folder = self._folder(model)
         check_writable(folder)
@@ -50,6 +57,9 @@ class Commands:
                 print(f"No checkpoint to continue in {folder}: starting from the beginning.", flush=True)
         elif ckpt_path is not None:
             checkpoint = find_checkpoint(Path(ckpt_path))
+        if dry_run:
+            self._foretell(model, datamodule, checkpoint, identity)
+            return
         directory = RunDirectory(folder, self.text, None if checkpoint is None else checkpoint.parent)
         self.trainer.callbacks = [directory, *observers(), *self.trainer.callbacks]
         try:
@@ -121,6 +131,21 @@ class Commands:
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
         predictor = Predictor(self.trainer, model, self.config, checkpoint, client)
         write_csv(list(predictor.predict(files, top)), None if out is None else Path(out))
+
+    def _foretell(
+        self, model: Method, datamodule: SpatialTemporalDataModule, checkpoint: Path | None, identity: str
+    ) -> None:
+        from fedlscl.federated.forecast import forecast
+        from fedlscl.federated.wording import in_all, introduction
+
+        processes, self.trainer.devices = self.trainer.devices, 1
+        self.trainer.setup(model, datamodule, self.seed)
+        if checkpoint is not None:
+            self.trainer.progress = self.trainer.restore(checkpoint, identity)
+        print("\n".join(introduction(self.trainer)), flush=True)
+        self.trainer.devices = processes
+        print(in_all(*forecast(self.trainer, model, datamodule)))
+        print("Dry run: nothing was written. Leave out --dry_run to begin.")
 
     def _folder(self, model: Method) -> Path:
         return Path(self.trainer.default_root_dir, self.trainer.name or type(model).__name__)

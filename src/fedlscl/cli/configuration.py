@@ -57,6 +57,20 @@ def with_method_names(arguments: list[str]) -> list[str]:
     return changed
 
 
+def with_flags(arguments: list[str]) -> list[str]:
+    """Let ``--dry_run`` stand alone; jsonargparse wants a value after every option.
+
+    Example:
+        >>> with_flags(["fit", "--dry_run", "--config", "a.yaml"]), with_flags(["fit", "--dry_run", "false"])
+        (['fit', '--dry_run=true', '--config', 'a.yaml'], ['fit', '--dry_run', 'false'])
+    """
+    stands_alone = [
+        word == "--dry_run" and following not in ("true", "false")
+        for word, following in zip(arguments, [*arguments[1:], ""], strict=True)
+    ]
+    return [f"{word}=true" if alone else word for word, alone in zip(arguments, stands_alone, strict=True)]
+
+
 def named_method(arguments: list[str]) -> str | None:
     """The method that a command line names last, or else a configuration file on it; None where none does.
 

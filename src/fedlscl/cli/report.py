@@ -8,7 +8,7 @@ from fedlscl.report.table import print_comparison
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what it refuses."""
+    """Says in one line what it refuses, and how the command is used."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse.
@@ -16,12 +16,12 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"{message}: fedlscl report RUN [RUN ...] [--out DIR].")
+        raise ValueError(f"{message}: {self.usage}.")
 
 
 def report(arguments: list[str]) -> None:
     """Print one table over runs, or write the whole report into a folder."""
-    parser = Parser(prog="fedlscl report", description="Compare runs.", allow_abbrev=False)
+    parser = Parser(usage="fedlscl report RUN [RUN ...] [--out DIR]", description="Compare runs.", allow_abbrev=False)
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="run folder, folder of several runs, or results.json."
     )

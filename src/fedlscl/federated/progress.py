@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.metrics import summary
 from fedlscl.federated.table import print_table
-from fedlscl.federated.wording import accuracies, in_bytes, in_hours, introduction, place
+from fedlscl.federated.traffic import extrapolated
+from fedlscl.federated.wording import accuracies, in_all, in_bytes, in_hours, introduction, place
 from fedlscl.federated.workload import workload
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ class ProgressDisplay(Callback):
         if self.live is None:
             up, down = (in_bytes(int(trainer.traffic[name][:, *trainer.progress].sum())) for name in ("up", "down"))
             self._say(f"{place(trainer)}: {up} up, {down} down ({self._outlook()})")
+        # The first round of a task may send more than the others, and a server may answer in the last one alone.
+        rounds = trainer.rounds_per_task if trainer.server_every == "task" else min(2, trainer.rounds_per_task)
+        if trainer.step == rounds - 1 and self.work.remaining:
+            up, down = (extrapolated(trainer.traffic, name, rounds) for name in ("up", "down"))
+            self._say(in_all(up, down, time.perf_counter() - self.began + self.seconds_left))
 
     def on_task_end(self, trainer: "FederatedTrainer") -> None:
         """The task's accuracies, above the bars or as a line."""

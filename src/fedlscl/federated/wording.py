@@ -16,9 +16,14 @@ def introduction(trainer: "FederatedTrainer") -> list[str]:
     sizes = sorted({len(classes) for split in data.splits for classes in split.classes[: trainer.num_tasks]})
     classes = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
     tasks, rounds = trainer.num_tasks, trainer.rounds_per_task
+    train, test = (
+        sum(len(ids) for split in data.splits for ids in parts(split)[:tasks])
+        for parts in (lambda split: split.train, lambda split: split.test)
+    )
     lines = [
         f"{type(trainer.method).__name__} on {data.dataset}: {len(trainer.clients)} clients, {tasks} tasks of "
         f"{classes} classes per client, {rounds} rounds per task",
+        f"  images      {train:,} for training, {test:,} for testing, of all clients",
         f"  parameters  {parameter_line(parameter_counts(trainer))}, per client",
     ]
     if foundation is not None:
@@ -35,6 +40,16 @@ def introduction(trainer: "FederatedTrainer") -> list[str]:
         where = "after the last task" if trainer.progress.task >= tasks else f"from {place(trainer)}"
         lines.append(f"  goes on     {where}")
     return lines
+
+
+def in_all(up: float, down: float, seconds: float) -> str:
+    """The estimate for a whole run in one line.
+
+    Example:
+        >>> in_all(58.4e6, 47.4e6, 76)
+        '  in all      about 58.4 MB up, 47.4 MB down, 0:01:16'
+    """
+    return f"  in all      about {in_bytes(up)} up, {in_bytes(down)} down, {in_hours(seconds)}"
 
 
 def accuracies(figures: dict[str, float]) -> str:

@@ -1,0 +1,68 @@
+import pytest
+
+from fedlscl.federated.forecast import forecast
+from fedlscl.federated.trainer import FederatedTrainer
+from tiny_methods import METHODS
+
+QUICK = [name for name in METHODS if name not in ("FedMGP", "GLFC", "FedDualP", "FedL2P", "MFCL")]
+DEPENDS_ON_OTHERS = ("FedBE", "FedWeIT")
+"""What the server sends to one of their clients depends on how many there are."""
+
+
+def trainer(rounds, **options):
+    return FederatedTrainer(rounds_per_task=rounds, accelerator="cpu", **options)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_bytes_are_those_of_the_run(name, make_data):
+    method = METHODS[name]()
+    planned, data = trainer(2), make_data()
+    planned.setup(method, data, 42)
+    expected = forecast(planned, method, data)
+    run = trainer(2)
+    run.fit(METHODS[name](), make_data())
+    tolerance = 0.5 if name in DEPENDS_ON_OTHERS else 0.1
+    for way, foreseen in (("up", expected.up), ("down", expected.down)):
+        assert foreseen == pytest.approx(int(run.traffic[way].sum()), rel=tolerance), way
+    assert 0 < expected.seconds < 600
+
+
+@pytest.mark.parametrize("options", [{"server_every": "task"}, {"max_tasks": 1}, {"cache_gb": 0.0}])
+def test_options_of_the_run_count(options, make_data, make_method):
+    planned, data = trainer(4, **options), make_data()
+    planned.setup(make_method(), data, 42)
+    run = trainer(4, **options)
+    run.fit(make_method(), make_data())
+    assert forecast(planned, make_method(), data).up == pytest.approx(int(run.traffic["up"].sum()), rel=0.02)
+
+
+def test_secure_sums_are_foreseen_though_their_first_message_is_small(make_data, make_method):
+    method = make_method()
+    method.secure_sum = True
+    planned, data = trainer(4), make_data()
+    planned.setup(method, data, 42)
+    run = trainer(4)
+    run.fit(method, make_data())
+    assert forecast(planned, method, data).up == pytest.approx(int(run.traffic["up"].sum()), rel=0.1)
+
+
+def test_the_run_itself_is_left_alone(make_data, make_method):
+    """Its clients, its data and its method are after a forecast what they were before it."""
+    method, data, untouched, disturbed = make_method(), make_data(), trainer(1), trainer(1)
+    untouched.fit(make_method(), make_data())
+    disturbed.setup(method, data, 42)
+    splits = data.splits
+    forecast(disturbed, method, data)
+    assert data.splits is splits and len(disturbed.clients) == data.num_clients == 2
+    assert not disturbed.history and not disturbed.traffic["up"].any()
+    disturbed.fit(method, data)
+    assert disturbed.matrix.values.nan_to_num().equal(untouched.matrix.values.nan_to_num())
+
+
+def test_more_rounds_take_longer(make_data, make_method):
+    seconds = []
+    for rounds in (3, 60):
+        planned, data = trainer(rounds), make_data()
+        planned.setup(make_method(), data, 42)
+        seconds.append(forecast(planned, make_method(), data).seconds)
+    assert seconds[1] > 4 * seconds[0]
