@@ -1,6 +1,10 @@
+import re
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from fedlscl.federated.heatmap import matrix_pixels
 from fedlscl.federated.metrics import AccuracyMatrix
@@ -53,7 +57,13 @@ def test_accuracies_are_at_the_last_step_of_their_task(events, whole):
 def test_traffic_and_time_are_of_every_round(events, whole):
     sent = whole.trainer.traffic["up"].sum(0).flatten().tolist()
     assert points(events, "traffic/up_bytes") == list(enumerate(map(float, sent)))
-    for tag in ("traffic/down_bytes", "seconds/collaborative", "seconds/server", "seconds/round", "images_per_second"):
+    for tag in (
+        "traffic/down_bytes",
+        "seconds/collaborative",
+        "seconds/server",
+        "seconds/round",
+        "speed/images_per_second",
+    ):
         assert [step for step, _ in points(events, tag)] == [0, 1, 2, 3]
 
 
@@ -74,6 +84,47 @@ def test_configuration_layout_and_hyperparameters_are_there(events):
     assert b"accuracy_seen/average" in experiment
 
 
+def test_every_tag_is_in_a_group(events):
+    tags = events.Tags()["scalars"]
+    assert len(tags) > 30 and all("/" in tag for tag in tags)
+    groups = {tag.split("/")[0] for tag in tags}
+    assert groups == {
+        "accuracy_seen",
+        "accuracy_task",
+        "door",
+        "loss",
+        "memory",
+        "seconds",
+        "speed",
+        "traffic",
+        "train",
+    }
+
+
+def test_every_chart_of_the_layout_has_a_curve(events):
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    assert len(charts) == 13
+    tags = events.Tags()["scalars"]
+    for chart in charts:
+        for pattern in chart.multiline.tag:
+            # As TensorBoard does it: at the beginning of the tag.
+            assert [tag for tag in tags if re.match(pattern, tag)], (chart.title, pattern)
+
+
+def test_hyperparameters_stand_beside_final_accuracies(events, whole):
+    content = events.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
+    assert start["method"].string_value == "FedLSCL" and start["batch_size"].number_value == 8
+    assert start["balance"].string_value == "True"
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    shown = [metric.name.tag for metric in experiment.metric_infos]
+    assert shown[:2] == ["accuracy_seen/average", "accuracy_seen/worst_client"]
+    final = {tag: points(events, tag)[-1] for tag in shown}
+    assert len(shown) == 12 and all(step == 3 for step, _ in final.values())
+    assert final["accuracy_seen/average"][1] == pytest.approx(float(whole.trainer.matrix.of("seen")[:, 1].mean()))
+
+
 def test_there_is_one_run(whole):
     assert [path.is_file() for path in (whole.folder / "tensorboard").iterdir()] == [True]
 
@@ -82,7 +133,7 @@ def test_a_resumed_run_has_every_point_once(events, resumed):
     again = read(resumed[1].folder)
     assert set(again.Tags()["scalars"]) == set(events.Tags()["scalars"])
     for tag in events.Tags()["scalars"]:
-        if not tag.startswith(("seconds/", "images_per_second", "memory/")):
+        if not tag.startswith(("seconds/", "speed/", "memory/")):
             assert points(again, tag) == points(events, tag)
     assert [picture.step for picture in again.Images("accuracy_matrix")] == [1, 3]
     assert len(again.Tensors("config/text_summary")) == 1

@@ -21,8 +21,8 @@ def matrix_figure(matrix: AccuracyMatrix, phase: str = "after") -> "Figure":
     from matplotlib.figure import Figure
 
     num_clients, num_tasks = matrix.values.shape[2:4]
-    side = max(2.4, 0.44 * num_tasks) if num_tasks <= MOST_NUMBERS else 6.0
-    figure = Figure(figsize=(2 * side + 0.8, side + 1.1), dpi=150, layout="constrained")
+    side = max(1.7, 0.44 * num_tasks) if num_tasks <= MOST_NUMBERS else 6.0
+    figure = Figure(figsize=(2 * side + 0.7, side + 0.9), dpi=150, layout="constrained")
     figure.suptitle(f"Accuracy in percent, mean over {num_clients} client{'s' * (num_clients > 1)}", fontsize=10)
     panels = figure.subplots(1, len(MASKS), sharey=True)
     images = []

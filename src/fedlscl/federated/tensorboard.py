@@ -30,9 +30,16 @@ LAYOUT = {
         for mask, words in (("seen", "all classes seen"), ("task", "the task's own classes"))
     },
     "Objective": {"mean over clients": ["Multiline", ["loss/.*"]]},
-    "Cost": {"bytes of a round": ["Multiline", ["traffic/.*"]], "seconds of a round": ["Multiline", ["seconds/.*"]]},
+    "Cost": {
+        "bytes of a round": ["Multiline", [r"traffic/\w+_bytes$"]],
+        "seconds of a round": ["Multiline", ["seconds/.*"]],
+        "images per second": ["Multiline", ["speed/.*"]],
+        "memory": ["Multiline", ["memory/.*"]],
+    },
 }
 """Charts of the Custom Scalars page; entries are patterns of tags."""
+SHOWN = ("seen/average", "seen/worst_client", "seen/forgetting", "task/average", "task/current")
+"""Columns that the table of HParams begins with: it shows five."""
 
 
 class TensorBoard(Timed):
@@ -67,10 +74,10 @@ class TensorBoard(Timed):
         lap = self.lap()
         scalars = dict(_losses(trainer))
         refused = [found for found in trainer.server.door.refusals if (found.task, found.round) == (*trainer.progress,)]
-        scalars["quarantined"] = len(refused)
+        scalars["door/quarantined"] = len(refused)
         if refused and self.writer is not None:
             text = "\n".join(f"- client {found.client}: {found.reason}" for found in refused)
-            self.writer.add_text("quarantined", text, trainer.step)
+            self.writer.add_text("door/quarantined", text, trainer.step)
         for direction in ("up", "down"):
             total = int(trainer.traffic[direction][:, *trainer.progress].sum())
             scalars[f"traffic/{direction}_bytes"] = total
@@ -79,7 +86,7 @@ class TensorBoard(Timed):
         scalars |= {f"memory/{place}_peak_bytes": size for place, size in peak_memory().items() if size}
         scalars["seconds/round"] = time.perf_counter() - self.round_began
         if lap.training_seconds:
-            scalars["images_per_second"] = lap.images / lap.training_seconds
+            scalars["speed/images_per_second"] = lap.images / lap.training_seconds
         self._write(scalars, trainer.step)
 
     def on_task_end(self, trainer: "FederatedTrainer") -> None:
@@ -102,7 +109,9 @@ class TensorBoard(Timed):
 
         values = {"method": type(trainer.method).__name__, "seed": trainer.seed, "dataset": trainer.datamodule.dataset}
         values |= {"rounds_per_task": trainer.rounds_per_task, **dict(_flat(plain(trainer.method)))}
-        metrics = {f"accuracy_{name}": 0.0 for name in summary(trainer.matrix, trainer.num_tasks - 1)}
+        names = summary(trainer.matrix, trainer.num_tasks - 1)
+        first = [name for name in SHOWN if name in names]
+        metrics = {f"accuracy_{name}": 0.0 for name in dict.fromkeys([*first, *names])}
         # In the run's own file: SummaryWriter.add_hparams would open a second one and repeat the metrics in it.
         for proto in hparams(values, metrics):
             self.writer._get_file_writer().add_summary(proto)
@@ -142,4 +151,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value if isinstance(value, bool | int | float | str) else str(value)
+            # A truth value is a number to torch, which would show 1.0000.
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + name, value if is_number else str(value)
