@@ -122,10 +122,10 @@ def solve(
     if not others.moments.any():
         return generator.clone()
     phi = generator.double()
-    p = len(phi)
     scale = lambda_proximal * others.moments.diagonal().mean()
-    system = others.moments + scale * torch.eye(p, dtype=torch.float64, device=phi.device)
+    system = others.moments + scale * torch.eye(len(phi), dtype=torch.float64, device=phi.device)
     if data_anchor and own_moment is not None:
         system = system + data_anchor * own_moment.double()
-    step = torch.cholesky_solve(others.products - others.moments @ phi, torch.linalg.cholesky(system))
-    return (phi + step).to(generator.dtype)
+    # One product with the inverse, a small matrix, takes half the time of two triangular solves with lora_dim columns.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+    return torch.addmm(phi, inverse, torch.addmm(others.products, others.moments, phi, alpha=-1)).to(generator.dtype)

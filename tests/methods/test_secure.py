@@ -38,15 +38,19 @@ def run():
     return learn(make())
 
 
-def test_nets_and_accuracies_are_those_of_the_plain_path(run):
-    """Sums are exact to 2^-36; single precision and Adam turn that into at most a hundredth over two tasks."""
+def test_accuracies_are_those_of_the_plain_path(run):
     plain = learn(make(KeysFirst, secure_sum=False))
     for mask in ("task", "seen"):
         assert torch.equal(run.matrix.of(mask).nan_to_num(-1), plain.matrix.of(mask).nan_to_num(-1))
-    for found, wanted in zip(run.clients, plain.clients, strict=True):
-        for name, value in wanted.net.state_dict().items():
-            difference = (found.net.state_dict()[name].double() - value.double()).abs().max()
-            assert difference <= 1e-2 * value.abs().max() + 1e-4, name
+
+
+def test_fused_nets_are_those_of_the_plain_path():
+    """Sums are exact to 2^-36. Nothing is trained after this fusion: Adam would make a step of any rounding."""
+    found, wanted = (learn(method, max_tasks=1) for method in (make(), make(KeysFirst, secure_sum=False)))
+    for secure, plain in zip(found.clients, wanted.clients, strict=True):
+        for name, value in plain.net.state_dict().items():
+            difference = (secure.net.state_dict()[name].double() - value.double()).abs().max()
+            assert difference <= 1e-6 * value.abs().max() + 1e-6, name
 
 
 def test_the_answer_to_equal_sums_is_eq5(run):
