@@ -3,8 +3,9 @@
     python benchmarks/speed.py [--only vit step cnn run loop o2d memory start] [--match 'block 9'] [--threads 2]
     python benchmarks/speed.py --publish    # tables only, from what was measured before
 
-Ratios come from interleaved repetitions and are medians. Results and machine go to benchmarks/results/speed, one JSON
-file per section; table.md and docs/performance.md show them.
+Ratios come from interleaved repetitions and are medians. Results go to benchmarks/results/speed, a folder per machine
+and in it one JSON file per section; table.md and docs/performance.md show them all. On a processor without bf16
+instructions bf16 is left out, which the tables say.
 """
 
 import argparse
@@ -45,6 +46,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    for precision, reason in machine.skipped().items():
+        print(f"{precision} is not measured: {reason}.", flush=True)
     for section in () if options.publish else options.only:
         for case, measure in SECTIONS[section]().items():
             if options.match in case:
@@ -57,8 +60,8 @@ def main() -> int:
 
 def save(section: str, rows: list[dict]) -> None:
     """Put the rows of a case in place of those that it had."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / f"{section}.json"
+    path = OUT / machine.key() / f"{section}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = sorted([row for row in earlier if row["case"] != rows[0]["case"]] + rows, key=lambda row: row["case"])
     content = {"measured": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine.describe(), "rows": rows}

@@ -10,7 +10,7 @@ from fedlscl.nets.small import SmallModel
 
 from .clock import side_by_side
 from .literal import literal_path
-from .machine import DTYPES, device
+from .machine import device, precisions
 
 CASES = [("resnet18", 64, 32), ("resnet18", 224, 16), ("mobilenetv3_small_100", 64, 32)]
 """Name, side of the input in pixels, images per step."""
@@ -25,8 +25,8 @@ def compare(name: str, size: int, batch: int) -> list[dict]:
     """Both formats in both precisions."""
     images = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=device())
     ours, default = (SmallModel(name, size).to(device()) for _ in range(2))
-    calls = {("ours", precision): partial(train, ours, images, precision) for precision in DTYPES}
-    calls |= {("default", precision): partial(literally, default, images, precision) for precision in DTYPES}
+    calls = {("ours", precision): partial(train, ours, images, precision) for precision in precisions()}
+    calls |= {("default", precision): partial(literally, default, images, precision) for precision in precisions()}
     timings = side_by_side(calls, 7)
     seconds = {key: timing.seconds for key, timing in timings.items()}
     return [
@@ -37,7 +37,7 @@ def compare(name: str, size: int, batch: int) -> list[dict]:
             "ratio": seconds["default", precision] / seconds["ours", precision],
             "others": max(timing.others for timing in timings.values()),
         }
-        for precision in DTYPES
+        for precision in precisions()
     ]  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
+
+from fedlscl.federated.device import fast_bf16
 
 from .clock import side_by_side
 
@@ -15,6 +18,36 @@ SIZES = {"cpu": 4096, "cuda": 8192}
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precisions() -> tuple[str, ...]:
+    """Those that are worth measuring here."""
+    return tuple(name for name in DTYPES if name not in skipped())
+
+
+def skipped() -> dict[str, str]:
+    """Those that are not, and why."""
+    if device().type == "cuda" or fast_bf16():
+        return {}
+    return {"bf16": "this processor has no bf16 instructions, a product in bf16 takes 200 times one in fp32"}
+
+
+def key() -> str:
+    """A folder's name for results of this machine: processor or GPU, instruction set, threads.
+
+    Example:
+        >>> slug("Intel(R) Xeon(R) Processor AVX512 AMX 2 threads")
+        'intel_xeon_processor_avx512_amx_2_threads'
+    """
+    if device().type == "cuda":
+        return slug(torch.cuda.get_device_name())
+    matrix = "AMX" if torch.cpu._is_amx_tile_supported() else ""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return slug(f"{processor()} {instructions} {matrix} {torch.get_num_threads()} threads")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text.replace("(R)", "").lower()).strip("_")
 
 
 def describe() -> dict:
@@ -31,7 +64,8 @@ def describe() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    return about | {"product_gflops": {name: round(product_rate(name)) for name in DTYPES}}
+    rates = {name: round(product_rate(name)) for name in precisions()}
+    return about | {"product_gflops": rates, "skipped": skipped()}
 
 
 def processor() -> str:

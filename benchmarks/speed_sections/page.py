@@ -26,7 +26,9 @@ COLUMNS = {
     "step": [
         ("ViT", "vit"), ("block", "block"), ("CNN at", "small_size"), ("precision", "precision"),
         ("literal images/s", "literal_images_per_second"), ("images/s", "images_per_second"), ("ratio", "ratio"),
-        ("to literal fp32", "ratio_to_literal_fp32"),
+        ("to literal fp32", "ratio_to_literal_fp32"), ("plain loop images/s", "plain_images_per_second"),
+        ("GFLOP/image", "gflop_per_image"), ("floor images/s", "floor_images_per_second"),
+        ("share of product rate", "share_of_product_rate"),
     ],
     "cnn": [
         ("small model", "small_model"), ("pixels", "small_size"), ("precision", "precision"),
@@ -54,20 +56,27 @@ PERCENT = {"share_of_product_rate", "overhead"}
 
 
 def publish(folder: Path) -> None:
-    """Write both pages from the JSON files in a folder."""
-    sections = {name: json.loads(path.read_text()) for name in TITLES if (path := folder / f"{name}.json").is_file()}
-    text = "\n".join(section(name, content) for name, content in sections.items())
+    """Write both pages from the JSON files of all machines in a folder."""
+    text = "\n".join(tables(name, folder) for name in TITLES if list(folder.glob(f"*/{name}.json")))
     (folder / "table.md").write_text(text)
     if PAGE.is_file():
         PAGE.write_text(MARKS.sub(lambda found: found[1] + text + found[2], PAGE.read_text()))
 
 
-def section(name: str, content: dict) -> str:
-    """A heading, the machine in a line, and a table."""
+def tables(name: str, folder: Path) -> str:
+    """A heading, and a table for each machine."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{name}.json"))]
+    return "\n".join([f"### {TITLES[name]}\n", *(table(name, content) for content in contents)])
+
+
+def table(name: str, content: dict) -> str:
+    """The machine in a line, and a table."""
     columns, about = COLUMNS[name], content["machine"]
     rates = ", ".join(f"{rate} {precision}" for precision, rate in about["product_gflops"].items())
-    where = about["gpu"] or f"{about['processor']}, {about['threads']} threads"
-    lines = [f"### {TITLES[name]}", "", f"{where}; torch {about['torch']}; products {rates} GFLOP/s.", ""]
+    where = about["gpu"] or f"{about['processor']}, {about['vector_instructions']}, {about['threads']} threads"
+    lines = [f"{where}; torch {about['torch']}; products {rates} GFLOP/s.", ""]
+    for precision, reason in about.get("skipped", {}).items():
+        lines[0] += f" {precision} was not measured: {reason}."
     lines += ["| " + " | ".join(title for title, _ in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row[key], key) for _, key in columns) + " |" for row in content["rows"]]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from lightning.fabric import Fabric
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
@@ -17,7 +18,7 @@ from fedlscl.nets.vit import FoundationConfig
 
 from .clock import side_by_side
 from .literal import literal_path
-from .machine import device
+from .machine import SIZES, device, precisions, product
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CASES = [
@@ -39,14 +40,23 @@ def cases() -> dict[str, Callable[[], list[dict]]]:
 
 
 def compare(vit: str, block: int, small_size: int, batch: int) -> list[dict]:
-    """ResNet-18 beside the ViT, two steps through the engine, tokens in the cache."""
+    """ResNet-18 beside the ViT, two steps through the engine, tokens in the cache.
+
+    Beside it a plain loop over the same net, and the floor: counted operations at the rate of a square product.
+    """
     paths = {
         (path, precision): Case(vit, block, small_size, batch, precision, path == "literal")
-        for precision in PRECISIONS
+        for precision in precisions()
         for path in ("ours", "literal")
     }
-    timings = side_by_side({key: case.by_engine for key, case in paths.items()}, 5, 1)
+    calls = {key: case.by_engine for key, case in paths.items()}
+    calls |= {("plain", precision): paths["ours", precision].by_hand for precision in precisions()}
+    side = SIZES[device().type]
+    calls |= {("product", precision): product(precision, side) for precision in precisions()}
+    timings = side_by_side(calls, 5, 1)
     seconds = {key: timing.seconds / STEPS for key, timing in timings.items()}
+    rates = {precision: 2 * side**3 / timings["product", precision].seconds for precision in precisions()}
+    flops = {precision: paths["ours", precision].flops() / batch for precision in precisions()}
     return [
         {
             "vit": vit, "block": block, "small_model": "resnet18", "small_size": small_size, "batch": batch,
@@ -55,17 +65,27 @@ def compare(vit: str, block: int, small_size: int, batch: int) -> list[dict]:
             "images_per_second": batch / seconds["ours", precision],
             "ratio": seconds["literal", precision] / seconds["ours", precision],
             "ratio_to_literal_fp32": seconds["literal", "fp32"] / seconds["ours", precision],
+            "plain_images_per_second": batch / seconds["plain", precision],
+            "gflop_per_image": flops[precision] / 1e9,
+            "floor_images_per_second": rates[precision] / flops[precision],
+            "share_of_product_rate": flops[precision] * batch / seconds["ours", precision] / rates[precision],
             "others": max(timing.others for timing in timings.values()),
         }
-        for precision in PRECISIONS
+        for precision in precisions()
     ]  # fmt: skip
 
 
 def loop_cases() -> dict[str, Callable[[], list[dict]]]:
     """By ViT, block and precision."""
-    places = ("deit_tiny_patch16_224", 9, "bf16"), ("deit_tiny_patch16_224", 3, "fp32")
+    places = (
+        ("deit_tiny_patch16_224", 9, "bf16"),
+        ("deit_tiny_patch16_224", 3, "fp32"),
+        ("deit_tiny_patch16_224", 9, "fp32"),
+    )
     return {
-        f"{vit} block {block} {precision}": partial(overhead, vit, block, precision) for vit, block, precision in places
+        f"{vit} block {block} {precision}": partial(overhead, vit, block, precision)
+        for vit, block, precision in places
+        if precision in precisions()
     }
 
 
@@ -129,3 +149,9 @@ class Case:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    def flops(self) -> float:
+        """Of matrix products and convolutions in one step of the plain loop, forward and backward."""
+        with FlopCounterMode(display=False) as counter:
+            self.by_hand()
+        return counter.get_total_flops() / self.steps

@@ -12,7 +12,7 @@ from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
 
 from .clock import side_by_side
 from .literal import literal_path
-from .machine import DTYPES, SIZES, device, product
+from .machine import DTYPES, SIZES, device, precisions, product
 
 MODELS = {"deit_tiny_patch16_224": (32, 9), "vit_base_patch16_224": (8, 5)}
 """Images per step and repetitions on a CPU; a GPU gets batches of 64."""
@@ -35,12 +35,12 @@ def compare(name: str, block: int, batch: int, repetitions: int) -> list[dict]:
     model = foundation(FoundationConfig(name=name, weights="random")).to(device())
     steps = {
         (path, precision): Step(model, block, batch, precision, path)
-        for precision in DTYPES
+        for precision in precisions()
         for path in ("literal", "ours")
     }
     flops = {key: step.flops() for key, step in steps.items()}
     size = SIZES[device().type]
-    products = {("product", precision): product(precision, size) for precision in DTYPES}
+    products = {("product", precision): product(precision, size) for precision in precisions()}
     timings = side_by_side({**steps, **products}, repetitions)
     seconds = {key: timing.seconds for key, timing in timings.items()}
     return [
@@ -60,7 +60,7 @@ def compare(name: str, block: int, batch: int, repetitions: int) -> list[dict]:
             / (2 * size**3 / seconds["product", precision]),
             "others": max(timing.others for timing in timings.values()),
         }
-        for precision in DTYPES
+        for precision in precisions()
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from fedlscl.nets.vit import FoundationConfig
 
 from .clock import machine_seconds, own_seconds
 from .literal import literal_path
-from .machine import device
+from .machine import device, precisions
 from .step import PRECISIONS
 
 
@@ -23,8 +23,8 @@ def cases() -> dict[str, Callable[[], list[dict]]]:
 
 def compare(block: int) -> list[dict]:
     """Seconds of the literal path and of ours, a cold cache included; one run each."""
-    run(False, "bf16", train_per_class=8)  # imports, first kernels, memory
-    runs = {(path, p): run(path == "literal", p, block) for p in PRECISIONS for path in ("literal", "ours")}
+    run(False, precisions()[0], train_per_class=8)  # imports, first kernels, memory
+    runs = {(path, p): run(path == "literal", p, block) for p in precisions() for path in ("literal", "ours")}
     seconds = {key: value for key, (value, _) in runs.items()}
     return [
         {
@@ -35,7 +35,7 @@ def compare(block: int) -> list[dict]:
             "ratio_to_literal_fp32": seconds["literal", "fp32"] / seconds["ours", precision],
             "others": max(others for _, others in runs.values()),
         }
-        for precision in PRECISIONS
+        for precision in precisions()
     ]  # fmt: skip
 
 
