@@ -20,14 +20,14 @@ from privacy_sections.members import members
 from privacy_sections.noise import noise, noisy
 from privacy_sections.page import PAGE, filled, readme
 from privacy_sections.plots import draw, draw_strip
-from privacy_sections.world import World, pools
+from privacy_sections.world import KNOWLEDGE, World, pools
 
 from fedlscl.data.npz import load_npz
 
 OUT = Path(__file__).parent / "results" / "privacy"
-SETS = {1: 45, 8: 15, 32: 9, 128: 9, 512: 6, 2048: 3}
+SETS = {1: 90, 8: 24, 32: 9, 128: 9, 512: 6, 2048: 3}
 """Random sets by number of samples; sizes beyond the client's samples are left out."""
-NOISY = {1: 12, 32: 6, 512: 4}
+NOISY = {1: 60, 32: 12, 512: 6}
 """The same with noise."""
 SIZES = [1, 2, 4, 8, 32, 128]
 """Samples of the moments that are inverted."""
@@ -43,10 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--feature_dim", type=int, default=512, help="numbers of E")
     parser.add_argument("--shadow", type=int, default=4096, help="images of the attacker; from 64 on, times 4")
     parser.add_argument("--own", type=int, default=2560, help="images of the client")
-    parser.add_argument("--others", type=int, default=1024, help="images of nobody")
+    parser.add_argument("--others", type=int, default=512, help="images of nobody")
     parser.add_argument("--victims", type=int, default=256, help="images of the client that are reconstructed")
     parser.add_argument("--epochs", type=int, default=2, help="of Stage 1")
-    parser.add_argument("--steps", type=int, default=600, help="of the convolutional decoder")
+    parser.add_argument("--steps", type=int, default=800, help="of the convolutional decoder")
+    parser.add_argument("--features", type=Path, help="keep the nets' features in this file, or take them from there")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--publish", action="store_true", help="write the pages from earlier results")
     options = parser.parse_args(arguments)
@@ -70,7 +71,7 @@ def measure(options: argparse.Namespace) -> None:
         options.feature_dim,
         options.epochs,
     )
-    world.look()
+    world.look(options.features)
     say(began, "nets and features")
     attacker = Attacker(world, options.steps, options.victims)
     counts = [64 * 4**power for power in range(10) if 64 * 4**power <= options.shadow]
@@ -87,6 +88,7 @@ def measure(options: argparse.Namespace) -> None:
         "data": options.dataset, "small_model": options.small_model, "image_size": data.train_images.shape[-1],
         "feature_dim": options.feature_dim, "epochs": options.epochs, "steps": options.steps,
         "shadow": options.shadow, "own": options.own, "others": options.others,
+        "likeness": {name: world.likeness(*nets) for name, nets in KNOWLEDGE.items()},
         "seconds": round(time.perf_counter() - began),
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(rounded(found), indent=1) + "\n")

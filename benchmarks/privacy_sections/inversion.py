@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlscl.distillation import second_moment
 from privacy_sections.moments import closest, guesses
-from privacy_sections.reconstruction import Decoder, conv_decoder, quality, ridge_decoder
+from privacy_sections.reconstruction import Decoder, aligned, conv_decoder, quality, ridge_decoder
 from privacy_sections.world import KNOWLEDGE, World
 
 DIRECTIONS = 8
@@ -38,6 +38,11 @@ class Attacker:
         features, images = self.world.features[net, "shadow"][:pairs], self.shadow[:pairs]
         return ridge_decoder(features, images) if kind == "ridge" else conv_decoder(features, images, self.steps)
 
+    def received(self, client: str, net: str) -> Tensor:
+        """Features of the images that are attacked; of another net than the attacker's, brought to its scale."""
+        sent = self.world.features[client, "own"][: len(self.images)]
+        return sent if client == net else aligned(sent, self.world.features[net, "shadow"])
+
     def mean_image(self, pairs: int) -> Row:
         """The baseline: what the client is like on average, nothing of what it sent."""
         found = self.shadow[:pairs].mean(0).expand_as(self.images)
@@ -48,21 +53,21 @@ def from_features(attacker: Attacker, counts: list[int]) -> list[Row]:
     """Reconstructions from raw features by knowledge, decoder and number of pairs."""
     rows = [attacker.mean_image(pairs) for pairs in counts]
     for knowledge, (client, net) in KNOWLEDGE.items():
-        sent = attacker.world.features[client, "own"][: len(attacker.images)]
-        for kind in ("ridge", "conv"):
-            for pairs in counts:
+        sent = attacker.received(client, net)
+        for kind, numbers in (("ridge", counts), ("conv", counts[-1:])):
+            for pairs in numbers:
                 found = attacker.decoder(net, kind, pairs)(sent)
                 rows.append({"knowledge": knowledge, "decoder": kind, "pairs": pairs, **means(found, attacker.images)})
     return rows
 
 
 def from_moments(attacker: Attacker, pairs: int, sizes: list[int], limit: int = 64) -> list[Row]:
-    """Reconstructions from moments of ``n`` samples, by knowledge and n."""
+    """Reconstructions from moments of ``n`` samples, by n, for who has the net that made the features."""
     return [
         reconstructed(attacker, knowledge, pairs, n, limit)
-        for knowledge in KNOWLEDGE
+        for knowledge, (client, net) in KNOWLEDGE.items()
         for n in sizes
-        if n <= len(attacker.images) // 2
+        if client == net and n <= len(attacker.images) // 2
     ]
 
 
@@ -82,7 +87,7 @@ def reconstructed(
     client, net = KNOWLEDGE[knowledge]
     features = attacker.world.features[client, "own"][: len(attacker.images)]
     centre = attacker.world.features[net, "shadow"].mean(0)
-    decode = attacker.decoder(net, "conv", pairs)
+    decode = attacker.decoder(net, "ridge", pairs)
     sets = torch.arange(len(features) // n * n).split(n)[: max(2, limit // n)]
     made = [guesses(changed(second_moment(features[ids]).float()), DIRECTIONS) for ids in sets]
     best, other, cosines = [], [], []
@@ -113,19 +118,19 @@ def means(found: Tensor, images: Tensor) -> dict[str, float]:
 
 def strip(attacker: Attacker, pairs: int, noisy: Callable[[Tensor], Tensor], number: int = 10) -> dict[str, Tensor]:
     """Rows of pictures: originals, and what the attacker makes of them."""
-    sent = {client: attacker.world.features[client, "own"][:number] for client in ("start", "trained")}
-    one = [second_moment(row[None]).float() for row in sent["trained"]]
+    sent = {name: attacker.received(*nets)[:number] for name, nets in KNOWLEDGE.items()}
+    one = [second_moment(row[None]).float() for row in sent["client's net"]]
     many = guesses(second_moment(attacker.world.features["trained", "own"][:128]).float(), DIRECTIONS)
-    decode = {net: attacker.decoder(net, "conv", pairs) for net in ("start", "imitated", "trained")}
+    decode = {net: attacker.decoder(net, "ridge", pairs) for net in ("start", "imitated", "trained")}
     originals, decoded = attacker.images[:number], decode["trained"](many)
     nearest = torch.cdist(originals.flatten(1), decoded.flatten(1)).argmin(1)
     leading = partial(torch.index_select, dim=0, index=torch.tensor([1]))
     return {
         "original": originals,
-        "E, client untrained": decode["start"](sent["start"]),
-        "E, client's net known": decode["trained"](sent["trained"]),
-        "E, imitation": decode["imitated"](sent["trained"]),
-        "E, public start": decode["start"](sent["trained"]),
+        "E, client untrained": decode["start"](sent["untrained"]),
+        "E, client's net known": decode["trained"](sent["client's net"]),
+        "E, imitation": decode["imitated"](sent["imitation"]),
+        "E, public start": decode["start"](sent["public start"]),
         "moment of 1, net known": decode["trained"](torch.cat([guesses(c, 0)[:1] for c in one])),
         "moment of 128, net known": decoded[nearest],
         "moment of 1, noise": decode["trained"](torch.cat([leading(guesses(noisy(c), 0)) for c in one])),

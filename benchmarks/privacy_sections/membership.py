@@ -39,12 +39,13 @@ def inverse(moment: Tensor, share: float) -> Tensor:
 
 
 class Population:
-    """What the attacker's own rows e (m, p) say about everybody: their moment, and its inverses by share."""
+    """What the attacker's own rows e (m, p) say about everybody."""
 
     def __init__(self, rows: Tensor) -> None:
         self.moment = rows.mT @ rows / len(rows)
         self.mean = self.moment[:-1, -1]
-        self.inverses = {share: inverse(self.moment, share) for share in SHARES}
+        values, self.vectors = torch.linalg.eigh(self.moment)
+        self.values = values.clamp(min=0)
 
 
 def leverage(moment: Tensor, share: float) -> Score:
@@ -53,16 +54,30 @@ def leverage(moment: Tensor, share: float) -> Score:
     return lambda rows: -((rows @ inverted) * rows).sum(1)
 
 
-def likelihood(moment: Tensor, population: Population, share: float) -> Score:
-    """e^T P^-1 C P^-1 e / e^T P^-1 e with the population's moment P.
+def likelihood(
+    moment: Tensor, population: Population, share: float, n: int, noise: float = 0.0, expected: Tensor | None = None
+) -> Score:
+    """The log likelihood ratio of C with and without e among its n samples, up to constants.
 
-    For Gaussian e with moment P the numerator is, up to constants, the first-order log likelihood ratio of C with and
-    without e among its samples; the denominator keeps long rows from winning.
+    For Gaussian e with the population's moment P: in its eigenbasis the entries of C are nearly independent and
+    Gaussian, with variance lambda_i lambda_j / n and that of the noise; e moves their mean by e e^T / n.
+
+    Args:
+        moment: C, (p, p).
+        population: of the attacker.
+        share: added to lambda, relative to its mean.
+        n: samples.
+        noise: standard deviation of what was added to every entry.
+        expected: mean of C; the population's moment where not given.
     """
+    spread = population.values + share * population.values.mean()
+    weight = 1 / (torch.outer(spread, spread) / n + noise**2)
+    gap = moment.double() - (population.moment if expected is None else expected)
+    turned = population.vectors.mT @ gap @ population.vectors * weight / n
 
     def score(rows: Tensor) -> Tensor:
-        turned = rows @ population.inverses[share]
-        return ((turned @ moment.double()) * turned).sum(1) / (turned * rows).sum(1)
+        u = rows @ population.vectors
+        return ((u @ turned) * u).sum(1) - ((u.square() @ weight) * u.square()).sum(1) / (2 * n**2)
 
     return score
 
@@ -82,13 +97,9 @@ def mean_shift(mean: Tensor, population: Population, share: float) -> Score:
 
 def of_moment(rows: Tensor, population: Population) -> dict[str, Score]:
     """All scores that are tried on the moment of rows (n, p)."""
-    return on_moment(rows.mT @ rows / len(rows), population)
-
-
-def on_moment(moment: Tensor, population: Population) -> dict[str, Score]:
-    """All scores that are tried on a moment as it arrives."""
+    moment, n = rows.mT @ rows / len(rows), len(rows)
     scores = {f"leverage {share:g}": leverage(moment, share) for share in SHARES}
-    return scores | {f"likelihood {share:g}": likelihood(moment, population, share) for share in SHARES}
+    return scores | {f"likelihood {share:g}": likelihood(moment, population, share, n) for share in SHARES}
 
 
 def of_mean(rows: Tensor, population: Population) -> dict[str, Score]:

@@ -4,15 +4,18 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlscl.noise import MOMENT_BOUND, epsilon, noisy_moment
 from privacy_sections.inversion import Attacker, Change, reconstructed
-from privacy_sections.membership import Population, Scores, attack, on_moment, with_one
+from privacy_sections.membership import SHARES, Population, Score, Scores, attack, likelihood, of_moment, with_one
 from privacy_sections.world import KNOWLEDGE, World
 
 MULTIPLIERS = (0.0, 0.0003, 0.001, 0.01, 0.1, 1.0)
 DELTA = 1e-5
 KNOWN = "client's net"
+TRIED = 8
+"""Sets of its own on which the attacker tries the mechanism."""
 LARGEST = 1e6
 """Beyond it epsilon says nothing, and the accountant is not asked."""
 
@@ -22,10 +25,25 @@ def noisy(multiplier: float) -> Change:
     return lambda moment: noisy_moment(moment, multiplier, "seed") if multiplier else moment
 
 
-def on_noisy(multiplier: float) -> Scores:
-    """What is tried on a noisy moment."""
+def on_noisy(multiplier: float, shadow: Tensor, n: int) -> Scores:
+    """The likelihood ratio of who knows the mechanism, and what its output is on average: from sets of its own."""
     change = noisy(multiplier)
-    return lambda rows, population: on_moment(change((rows.mT @ rows / len(rows)).float()), population)
+    expected = sum(change(second_moment_of(part)).double() for part in shadow.split(n)[:TRIED]) / min(
+        TRIED, len(shadow) // n
+    )
+    added = multiplier * MOMENT_BOUND
+
+    def scores(rows: Tensor, population: Population) -> dict[str, Score]:
+        moment = change(second_moment_of(rows))
+        found = {f"likelihood {s:g}": likelihood(moment, population, s, n, added, expected) for s in SHARES}
+        return found if multiplier else found | of_moment(rows, population)
+
+    return scores
+
+
+def second_moment_of(rows: Tensor) -> Tensor:
+    """Mean of e e^T over rows e, in the float32 in which it travels."""
+    return (rows.mT @ rows / len(rows)).float()
 
 
 def noise(world: World, attacker: Attacker, pairs: int, sizes: dict[int, int]) -> list[dict[str, Any]]:
@@ -33,11 +51,12 @@ def noise(world: World, attacker: Attacker, pairs: int, sizes: dict[int, int]) -
     client, net = KNOWLEDGE[KNOWN]
     sent, seen = with_one(world.features[client, "own"]), with_one(world.features[net, "own"])
     others, rows = with_one(world.features[net, "others"]), []
-    population = Population(with_one(world.features[net, "shadow"]))
+    shadow = with_one(world.features[net, "shadow"])
+    population = Population(shadow)
     for multiplier in MULTIPLIERS:
         for n, repeats in sizes.items():
             torch.manual_seed(0)
-            told = attack(sent, seen, others, population, n, repeats, on_noisy(multiplier))
+            told = attack(sent, seen, others, population, n, repeats, on_noisy(multiplier, shadow, n))
             row = {"multiplier": multiplier, "n": n, **told, **budgets(multiplier, n)}
             if n <= len(attacker.images) // 2:
                 made = reconstructed(attacker, KNOWN, pairs, n, 16, noisy(multiplier))

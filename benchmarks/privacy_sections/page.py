@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from privacy_sections.world import KNOWLEDGE
-
 PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
 MARKED = re.compile(r"(<!-- privacy (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,8 +47,8 @@ def features(found: dict[str, Any]) -> str:
     counts = list(dict.fromkeys(row["pairs"] for row in rows))
     cells = {(row["knowledge"], row["decoder"], row["pairs"]): f"{row['psnr']:.1f} / {row['ssim']:.2f}" for row in rows}
     lines = dict.fromkeys((row["knowledge"], row["decoder"]) for row in rows)
-    body = [[*line, *(cells[*line, count] for count in counts)] for line in lines]
-    return grid(["attacker knows", "decoder", *(f"{count:,} pairs" for count in counts)], body)
+    body = [[*line, *(cells.get((*line, count), "") for count in counts)] for line in lines]
+    return grid(["attacker has", "decoder", *(f"{count:,} pairs" for count in counts)], body)
 
 
 def moments(found: dict[str, Any]) -> str:
@@ -61,8 +59,9 @@ def moments(found: dict[str, Any]) -> str:
         (row["knowledge"], row["n"]): f"{row['psnr']:.1f} / {row['other set psnr']:.1f} ({row['cosine']:.2f})"
         for row in rows
     }
-    body = [[knowledge, *(cells.get((knowledge, n), "") for n in sizes)] for knowledge in KNOWLEDGE]
-    return grid(["attacker knows", *(f"n = {n}" for n in sizes)], body)
+    lines = dict.fromkeys(row["knowledge"] for row in rows)
+    body = [[knowledge, *(cells.get((knowledge, n), "") for n in sizes)] for knowledge in lines]
+    return grid(["attacker has", *(f"n = {n}" for n in sizes)], body)
 
 
 def members(found: dict[str, Any]) -> str:
@@ -72,7 +71,7 @@ def members(found: dict[str, Any]) -> str:
     cells = {(row["sent"], row["knowledge"], row["n"]): f"{row['auc']:.2f}" for row in rows}
     lines = dict.fromkeys((row["sent"], row["knowledge"]) for row in rows)
     body = [[*line, *(cells[*line, n] for n in sizes)] for line in lines]
-    return grid(["sent", "attacker knows", *(f"n = {n:,}" for n in sizes)], body)
+    return grid(["sent", "attacker has", *(f"n = {n:,}" for n in sizes)], body)
 
 
 def noise(found: dict[str, Any]) -> str:

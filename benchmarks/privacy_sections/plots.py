@@ -25,13 +25,15 @@ def draw(found: dict[str, Any], out: Path) -> None:
 def _draw_pairs(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for number, knowledge in enumerate(KNOWLEDGE):
-        for decoder, style in (("ridge", ":"), ("conv", "-")):
+        for decoder, marker in (("ridge", "o"), ("conv", "x")):
             line = [row for row in rows if (row["knowledge"], row["decoder"]) == (knowledge, decoder)]
-            label = knowledge if decoder == "conv" else None
-            axes.plot(*_points(line, "pairs", "psnr"), style, color=f"C{number}", marker="o", ms=3, label=label)
+            label = knowledge if decoder == "ridge" else None
+            axes.plot(*_points(line, "pairs", "psnr"), color=f"C{number}", marker=marker, ms=5, label=label)
     baseline = [row for row in rows if row["decoder"] == "mean image"]
     axes.plot(*_points(baseline, "pairs", "psnr"), "k--", label="mean image")
-    axes.set(xscale="log", xlabel="attacker's pairs (dotted: ridge decoder)", ylabel="PSNR of images from raw E [dB]")
+    axes.set(
+        xscale="log", xlabel="attacker's pairs (cross: convolutional decoder)", ylabel="PSNR of images from raw E [dB]"
+    )
     axes.set_xticks([row["pairs"] for row in baseline], [f"{row['pairs']:,}" for row in baseline])
     axes.minorticks_off()
     axes.legend(fontsize=8)

@@ -24,6 +24,12 @@ class Scale(NamedTuple):
         return (features - self.mean) / self.deviation
 
 
+def aligned(received: Tensor, own: Tensor) -> Tensor:
+    """Received features (n, d), brought to mean and deviation of the attacker's own in every dimension."""
+    target = scale_of(own)
+    return scale_of(received)(received) * target.deviation + target.mean
+
+
 def scale_of(features: Tensor) -> Scale:
     """The scale of (n, feature_dim)."""
     return Scale(features.mean(0), features.std(0).clamp(min=1e-6))

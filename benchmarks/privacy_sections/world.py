@@ -59,8 +59,11 @@ class World:
     features: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     """E by net and pool, (n, feature_dim); of 'vit' the frozen ViT's features at unit norm."""
 
-    def look(self) -> None:
-        """Train the nets and compute all features."""
+    def look(self, kept: Path | None = None) -> None:
+        """Train the nets and compute all features, or take them from the file ``kept`` of the same world."""
+        if kept is not None and kept.is_file():
+            self.features = torch.load(kept, weights_only=True)
+            return
         trained_on = {"start": None, "trained": "own", "imitated": "shadow"}
         for name, place in trained_on.items():
             net = self.start() if place is None else self.learn(self.pools[place].first(self.size))
@@ -69,6 +72,13 @@ class World:
         vit = FoundationClassifier(VIT, 1)
         for pool in self.pools:
             self.features["vit", pool] = F.normalize(inferred(vit.frozen_prefix, self.pools[pool].images))
+        if kept is not None:
+            torch.save(self.features, kept)
+
+    def likeness(self, client: str, net: str) -> float:
+        """Mean cosine between two nets' features of the same images of nobody, each less its mean."""
+        one, other = (e - e.mean(0) for e in (self.features[client, "others"], self.features[net, "others"]))
+        return F.cosine_similarity(one, other).mean().item()
 
     @property
     def size(self) -> int:

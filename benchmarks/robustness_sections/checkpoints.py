@@ -47,8 +47,10 @@ def damage(work: Path, number: int = 300, runs: int = 6, seed: int = 42) -> dict
         for kind in ("truncated", "bit flipped"):
             counts = {"damaged": 0, "loaded silently": 0, "previous used": 0, "previous named": 0}
             for _ in range(number // 2):
-                path.write_bytes(broken(good, kind, picker))
-                previous(path).write_bytes(older)
+                # Files of their own: the last trial left two names of one.
+                for name, data in ((path, broken(good, kind, picker)), (previous(path), older)):
+                    name.unlink(missing_ok=True)
+                    name.write_bytes(data)
                 said.lines.clear()
                 counts["damaged"] += 1
                 counts["loaded silently"] += loads(path)
