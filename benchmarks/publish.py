@@ -7,6 +7,7 @@ A table stands between <!-- table NAME --> and <!-- end -->; <!-- table NAME: RO
 The whole report over each of REPORTS goes to benchmarks/results/NAME/report.html.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -79,6 +80,7 @@ def costs(name: str, rows: str | None) -> str:
 
 def main() -> None:
     """Pages, pictures and reports."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path in PAGES:
         for found in TABLE.finditer(text := path.read_text()):
             if found["kind"] == "figure":
