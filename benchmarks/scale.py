@@ -8,7 +8,6 @@ Every figure comes from processes of their own; tables and machine go to benchma
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from speed_sections import machine
 
 OUT = Path(__file__).parent / "results/scale"
 VIT = {"name": "test_vit", "weights": "random", "image_size": 32}
@@ -196,8 +196,8 @@ def main() -> None:
         rows = SECTIONS[name]()
         text = f"{SECTIONS[name].__doc__.strip()}\n\n{table(rows)}\n"
         print(text, flush=True)
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-        (OUT / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        about = {"processor": machine.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+        (OUT / f"{name}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
         (OUT / f"{name}.md").write_text(text)
 
 

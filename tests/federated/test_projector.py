@@ -34,7 +34,7 @@ def test_tensorboard_finds_them(folder):
     """By its own projector."""
     context = TBContext(logdir=str(folder.parent), multiplexer=EventMultiplexer(), data_provider=None)
     plugin = ProjectorPlugin(context)
-    configs = plugin._read_latest_config_files({"tensorboard": str(folder)})[0]
+    configs = plugin._read_latest_config_files([("tensorboard", str(folder))])[0]
     (embedding,) = configs["tensorboard"].embeddings
     assert (embedding.tensor_path, embedding.metadata_path) == ("features.tsv", "metadata.tsv")
 

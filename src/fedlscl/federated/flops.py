@@ -1,6 +1,7 @@
 """Floating-point operations of matrix products and convolutions, counted after every task: what trains may change."""
 
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedlscl.nets.net import Net
 
 if TYPE_CHECKING:
+    from fedlscl.federated.engine import Engine
     from fedlscl.federated.trainer import FederatedTrainer
 
 SIDE = 32
@@ -25,12 +27,19 @@ class Flops(NamedTuple):
     """The rest of a forward pass and its gradient; what an objective adds (teachers, penalties) is not counted."""
 
 
+COUNTED: "WeakKeyDictionary[Engine, dict[tuple[str, int, int], Flops]]" = WeakKeyDictionary()
+"""What was counted in a run, whose engine lives as long: results are written more often than nets change."""
+
+
 def flops_by_client(trainer: "FederatedTrainer") -> dict[str, list[int]]:
-    """`Flops` of every client by name; nets with equally many parameters of one type count as one architecture."""
-    found: dict[tuple[str, int], Flops] = {}
+    """`Flops` of every client by name, counted once a task.
+
+    Nets with equally many parameters of one type count as one architecture.
+    """
+    found = COUNTED.setdefault(trainer.engine, {})
     rows = []
     for client in trainer.clients:
-        key = type(client.net).__name__, sum(p.numel() for p in client.net.parameters())
+        key = type(client.net).__name__, sum(p.numel() for p in client.net.parameters()), client.task
         if key not in found:
             with trainer.engine.on_device(client):
                 found[key] = flops_per_image(client.net)
