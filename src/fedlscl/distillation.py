@@ -13,6 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedlscl.semidefinite import is_semidefinite
+
+MOMENT_BOUND = 2.0
+"""Largest trace, and norm, of a second moment C: the mean of e e^T over e = [E; 1] with E of unit norm."""
+
 
 class Sums(NamedTuple):
     """What the server has to know: sums over clients, in float64."""
@@ -35,6 +40,23 @@ def second_moment(features: Tensor) -> Tensor:
         raise ValueError("the feature set is empty: a client without buffered samples has nothing to distil.")
     e = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
     return e.mT @ e / len(features)
+
+
+def moment_flaw(moment: Tensor, noisy: bool = False) -> str:
+    """What shows that a matrix (p, p) is no second moment of unit features; nothing if nothing does.
+
+    With noise it may have any size.
+
+    Example:
+        >>> moment_flaw(second_moment(torch.tensor([[0.6, 0.8]])))
+        ''
+        >>> moment_flaw(torch.eye(3))
+        'moments are larger than those of unit features'
+    """
+    # In bf16 a unit norm is one up to 2^-8.
+    if moment.trace() > 1.02 * MOMENT_BOUND and not noisy:
+        return "moments are larger than those of unit features"
+    return "" if is_semidefinite(moment) else "moments are no second moment: not positive semidefinite"
 
 
 def upper_triangle(matrix: Tensor) -> Tensor:
@@ -115,7 +137,8 @@ def solve(
 ) -> Tensor:
     """Minimise Eq. 5 for one client from the sums over the others; (p, lora_dim) in the generator's dtype.
 
-    Where nobody else has a feature set, the generator stays as it is.
+    Where nobody else has a feature set, or sums are none of second moments so that there is no minimum, the generator
+    stays as it is.
     """
     if not lambda_proximal > 0:
         raise ValueError(f"lambda_proximal {lambda_proximal} leaves Eq. 5 without a unique solution: choose above 0.")
@@ -129,4 +152,5 @@ def solve(
         system += data_anchor * own_moment.double()
         right.addmm_(own_moment.double(), phi, alpha=data_anchor)
     # One product with the inverse, a small matrix, takes half the time of two triangular solves with lora_dim columns.
-    return (torch.cholesky_inverse(torch.linalg.cholesky(system)) @ right).to(generator.dtype)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    return generator.clone() if failed else (torch.cholesky_inverse(factor) @ right).to(generator.dtype)

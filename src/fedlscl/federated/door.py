@@ -123,6 +123,7 @@ class Door:
                 or tensors_flaw(upload.payload, self.limits.num_bytes)
                 or self._form_flaw(upload)
                 or values_flaw(upload.payload)
+                or self.method.objection(upload)
             )
         except Exception as error:  # Whatever an upload can make a check do, it must not end the others' round.
             return f"cannot be checked ({type(error).__name__}: {one_line(error)})"

@@ -142,6 +142,13 @@ class Method(ABC):
         """
         return dict(net.state_dict()) if type(self).upload is Method.upload else None
 
+    def objection(self, upload: Upload) -> str:
+        """What shows that an upload of the expected form and of finite numbers was not made as ``upload`` makes it.
+
+        One line, and the door refuses it; nothing here. The place for what a method knows of its statistics.
+        """
+        return ""
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """One answer for each upload, in their order."""
         return [self.average(uploads)] * len(uploads)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.analytic import MomentSums, added, moment_sums, ridge_solution
+from fedlscl.analytic import MomentSums, added, moment_sums, ridge_solution, sums_flaw
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
@@ -85,6 +85,12 @@ class FedNCM(_Statistics):
         """The sums, or nothing after the task's first answer."""
         return {"means": net.head.weight} if upload.payload else {}
 
+    def objection(self, upload: Upload) -> str:
+        """Whether a sum is longer than so many unit features can make it."""
+        sizes = upload.payload["means"].norm(dim=1) if upload.payload else torch.zeros(())
+        is_longer = (sizes > (1 + 1e-4) * upload.class_counts).any()
+        return "means are larger than those of unit features" if is_longer else ""
+
     def answer(self) -> Payload:
         """Unit directions; zero for classes that nobody has met."""
         return {"head.weight": F.normalize(self.sums["means"]).float()}
@@ -112,6 +118,10 @@ class FedRidge(_Statistics):
     def expects(self, upload: Upload, net: Net) -> Payload | None:
         """The sums, or nothing after the task's first answer."""
         return empty_sums(net)._asdict() if upload.payload else {}
+
+    def objection(self, upload: Upload) -> str:
+        """Whether the sums are those of as many samples of unit features as announced."""
+        return sums_flaw(MomentSums(**upload.payload), upload.class_counts) if upload.payload else ""
 
     def answer(self) -> Payload:
         """The ridge solution as a linear head."""

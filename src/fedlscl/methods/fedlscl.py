@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import one_by_one_distill, symmetric
+from fedlscl.distillation import moment_flaw, one_by_one_distill, symmetric
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods import secure
 from fedlscl.methods.controls import empty_sums
 from fedlscl.methods.ewc import consolidate, consolidated
-from fedlscl.methods.pooling import solved_heads, sums_of, with_sums
+from fedlscl.methods.pooling import heads_flaw, solved_heads, sums_of, with_sums
 from fedlscl.methods.private import PrivateSums
 from fedlscl.methods.selection import draw_per_class, feature_moment, predecessor_features, scored_buffer, survey
 from fedlscl.modules.classification import ConsolidationModule, DistillationModule
@@ -180,6 +180,16 @@ class FedLSCL(PrivateSums):
             moments = torch.empty(rows * (rows + 1) // 2, device="meta")
             expected |= {"generator": net.generator.matrix, "moments": moments}
         return secure.masked_form(expected) if self.secure_sum else expected
+
+    def objection(self, upload: Upload) -> str:
+        """Whether moments are any of unit features, and the sums behind heads those of as many samples as announced."""
+        if self.secure_sum:
+            return ""
+        flaw = heads_flaw(upload.payload, upload.class_counts)
+        if not flaw and "moments" in upload.payload:
+            moment = symmetric(upload.payload["moments"], len(upload.payload["generator"]))
+            flaw = moment_flaw(moment, noisy=self.noise_multiplier > 0)
+        return flaw
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""

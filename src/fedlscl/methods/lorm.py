@@ -29,6 +29,7 @@ from fedlscl.nets.vit import FoundationConfig, foundation
 from fedlscl.regression_mean import (
     diagonal,
     input_grams,
+    is_gram,
     pack,
     packed_size,
     project,
@@ -123,6 +124,16 @@ class LoRM(Method):
             else:
                 sizes[f"gram.{n}"] = packed_size(inputs) if self.alpha_backbone else inputs
         return expected | {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+
+    def objection(self, upload: Upload) -> str:
+        """Whether every Gram is one."""
+        payload = upload.payload
+        inputs = {name.split(".")[1]: value.shape[1] for name, value in payload.items() if name.startswith("lora.")}
+        inputs["head"] = payload["head.weight"].shape[1]
+        grams = {f"gram.{layer}": unpack(payload[f"gram.{layer}"], size) for layer, size in inputs.items()}
+        grams |= {name: value for name, value in payload.items() if name.startswith("energy.")}
+        wrong = (name for name, gram in grams.items() if not is_gram(gram))
+        return next((f"{name} is no Gram: not positive semidefinite" for name in wrong), "")
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Merge the trained factors and the head, and weigh the tasks anew."""

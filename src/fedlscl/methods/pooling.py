@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlscl.analytic import MomentSums, discriminant_solution
+from fedlscl.analytic import MomentSums, discriminant_solution, sums_flaw
 from fedlscl.federated.payload import Payload
 from fedlscl.methods.controls import add_sums, empty_sums
 from fedlscl.nets.collaborator import HEADS
@@ -22,6 +22,16 @@ def sums_of(found: Mapping[str, MomentSums], heads: Sequence[str], net: Net, or_
         if sums is not None:
             payload |= {f"{head}.{name}": value for name, value in sums._asdict().items()}
     return payload
+
+
+def heads_flaw(payload: Payload, counts: Tensor) -> str:
+    """What shows that the sums behind a head are not of as many samples of each class as counted, (num_classes,)."""
+    for head in HEADS:
+        if f"{head}.gram" in payload:
+            flaw = sums_flaw(MomentSums(*(payload[name] for name in _names(head))), counts)
+            if flaw:
+                return f"{head}.{flaw}"
+    return ""
 
 
 def with_sums(sums: Mapping[str, Tensor], head: str, payloads: Sequence[Payload]) -> dict[str, Tensor]:

@@ -1,0 +1,77 @@
+"""Statistics of the right form and of a usual size that cannot be what they claim to be."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlscl.distillation import Sums, solve, symmetric, upper_triangle
+from fedlscl.federated.door import Door
+from fedlscl.federated.method import Progress
+from fedlscl.federated.rehearsal import learn
+from tiny_methods import METHODS
+
+FIRST = Progress(0, 0)
+
+
+@functools.cache
+def run_of(method):
+    """A finished run of two clients."""
+    return learn(METHODS[method]())
+
+
+def moments_with_a_negative_eigenvalue(payload):
+    moment = symmetric(payload["moments"].clone(), len(payload["generator"]))
+    moment[0, 0] -= 0.01
+    return {"moments": upper_triangle(moment)}
+
+
+def asymmetric(name):
+    def spoil(payload):
+        gram = payload[name].clone()
+        gram[0, 1] += 0.5
+        return {name: gram}
+
+    return spoil
+
+
+def times(name, factor):
+    return lambda payload: {name: factor * payload[name]}
+
+
+def another_class(name):
+    return lambda payload: {name: payload[name].roll(1, dims=1)}
+
+
+SPOILT = [
+    ("FedLSCL", moments_with_a_negative_eigenvalue, "no second moment"),
+    ("FedLSCL", times("moments", 50), "moments are larger than those of unit features"),
+    ("FedLSCL", asymmetric("analytic.gram"), "analytic.gram is no Gram matrix"),
+    ("FedLSCL", times("adapted.gram", 1.1), "adapted.gram is larger than that of unit features"),
+    ("FedLSCL", another_class("adapted.products"), "products count other samples"),
+    ("FedRidge", times("gram", -1), "gram is no Gram matrix"),
+    ("FedRidge", times("products", 2), "products count other samples"),
+    ("FedNCM", times("means", 1.5), "means are larger than those of unit features"),
+    ("LoRM", times("gram.head", -1), "gram.head is no Gram"),
+    ("LoRM", times("gram.0", -1), "gram.0 is no Gram"),
+]
+
+
+@pytest.mark.parametrize(("method", "spoil", "reason"), SPOILT)
+def test_they_are_refused_of_two_clients_too(method, spoil, reason):
+    """Where norms cannot decide who is right."""
+    run = run_of(method)
+    honest, other = run.uploads[:2]
+    bad = replace(other, payload={**other.payload, **spoil(other.payload)})
+    door = Door(run.method, 2, 6)
+    assert door.admit([honest, bad], FIRST) == [honest]
+    (refusal,) = door.refusals
+    assert reason in refusal.reason and refusal.client == bad.client
+
+
+def test_eq5_without_a_minimum_leaves_the_generator_as_it_is():
+    """Of masked sums nobody can see what is in them."""
+    generator = torch.randn(3, 4)
+    others = Sums(torch.diag(torch.tensor([5.0, -4.0, 1.0])).double(), torch.zeros(3, 4).double())
+    assert solve(generator, others, 1.0).equal(generator)
