@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,8 +39,13 @@ def outgoing(tensors: Mapping[str, Tensor]) -> Payload:
 
 
 def num_bytes(payload: Payload) -> int:
-    """Size of the message as it is really serialised (safetensors)."""
-    return len(write_payload(payload)) if payload else 0
+    """Size of the message as it is really serialised (safetensors); its form decides, and is serialised once."""
+    return _num_bytes(tuple((name, value.shape, value.dtype) for name, value in payload.items())) if payload else 0
+
+
+@lru_cache(maxsize=1024)
+def _num_bytes(form: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> int:
+    return len(write_payload({name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in form}))
 
 
 def write_payload(payload: Payload) -> bytes:
