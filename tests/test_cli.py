@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -38,6 +39,20 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     assert main(["fit", *tiny.FEDLSCL, *tiny.inside(folder)]) == 0
     return folder / "FedLSCL" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """A run directory of FedAvg."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert fit(folder) == 0
+    return folder / "FedAvg" / "version_0"
+
+
+@pytest.fixture
+def again(averaged, tmp_path):
+    """A copy of it, of one's own."""
+    return shutil.copytree(averaged, tmp_path / "FedAvg" / "version_0")
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +169,11 @@ def test_the_saved_configuration_is_resolved_and_replays(trained, tmp_path):
     assert contents(tmp_path / "FedLSCL" / "version_0") == contents(trained)
 
 
-def test_a_second_fit_never_overwrites_the_first(tmp_path):
-    assert fit(tmp_path) == 0
-    first = contents(tmp_path / "FedAvg" / "version_0")
+def test_a_second_fit_never_overwrites_the_first(again, tmp_path):
+    first = contents(again)
     assert fit(tmp_path, "--seed_everything", "1") == 0
     assert [run.name for run in versions(tmp_path / "FedAvg")] == ["version_0", "version_1"]
-    assert contents(tmp_path / "FedAvg" / "version_0") == first
+    assert contents(again) == first
     assert contents(tmp_path / "FedAvg" / "version_1") != first
 
 
@@ -196,8 +210,7 @@ def test_last_begins_where_nothing_was_saved_and_then_continues_in_place(tmp_pat
     assert len(versions(tmp_path / "FedAvg")) == 1
 
 
-def test_last_passes_over_a_run_of_another_configuration_if_a_newer_one_was_stopped(tmp_path, capsys):
-    assert fit(tmp_path) == 0
+def test_last_passes_over_a_run_of_another_configuration_if_a_newer_one_was_stopped(again, tmp_path, capsys):
     assert fit(tmp_path, "--method.lr", "0.1", "--ckpt_path", "last") == 2
     assert "another configuration" in capsys.readouterr().err
     (tmp_path / "FedAvg" / "version_1").mkdir()
@@ -205,9 +218,8 @@ def test_last_passes_over_a_run_of_another_configuration_if_a_newer_one_was_stop
     assert versions(tmp_path / "FedAvg")[-1].joinpath("checkpoint.pt").is_file()
 
 
-def test_a_run_in_use_is_left_alone(tmp_path, capsys):
-    assert fit(tmp_path) == 0
-    lock(tmp_path / "FedAvg" / "version_0")
+def test_a_run_in_use_is_left_alone(again, tmp_path, capsys):
+    lock(again)
     assert fit(tmp_path, "--ckpt_path", "last") == 2
     assert "is in use" in capsys.readouterr().err
 
@@ -280,7 +292,7 @@ def interrupt_at(monkeypatch, call, error):
     monkeypatch.setattr(FedAvg, "aggregate", aggregate)
 
 
-def test_ctrl_c_says_in_one_line_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_in_one_line_how_to_go_on(averaged, tmp_path, monkeypatch, capsys):
     interrupt_at(monkeypatch, 2, KeyboardInterrupt())
     assert fit(tmp_path) == 130
     run = tmp_path / "FedAvg" / "version_0"
@@ -288,8 +300,7 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert last == f"fedlscl: interrupted: continue with --ckpt_path {run}"
     monkeypatch.undo()
     assert fit(tmp_path, "--ckpt_path", str(run)) == 0
-    assert fit(tmp_path / "again") == 0
-    assert contents(run) == contents(tmp_path / "again" / "FedAvg" / "version_0")
+    assert contents(run) == contents(averaged)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
