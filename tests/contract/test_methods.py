@@ -6,6 +6,8 @@ import pytest
 
 import fedlscl.methods
 from fedlscl.federated import contract
+from fedlscl.federated.forecast import forecast
+from fedlscl.federated.rehearsal import Recorded, fake_data
 from tiny_methods import METHODS
 
 
@@ -36,6 +38,23 @@ def test_promise(promise, run):
 
 def test_messages_are_counted(run):
     assert len(run.uploads) == 2 * 2 * 2 and len(run.answers) == 2 * 2
+
+
+DEPENDS_ON_OTHERS = ("FedBE", "FedWeIT")
+"""What the server sends to one of their clients depends on how many there are."""
+
+
+def test_bytes_are_foreseen(run):
+    name = type(run.method).__name__
+    if name in ("FedMGP", "GLFC", "FedDualP", "FedL2P", "MFCL"):
+        pytest.skip("its rehearsal takes as long as its run")
+    method, planned, data = METHODS[name](), Recorded(), fake_data()
+    planned.setup(method, data, 42)
+    expected = forecast(planned, method, data)
+    tolerance = 0.5 if name in DEPENDS_ON_OTHERS else 0.1
+    for way, foreseen in (("up", expected.up), ("down", expected.down)):
+        assert foreseen == pytest.approx(int(run.traffic[way].sum()), rel=tolerance), way
+    assert 0 < expected.seconds < 600
 
 
 def test_it_learns(run):

@@ -71,6 +71,17 @@ class Forgets(FedAvg):
         return [{**mean, "head.bias": mean["head.bias"] * len(self.rounds)}] * len(uploads)
 
 
+@dataclass(kw_only=True)
+class HoldsOn(FedAvg):
+    heads: dict = field(default_factory=dict, init=False)
+
+    def begin_task(self, client):
+        self.heads[client.id] = client.net.head.weight
+
+    def upload(self, client):
+        return {**super().upload(client), **outgoing({"head.weight": self.heads[client.id]})}
+
+
 BROKEN = [
     (contract.learns_with_finite_numbers, NotFinite, SMALL, "state /clients/0/memory/broken is not finite"),
     (contract.sends_plain_tensors, SendsGradients, SMALL, "message 'head.weight' "),
@@ -79,6 +90,7 @@ BROKEN = [
     (contract.keeps_the_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
     (contract.repeats, Draws, SMALL, "sends another 'drawn'"),
     (contract.resumes, Forgets, SMALL, "does state_dict give all"),
+    (contract.waits_in_a_file, HoldsOn, SMALL, "is something of a client kept outside of it"),
 ]
 
 

@@ -110,6 +110,20 @@ def resumes(run: Recorded, make: Callable[[], Method]) -> None:
     same(resumed, run, "a resumed run (does state_dict give all that the server keeps?)")
 
 
+def waits_in_a_file(run: Recorded, make: Callable[[], Method]) -> None:
+    """Clients that are put into a file whenever it is not their turn learn the same bits."""
+    waiting = learn(make(), clients_gb=0)
+    for client in waiting.clients:
+        demand(client.parked is not None, f"client {client.id} does not wait in a file")
+        is_empty = all(parameter.is_meta for parameter in client.net.parameters())
+        demand(is_empty, f"client {client.id} waits in a file and in memory")
+    what = "a run whose clients wait in files (is something of a client kept outside of it?)"
+    same(waiting, run, what)
+    answered = [[client.state_dict()["answered"] for client in each.clients] for each in (waiting, run)]
+    demand(answered[0] == answered[1], f"{what} differs in who was answered")
+    demand(torch.equal(waiting.traffic["up"], run.traffic["up"]), f"{what} differs in what is sent")
+
+
 def has_plain_state(run: Recorded, make: Callable[[], Method]) -> None:
     """State is tensors, numbers and text, since a checkpoint unpickles nothing else, and comes back as it was."""
     buffer = io.BytesIO()
@@ -133,6 +147,7 @@ PROMISES = (
     has_plain_state,
     repeats,
     resumes,
+    waits_in_a_file,
 )
 """Each takes a finished run and a function that builds the method anew."""
 
