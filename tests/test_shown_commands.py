@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,8 @@ PAGES = [
     *sorted((ROOT / "examples").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
+FOLLOWED = {"README.md": "tests/test_readme.py", "docs/own_method.md": "tests/test_own_method.py"}
+"""Pages that have a test of their own, which runs every command on them."""
 PLACES = {"RUN": "runs/digits/FedLSCL/version_0", "FOLDER": "runs", "NAME": "FedProx"}
 """What words in capitals stand for."""
 
@@ -88,14 +91,29 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tried():
+    """Commands that were run, here or by the test of a page."""
+    for page, test in FOLLOWED.items():
+        assert (ROOT / page).is_file() and (ROOT / test).is_file()
+    return {tuple(words) for page in FOLLOWED for words in ours(ROOT / page)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if ours(page)], ids=lambda page: page.stem)
-def test_our_commands_run_in_the_order_of_their_page(page, folder, monkeypatch, capsys):
-    """Those of the README, which comes first, are run by test_readme.py."""
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if ours(page) and page.relative_to(ROOT).as_posix() not in FOLLOWED],
+    ids=lambda page: page.stem,
+)
+def test_our_commands_run_in_the_order_of_their_page(page, folder, tried, monkeypatch, capsys):
+    """Each once, whatever number of pages it is on."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     for words in ours(page):
         words = [PLACES.get(word, word) for word in words]
+        if tuple(words) in tried:
+            continue
+        tried.add(tuple(words))
         status = main([*words, *shrunk(words)])
         # Data and weights of the paper's presets are not here: doctor says so, and how to get them.
         expected = {0, 1} if words[0] == "doctor" else {0}
@@ -145,36 +163,80 @@ def test_extras_are_those_of_the_package():
     assert shown and all(re.search(rf"^{extra} = \[", project, re.M) for names in shown for extra in names.split(","))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in others() if re.match("python (?!.*publish)", line)])
-def test_scripts_run(line, folder, tmp_path):
-    """Examples to their end; benchmarks take hours, so their options are parsed."""
-    words = shlex.split(line)[1:]
-    if words[0] == "benchmarks/collect.py":
-        done = subprocess.run(
-            [sys.executable, ROOT / words[0], folder / "runs", tmp_path], capture_output=True, text=True
-        )
-        assert done.returncode == 0 and list(tmp_path.rglob("results.json")), done.stderr
-        return
-    if words[0].startswith("benchmarks/"):
-        text = subprocess.run([sys.executable, ROOT / words[0], "--help"], capture_output=True, text=True, cwd=tmp_path)
-        assert text.returncode == 0, text.stderr
-        missing = [word for word in words if word.startswith("--") and word not in text.stdout]
-        assert not missing
-        return
-    done = subprocess.run([sys.executable, ROOT / words[0]], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+SCRIPTS = sorted({shlex.split(line)[1] for line in others() if re.match("python (?!.*publish)", line)})
+FEWER = {
+    "TRAIN_PER_CLASS = 60": "TRAIN_PER_CLASS = 9",
+    "train_per_class=TRAIN_PER_CLASS": "train_per_class=TRAIN_PER_CLASS, test_per_class=4",
+    "EPOCHS = 2": "EPOCHS = 1",
+    "SIZE, TRAIN, TEST = 32, 20, 10": "SIZE, TRAIN, TEST = 32, 6, 4",
+    "train_per_class=40": "train_per_class=9",
+    "train_per_class=20, test_per_class=15": "train_per_class=6, test_per_class=4",
+}
+"""Numbers of images and epochs in our examples, and those that a test needs."""
+
+
+def quick(code):
+    """The same program on fewer images."""
+    shorter = code
+    for number, small in FEWER.items():
+        shorter = shorter.replace(number, small)
+    return shorter
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch, capsys):
+    """Run a program's text as a script in an empty folder, and return what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+    def run(code, *arguments):
+        script = tmp_path / "script.py"
+        script.write_text(code)
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as done:
+            assert not done.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name.startswith("examples/")])
+def test_examples_run(name, run_script):
+    assert run_script(quick((ROOT / name).read_text()))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(run_script):
     cells = json.loads((ROOT / "examples/demo.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    quick = code.replace("TRAIN_PER_CLASS = 60", "TRAIN_PER_CLASS = 9").replace("EPOCHS = 2", "EPOCHS = 1")
-    assert quick != code
-    environment = {**os.environ, "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0 and "Fed-LSCL" in done.stdout, done.stderr
+    assert "Fed-LSCL" in run_script(quick(code))
+
+
+def test_every_size_is_one_of_an_example():
+    texts = [path.read_text() for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb")]
+    assert all(any(number in text for text in texts) for number in FEWER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in others() if re.match("python benchmarks/(?!publish|collect)", line)])
+def test_benchmarks_know_the_options_shown(line, tmp_path):
+    """They take hours, so their options are parsed."""
+    script, *words = shlex.split(line)[1:]
+    text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert text.returncode == 0, text.stderr
+    missing = [word for word in words if word.startswith("--") and word not in text.stdout]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_results_are_collected(folder, tmp_path):
+    assert "benchmarks/collect.py" in SCRIPTS
+    command = [sys.executable, ROOT / "benchmarks/collect.py", folder / "runs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and list(tmp_path.rglob("results.json")), done.stderr
 
 
 def test_completion_is_switched_on_as_shown(tmp_path):
