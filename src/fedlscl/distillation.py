@@ -19,6 +19,10 @@ MOMENT_BOUND = 2.0
 """Largest trace, and norm, of a second moment C: the mean of e e^T over e = [E; 1] with E of unit norm."""
 
 
+BLOCK_BYTES = 2**25
+"""Of all clients' products at once: columns are independent, and fresh memory costs as much as what fills it."""
+
+
 class Sums(NamedTuple):
     """What the server has to know: sums over clients, in float64."""
 
@@ -104,12 +108,26 @@ def one_by_one_distill(
     if len(generators) == 1:
         return [generators[0].clone()]
     weights = [1.0] * len(generators) if weights is None else weights
-    terms = [client_terms(phi, c, w) for phi, c, w in zip(generators, moments, weights, strict=True)]
-    total = add_terms(terms)
-    return [
-        solve(phi, subtract_terms(total, own), lambda_proximal, data_anchor, moment)
-        for phi, own, moment in zip(generators, terms, moments, strict=True)
-    ]
+    scaled = [weight * moment.double() for weight, moment in zip(weights, moments, strict=True)]
+    anchors = [data_anchor * moment.double() if data_anchor else None for moment in moments]
+    total = torch.zeros_like(scaled[0])
+    for moment in scaled:
+        total += moment
+    systems = [system_of(total - own, lambda_proximal, anchor) for own, anchor in zip(scaled, anchors, strict=True)]
+    answers = [generator.clone() for generator in generators]
+    rows, columns = generators[0].shape
+    width = max(64, BLOCK_BYTES // (8 * rows * len(generators)))
+    for start in range(0, columns, width):
+        part = slice(start, start + width)
+        phis = [generator[:, part].double() for generator in generators]
+        products = [moment @ phi for moment, phi in zip(scaled, phis, strict=True)]
+        summed = torch.zeros_like(phis[0])
+        for product in products:
+            summed += product
+        for answer, system, phi, own in zip(answers, systems, phis, products, strict=True):
+            if system is not None:
+                answer[:, part] = system.answer(phi, summed - own)
+    return answers
 
 
 def client_terms(generator: Tensor, moment: Tensor, weight: float = 1.0) -> Sums:
@@ -140,17 +158,40 @@ def solve(
     Where nobody else has a feature set, or sums are none of second moments so that there is no minimum, the generator
     stays as it is.
     """
+    anchor = data_anchor * own_moment.double() if data_anchor and own_moment is not None else None
+    system = system_of(others.moments, lambda_proximal, anchor)
+    if system is None:
+        return generator.clone()
+    return system.answer(generator.double(), others.products).to(generator.dtype)
+
+
+class System(NamedTuple):
+    """What Eq. 5 is for one client: everything but the others' products, which may come column by column."""
+
+    inverse: Tensor
+    """(S + lambda I)^-1, (p, p): one product with it takes half the time of two triangular solves."""
+    scale: float
+    """lambda, relative to S no more."""
+    anchor: Tensor | None
+    """The client's own moment by its weight, (p, p); none in the paper."""
+
+    def answer(self, phi: Tensor, products: Tensor) -> Tensor:
+        """Columns of the minimum from the same columns of Phi_i and of G_i, float64."""
+        right = products.add(phi, alpha=self.scale)
+        if self.anchor is not None:
+            right.addmm_(self.anchor, phi)
+        return self.inverse @ right
+
+
+def system_of(moments: Tensor, lambda_proximal: float, anchor: Tensor | None = None) -> System | None:
+    """Eq. 5 for a client from the others' summed moments S, (p, p); none where it has no unique minimum."""
     if not lambda_proximal > 0:
         raise ValueError(f"lambda_proximal {lambda_proximal} leaves Eq. 5 without a unique solution: choose above 0.")
-    if not others.moments.any():
-        return generator.clone()
-    phi = generator.double()
-    scale = float(lambda_proximal * others.moments.diagonal().mean())
-    system = others.moments + scale * torch.eye(len(phi), dtype=torch.float64, device=phi.device)
-    right = torch.add(others.products, phi, alpha=scale)
-    if data_anchor and own_moment is not None:
-        system += data_anchor * own_moment.double()
-        right.addmm_(own_moment.double(), phi, alpha=data_anchor)
-    # One product with the inverse, a small matrix, takes half the time of two triangular solves with lora_dim columns.
-    factor, failed = torch.linalg.cholesky_ex(system)
-    return generator.clone() if failed else (torch.cholesky_inverse(factor) @ right).to(generator.dtype)
+    if not moments.any():
+        return None
+    scale = float(lambda_proximal * moments.diagonal().mean())
+    matrix = moments + scale * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    if anchor is not None:
+        matrix += anchor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return None if failed else System(torch.cholesky_inverse(factor), scale, anchor)

@@ -29,6 +29,11 @@ class ClientStream:
         """Tasks of the stream."""
         return len(self.split.classes)
 
+    @property
+    def num_samples(self) -> int:
+        """Train samples of all tasks."""
+        return sum(len(ids) for ids in self.split.train)
+
     def classes(self, task: int) -> Tensor:
         """Sorted classes of the task, int64."""
         return torch.tensor(self.split.classes[task], dtype=torch.int64)

@@ -18,22 +18,31 @@ class Ranks:
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
+        self.owners: list[int] = []
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and calls observers."""
         return self.rank == 0
 
-    def owns(self, client: int) -> bool:
-        """Whether this process works for a client; they are dealt out in turn.
+    def deal(self, work: Sequence[int]) -> None:
+        """Share out the clients by their work (samples, say): the largest first, each to who has least so far.
 
         Example:
             >>> ranks = object.__new__(Ranks)
-            >>> ranks.size, ranks.rank = 2, 1
-            >>> [ranks.owns(client) for client in range(4)]
-            [False, True, False, True]
+            >>> ranks.size = 2
+            >>> ranks.deal([5, 1, 4, 3])
+            >>> ranks.owners
+            [0, 0, 1, 1]
         """
-        return client % self.size == self.rank
+        loads, self.owners = [0] * self.size, [0] * len(work)
+        for client in sorted(range(len(work)), key=lambda index: -work[index]):
+            self.owners[client] = loads.index(min(loads))
+            loads[self.owners[client]] += work[client]
+
+    def owns(self, client: int) -> bool:
+        """Whether this process works for a client."""
+        return self.owners[client] == self.rank
 
     def gather(self, mine: Sequence[T]) -> list[T]:
         """What all processes give, in the order of ranks."""

@@ -146,6 +146,7 @@ class FederatedTrainer:
         cache_dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
         cache, parking = PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype), Parking(self.clients_gb * 2**30)
         self.engine, self.ranks = Engine(self.fabric, cache, parking=parking), Ranks(self.fabric)
+        self.ranks.deal([datamodule.stream(i).num_samples for i in range(datamodule.num_clients)])
         if self.ranks.size > 1 and method.simulation_only:
             raise ValueError(f"{type(method).__name__} pools all data in one process: choose devices 1.")
         door = Door(self.method, datamodule.num_clients, datamodule.num_classes, self.limits)
