@@ -145,8 +145,8 @@ def processes() -> list[dict]:
                     "--trainer.name",
                     name,
                 ]
-                size = ["--data.num_clients", "4", "--data.private_classes", "0", "--data.public_classes", "9"]
-                size += ["--method.local_epochs", "12", "--trainer.rounds_per_task", "2", "--data.protocol", "local"]
+                size = ["--data.num_clients", "4", "--data.private_classes", "2", "--data.public_classes", "0"]
+                size += ["--data.num_tasks", "1", "--method.local_epochs", "3", "--trainer.rounds_per_task", "1"]
                 command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(config), *options, *size]
                 subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 run = Path(folder, name, "version_0")

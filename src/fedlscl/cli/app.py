@@ -22,7 +22,6 @@ from fedlscl.cli.configuration import (
 )
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
-from fedlscl.cli.report import report
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
@@ -38,9 +37,6 @@ def run(arguments: list[str]) -> None:
     """Run a command line whose first word is the command."""
     if arguments[0] == "methods":
         print_methods()
-        return
-    if arguments[0] == "report":
-        report(arguments[1:])
         return
     if arguments[0] == "completion":
         print_completion(arguments[1:])
