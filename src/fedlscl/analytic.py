@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.semidefinite import is_semidefinite
-
 ABSENT = -1e4
 """Score of a class that nobody has met."""
 
@@ -37,28 +35,6 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int) -> MomentSum
 def added(one: MomentSums, other: MomentSums) -> MomentSums:
     """Sums over the samples of both."""
     return MomentSums(one.gram + other.gram, one.products + other.products)
-
-
-def sums_flaw(sums: MomentSums, counts: Tensor) -> str:
-    """What shows that sums are not of as many samples of each class as counted (num_classes,); nothing if nothing does.
-
-    Unit features bound every sum: the Gram's trace by twice the number of samples, products by sqrt(2) times it.
-
-    Example:
-        >>> sums = moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2)
-        >>> sums_flaw(sums, torch.tensor([1, 2]))
-        ''
-        >>> sums_flaw(sums, torch.tensor([2, 1]))
-        'products count other samples than were announced'
-    """
-    if not sums.products[-1].equal(counts.to(sums.products.dtype)):
-        return "products count other samples than were announced"
-    slack = 1 + 1e-6
-    if (sums.products.norm(dim=0) > slack * 2**0.5 * counts).any():
-        return "products are larger than those of unit features"
-    if sums.gram.trace() > slack * 2 * counts.sum():
-        return "gram is larger than that of unit features"
-    return "" if is_semidefinite(sums.gram) else "gram is no Gram matrix: not symmetric and positive semidefinite"
 
 
 def ridge_solution(sums: MomentSums, ridge: float) -> tuple[Tensor, Tensor]:

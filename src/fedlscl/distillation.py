@@ -13,12 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlscl.semidefinite import is_semidefinite
-
-MOMENT_BOUND = 2.0
-"""Largest trace, and norm, of a second moment C: the mean of e e^T over e = [E; 1] with E of unit norm."""
-
-
 BLOCK_BYTES = 2**25
 """Of all clients' products at once: columns are independent, and fresh memory costs as much as what fills it."""
 
@@ -44,23 +38,6 @@ def second_moment(features: Tensor) -> Tensor:
         raise ValueError("the feature set is empty: a client without buffered samples has nothing to distil.")
     e = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
     return e.mT @ e / len(features)
-
-
-def moment_flaw(moment: Tensor, noisy: bool = False) -> str:
-    """What shows that a matrix (p, p) is no second moment of unit features; nothing if nothing does.
-
-    With noise it may have any size.
-
-    Example:
-        >>> moment_flaw(second_moment(torch.tensor([[0.6, 0.8]])))
-        ''
-        >>> moment_flaw(torch.eye(3))
-        'moments are larger than those of unit features'
-    """
-    # In bf16 a unit norm is one up to 2^-8.
-    if moment.trace() > 1.02 * MOMENT_BOUND and not noisy:
-        return "moments are larger than those of unit features"
-    return "" if is_semidefinite(moment) else "moments are no second moment: not positive semidefinite"
 
 
 def upper_triangle(matrix: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import MOMENT_BOUND
-
 Secrets = Literal["seed", "system"]
 """Where what nobody may know is drawn: from the turn's public seed, or from the operating system's randomness."""
+MOMENT_BOUND = 2.0
+"""Largest trace, and norm, of a second moment C: the mean of e e^T over e = [E; 1] with E of unit norm."""
 
 
 def clipped(values: Tensor, bound: float) -> Tensor:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.semidefinite import is_semidefinite
-
 EPSILON = 1e-6
 """Ridge of the merge, relative to the mean eigenvalue of the summed Grams (ours): float32 sums are no more exact."""
 
@@ -68,11 +66,6 @@ def project(gram: Tensor, down: Tensor) -> Tensor:
 def diagonal(gram: Tensor) -> Tensor:
     """The diagonal (d,) of a Gram in either form."""
     return gram if gram.dim() == 1 else gram.diagonal()
-
-
-def is_gram(gram: Tensor) -> bool:
-    """Whether a matrix or a diagonal can be a Gram: symmetric and without negative eigenvalues, up to rounding."""
-    return bool((gram >= 0).all()) if gram.dim() == 1 else is_semidefinite(gram)
 
 
 def pack(gram: Tensor) -> Tensor:

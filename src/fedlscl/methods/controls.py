@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.analytic import MomentSums, added, moment_sums, ridge_solution, sums_flaw
+from fedlscl.analytic import MomentSums, added, moment_sums, ridge_solution
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.federated.statistics import sums_flaw
 from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import moment_flaw, one_by_one_distill, symmetric
+from fedlscl.distillation import one_by_one_distill, symmetric
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
@@ -182,14 +182,8 @@ class FedLSCL(PrivateSums):
         return secure.masked_form(expected) if self.secure_sum else expected
 
     def objection(self, upload: Upload) -> str:
-        """Whether moments are any of unit features, and the sums behind heads those of as many samples as announced."""
-        if self.secure_sum:
-            return ""
-        flaw = heads_flaw(upload.payload, upload.class_counts)
-        if not flaw and "moments" in upload.payload:
-            moment = symmetric(upload.payload["moments"], len(upload.payload["generator"]))
-            flaw = moment_flaw(moment, noisy=self.noise_multiplier > 0)
-        return flaw
+        """As of moments; the sums behind heads have to be of as many samples as announced."""
+        return super().objection(upload) or ("" if self.secure_sum else heads_flaw(upload.payload, upload.class_counts))
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.federated.statistics import is_gram
 from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.classification import ClassificationModule
 from fedlscl.nets.classifier import make_head
@@ -29,7 +30,6 @@ from fedlscl.nets.vit import FoundationConfig, foundation
 from fedlscl.regression_mean import (
     diagonal,
     input_grams,
-    is_gram,
     pack,
     packed_size,
     project,

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlscl.analytic import MomentSums, discriminant_solution, sums_flaw
+from fedlscl.analytic import MomentSums, discriminant_solution
 from fedlscl.federated.payload import Payload
+from fedlscl.federated.statistics import sums_flaw
 from fedlscl.methods.controls import add_sums, empty_sums
 from fedlscl.nets.collaborator import HEADS
 from fedlscl.nets.net import Net

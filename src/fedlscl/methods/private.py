@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedlscl.distillation import upper_triangle
+from fedlscl.distillation import symmetric, upper_triangle
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.federated.statistics import moment_flaw
 from fedlscl.methods import secure
 from fedlscl.noise import Secrets, epsilon, noised, noisy_moment
 
@@ -65,6 +66,13 @@ class PrivateSums(Method):
             generator = start + noised(generator - start, self.clip_norm, self.noise_multiplier, self.secrets)
             moment = noisy_moment(moment, self.noise_multiplier, self.secrets)
         return outgoing({"generator": generator, "moments": upper_triangle(moment).float()})
+
+    def objection(self, upload: Upload) -> str:
+        """Whether moments are any of unit features; masked ones look like nothing."""
+        if self.secure_sum or "moments" not in upload.payload:
+            return ""
+        moment = symmetric(upload.payload["moments"], len(upload.payload["generator"]))
+        return moment_flaw(moment, noisy=self.noise_multiplier > 0)
 
     def answer_to_all(
         self, uploads: list[Upload], progress: Progress, heads: Callable[[list[Payload], Progress], Payload]
