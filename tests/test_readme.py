@@ -55,9 +55,9 @@ def test_commands_run_in_the_order_of_the_readme(folder, monkeypatch, capsys):
     assert "black.png" in capsys.readouterr().out
 
 
-def test_everything_else_is_a_make_target_tensorboard_or_completion():
+def test_everything_else_is_a_make_target_the_environment_tensorboard_or_completion():
     others = {line.split()[0] for line in LINES if line and not line.startswith("fedlscl ")}
-    assert others == {"make", "tensorboard", "eval"}
+    assert others == {"make", "source", "tensorboard", "eval"}
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     assert {line.split()[1] for line in LINES if line.startswith("make ")} <= set(targets)
 
