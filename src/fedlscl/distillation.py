@@ -87,9 +87,7 @@ def one_by_one_distill(
     weights = [1.0] * len(generators) if weights is None else weights
     scaled = [weight * moment.double() for weight, moment in zip(weights, moments, strict=True)]
     anchors = [data_anchor * moment.double() if data_anchor else None for moment in moments]
-    total = torch.zeros_like(scaled[0])
-    for moment in scaled:
-        total += moment
+    total = in_order(scaled)
     systems = [system_of(total - own, lambda_proximal, anchor) for own, anchor in zip(scaled, anchors, strict=True)]
     answers = [generator.clone() for generator in generators]
     rows, columns = generators[0].shape
@@ -98,9 +96,7 @@ def one_by_one_distill(
         part = slice(start, start + width)
         phis = [generator[:, part].double() for generator in generators]
         products = [moment @ phi for moment, phi in zip(scaled, phis, strict=True)]
-        summed = torch.zeros_like(phis[0])
-        for product in products:
-            summed += product
+        summed = in_order(products)
         for answer, system, phi, own in zip(answers, systems, phis, products, strict=True):
             if system is not None:
                 answer[:, part] = system.answer(phi, summed - own)
@@ -114,12 +110,16 @@ def client_terms(generator: Tensor, moment: Tensor, weight: float = 1.0) -> Sums
 
 
 def add_terms(terms: Sequence[Sums]) -> Sums:
-    """Sum in the given order, so that results do not depend on who answered first."""
-    moments, products = torch.zeros_like(terms[0].moments), torch.zeros_like(terms[0].products)
-    for term in terms:
-        moments += term.moments
-        products += term.products
-    return Sums(moments, products)
+    """The sums over clients."""
+    return Sums(in_order([term.moments for term in terms]), in_order([term.products for term in terms]))
+
+
+def in_order(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum in the given order, so that results do not depend on who answered first."""
+    total = torch.zeros_like(tensors[0])
+    for tensor in tensors:
+        total += tensor
+    return total
 
 
 def subtract_terms(total: Sums, own: Sums) -> Sums:
