@@ -3,19 +3,24 @@
 python benchmarks/ablation.py --preset cpu --data_root DATA
 """
 
+import argparse
 import sys
 
-from sweep import Run, parse, sweep, variant
+from presets import Run, once, variant
+from sweep import drive
 
 TABLE_2 = {
     "full": [],
     "no_distillation": ["--method.distill", "false"],
     "no_stage_2": ["--method.continual", "none"],
     "neither": ["--method.distill", "false", "--method.continual", "none"],
+}
+"""The paper's rows: Stage 2 and One-by-One Distillation on and off."""
+REPLACED = {
     "stage_2_ewc": ["--method.continual", "ewc"],
     "stage_2_lwf": ["--method.continual", "lwf"],
 }
-"""The paper's rows: Stage 2 and One-by-One Distillation on and off, and Stage 2 replaced (end of Sec. 4.3)."""
+"""Another method in Stage 2's place (end of Sec. 4.3)."""
 OURS = {
     "full": {},
     "no_collaboration": {"collaborator__collaboration": False},
@@ -31,14 +36,12 @@ OURS = {
 """One choice of ours taken back at a time, over as many tasks as the figures."""
 
 
-def main() -> int:
-    """Run what is missing; 0 when all is there."""
-    options = parse("Ablation of Fed-LSCL.")
+def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
+    """Table 2, and a table of our choices."""
     rows = [Run(name, options.base, changes) for name, changes in TABLE_2.items()]
-    ours = [variant(name, options, **changes) for name, changes in OURS.items()]
-    ended = [sweep("ablation", rows, options), sweep("choices", ours, options)]
-    return 0 if all(ended) else 1
+    rows += [Run(name, options.base, changes, once(options)) for name, changes in REPLACED.items()]
+    return {"ablation": rows, "choices": [variant(name, options, **changes) for name, changes in OURS.items()]}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(drive("Ablation of Fed-LSCL.", experiments))

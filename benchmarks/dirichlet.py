@@ -10,7 +10,8 @@ where it publishes 86.95, 81.75 and 82.76 % for concentrations 0.5, 0.1 and 0.05
 import argparse
 import sys
 
-from sweep import Run, parse, sweep
+from presets import Run, once
+from sweep import drive
 
 CONCENTRATIONS = (0.5, 0.1, 0.05)
 METHODS = ("lorm", "pilora", "fedncm", "fedridge")
@@ -29,21 +30,20 @@ def protocol(concentration: float, options: argparse.Namespace) -> list[str]:
     return [text for name, value in values.items() for text in (f"--data.{name}", str(value))]
 
 
-def main() -> int:
-    """Run what is missing; 0 when all is there."""
-    options = parse("Fed-LSCL, LoRM, PILoRA and the controls under the global protocol.")
+def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
+    """Every method at every concentration."""
     rows = []
     for concentration in CONCENTRATIONS:
         shared = protocol(concentration, options)
-        rows.append(Run(f"fedlscl_b{concentration}", options.base, shared))
+        rows.append(Run(f"fedlscl_b{concentration}", options.base, shared, once(options)))
         for method in METHODS:
             changes = list(shared)
             if method == "lorm" and options.preset == "paper":
                 rank, lr = LORM[concentration]
                 changes += ["--method.rank", str(rank), "--method.lr", str(lr), "--method.batch_size", "16"]
-            rows.append(Run(f"{method}_b{concentration}", options.folder / f"{method}.yaml", changes))
-    return 0 if sweep("dirichlet", rows, options) else 1
+            rows.append(Run(f"{method}_b{concentration}", options.folder / f"{method}.yaml", changes, once(options)))
+    return {"dirichlet": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(drive("Fed-LSCL, LoRM, PILoRA and the controls under the global protocol.", experiments))

@@ -8,7 +8,8 @@ Digits, three clients, the two classes that each meets first: guessing gives 50 
 import json
 import sys
 
-from sweep import CONFIGS, Run, parse, place, sweep
+from presets import CONFIGS, Run, parse
+from sweep import place, planned, sweep
 
 from fedlscl.report.finding import find_results
 
@@ -22,15 +23,14 @@ def main() -> int:
     files = [CONFIGS / "digits.yaml", *sorted((CONFIGS / "digits").glob("*.yaml"))]
     rows = [Run(file.stem, file, ["--trainer.max_tasks", "1"]) for file in files]
     whole, above = sweep("floors", rows, options), True
-    for seed in options.seeds:
-        for row in (row for row in rows if not options.only or row.name in options.only):
-            folder = options.out / f"floors_{options.preset}" / place(row, seed)
-            results = json.loads(find_results([folder])[0].read_text())
-            floor = FROM_SCRATCH if results["foundation"] is None else ON_VIT
-            accuracy = results["summary"][0]["seen/average"]
-            above &= accuracy >= floor
-            note = "" if accuracy >= floor else " MISSED"
-            print(f"{row.name:12} seed {seed}: {accuracy:6.1%}, floor {floor:.0%}{note}")
+    for row, seed in planned([row for row in rows if not options.only or row.name in options.only], options.seeds):
+        folder = options.out / f"floors_{options.preset}" / place(row, seed)
+        results = json.loads(find_results([folder])[0].read_text())
+        floor = FROM_SCRATCH if results["foundation"] is None else ON_VIT
+        accuracy = results["summary"][0]["seen/average"]
+        above &= accuracy >= floor
+        note = "" if accuracy >= floor else " MISSED"
+        print(f"{row.name:12} seed {seed}: {accuracy:6.1%}, floor {floor:.0%}{note}")
     return 0 if whole and above else 1
 
 

@@ -3,9 +3,11 @@
 python benchmarks/heterogeneous.py --preset cpu --data_root DATA
 """
 
+import argparse
 import sys
 
-from sweep import parse, sweep, variant
+from presets import Run, variant
+from sweep import drive
 
 MIXTURES = {
     "resnet18": ["resnet18"],
@@ -15,16 +17,19 @@ MIXTURES = {
 """Handed out to the clients in turn (architectures of ours: timm's small ones)."""
 
 
-def main() -> int:
-    """Run what is missing; 0 when all is there."""
-    options = parse("Small models of one and of several architectures, with and without One-by-One Distillation.")
+def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
+    """Each mixture with One-by-One Distillation and without."""
     rows = []
     for name, models in MIXTURES.items():
         changes = {"small_models": models} if len(models) > 1 else {"collaborator__small_model": models[0]}
         rows.append(variant(name, options, **changes))
         rows.append(variant(f"{name}_no_distillation", options, **changes, distill=False))
-    return 0 if sweep("heterogeneous", rows, options) else 1
+    return {"heterogeneous": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        drive(
+            "Small models of one and of several architectures, with and without One-by-One Distillation.", experiments
+        )
+    )

@@ -14,80 +14,39 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import yaml
+from presets import Run, parse
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-FOLDERS = {"cpu": "cifar100_small", "gpu": "cifar100_deit_tiny", "paper": "imagenet_r"}
-"""Where the configurations of a preset are; `--configs` names another folder."""
-FIGURE_TASKS = {"cpu": 3}
-"""Tasks of the runs behind Figs. 3 to 5, where they are not all."""
-SEEDS = (42, 1999, 2024)
-"""The paper's."""
+Experiments = Callable[[argparse.Namespace], dict[str, list[Run]]]
+"""The tables that a driver makes, by name."""
 
 
-class Run(NamedTuple):
-    """One row of a table before it is run with a seed."""
-
-    name: str
-    config: Path
-    options: Sequence[str] = ()
-
-
-def parse(description: str) -> argparse.Namespace:
-    """The options that all drivers share."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--preset", choices=FOLDERS, default="cpu", help="size of the experiment")
-    parser.add_argument("--configs", help="folder of configurations, in place of the preset's own")
-    parser.add_argument("--data_root", default="data", help="where datasets and weights are")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--only", nargs="+", help="names of the rows to run")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of all runs")
-    parser.add_argument("--jobs", type=int, help="processes at once; on a CPU one for each core, else 1")
-    parser.add_argument("--limit_s", type=float, help="stop after so many seconds; call again to go on")
-    options = parser.parse_args()
-    options.folder = CONFIGS / (options.configs or FOLDERS[options.preset])
-    options.base = options.folder.with_suffix(".yaml")
-    options.jobs = options.jobs or (os.cpu_count() if options.preset == "cpu" else 1)
-    return options
+def drive(description: str, experiments: Experiments) -> int:
+    """Run what is missing of a driver's tables; 0 when they are whole."""
+    options = parse(description)
+    ended = [sweep(name, rows, options) for name, rows in experiments(options).items()]
+    return 0 if all(ended) else 1
 
 
-def variant(name: str, options: argparse.Namespace, **changes: Any) -> Run:
-    """A row for a figure: the base configuration with other values of the method; what it has anyway is left out.
-
-    Args:
-        name: of the row.
-        options: of the driver.
-        changes: by option, with __ for a dot.
-    """
-    known = yaml.safe_load(options.base.read_text())["method"]["init_args"]
-    arguments: list[str] = []
-    for key, value in changes.items():
-        path, here = key.split("__"), known
-        for part in path:
-            here = here.get(part, {}) if isinstance(here, dict) else {}
-        if here != value:
-            text = json.dumps(value) if isinstance(value, list | bool) else str(value)
-            arguments += [f"--method.{'.'.join(path)}", text]
-    if options.preset in FIGURE_TASKS:
-        arguments += ["--trainer.max_tasks", str(FIGURE_TASKS[options.preset])]
-    return Run(name, options.base, arguments)
-
-
-def sweep(name: str, runs: Iterable[Run], options: argparse.Namespace) -> bool:
+def sweep(name: str, runs: Sequence[Run], options: argparse.Namespace) -> bool:
     """Run all that is not finished; seed by seed, so that an interrupted table has whole columns. True when all is."""
     out = options.out / f"{name}_{options.preset}"
-    chosen = [run for run in runs if not options.only or run.name in options.only]
-    todo = [(run, seed) for seed in options.seeds for run in chosen if not finished(out / place(run, seed), run)]
+    wanted = planned([run for run in runs if not options.only or run.name in options.only], options.seeds)
+    todo = [(run, seed) for run, seed in wanted if not finished(out / place(run, seed), run)]
     deadline = None if options.limit_s is None else time.monotonic() + options.limit_s
-    print(f"{len(chosen) * len(options.seeds)} runs, {len(todo)} to do, in {out}", flush=True)
+    print(f"{len(wanted)} runs, {len(todo)} to do, in {out}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         ended = list(pool.map(lambda task: execute(*task, out, options, deadline), todo))
     return all(ended)
+
+
+def planned(runs: Sequence[Run], seeds: Sequence[int] | None) -> list[tuple[Run, int]]:
+    """Every row with each of its seeds, or with each of ``seeds``; those of the first seed first."""
+    order = seeds or dict.fromkeys(seed for run in runs for seed in run.seeds)
+    return [(run, seed) for seed in order for run in runs if seeds or seed in run.seeds]
 
 
 def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadline: float | None) -> bool:

@@ -5,31 +5,26 @@
 The rows are configs/<folder>.yaml and configs/<folder>/*.yaml; `fedlscl fit --config FILE` runs one alone.
 """
 
+import argparse
 import sys
 
-from sweep import Run, parse, sweep
+from presets import SEEDS, Run, once
+from sweep import drive
 
 VARIANTS = ("fedlscl_no_", "fedlscl_only_")
 """Rows of the ablation, not of this table."""
+REPEATED = ("fedlscl", "lorm", "fedncm", "fedridge")
+"""What the cpu preset repeats over all seeds: Fed-LSCL, the best baseline and the controls."""
 
 
-REPEATED = ("fedlscl", "fedbe", "feddualp", "fedavg_vit", "lorm", "pilora", "fedncm", "fedridge")
-"""Rows that the cpu preset repeats over all seeds; the others would cost hours, and end far behind."""
-
-
-def main() -> int:
-    """Run what is missing; 0 when the table is whole."""
-    options = parse("Every method of Table 1, and the controls.")
+def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
+    """A row for each configuration of the preset."""
     files = sorted(path for path in options.folder.glob("*.yaml") if not path.name.startswith(VARIANTS))
-    rows = [Run("fedlscl", options.base), *(Run(path.stem, path) for path in files)]
-    if options.preset != "cpu":
-        return 0 if sweep("table1", rows, options) else 1
-    repeated, seeds = [row for row in rows if row.name in REPEATED], options.seeds
-    options.seeds = seeds[:1]
-    first = sweep("table1", rows, options)
-    options.seeds = seeds[1:]
-    return 0 if sweep("table1", repeated, options) and first else 1
+    rows = [("fedlscl", options.base), *((path.stem, path) for path in files)]
+    return {
+        "table1": [Run(name, path, seeds=SEEDS if name in REPEATED else once(options)) for name, path in rows],
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(drive("Every method of Table 1, and the controls.", experiments))

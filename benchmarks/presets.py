@@ -1,0 +1,74 @@
+"""What an experiment's rows are at each size: the configuration of a row, its options, and how often it is repeated."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FOLDERS = {"cpu": "cifar100_small", "gpu": "cifar100_deit_tiny", "paper": "imagenet_r"}
+"""Where the configurations of a preset are; `--configs` names another folder."""
+SEEDS = (42, 1999, 2024)
+"""The paper's."""
+ONCE = {"cpu": SEEDS[:1]}
+"""Seeds of rows that a preset does not repeat, which two cores have no time for."""
+FIGURE_TASKS = {"cpu": 3}
+"""Tasks of the runs behind Figs. 3 to 5 and of our choices, where they are not all."""
+
+
+class Run(NamedTuple):
+    """One row of a table before it is run: ``seeds`` are those that the preset asks for."""
+
+    name: str
+    config: Path
+    options: Sequence[str] = ()
+    seeds: Sequence[int] = SEEDS
+
+
+def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options that all drivers share, from the command line where none are given."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--preset", choices=FOLDERS, default="cpu", help="size of the experiment")
+    parser.add_argument("--configs", help="folder of configurations, in place of the preset's own")
+    parser.add_argument("--data_root", default="data", help="where datasets and weights are")
+    parser.add_argument("--seeds", type=int, nargs="+", help="for all rows; else those of the preset, row by row")
+    parser.add_argument("--only", nargs="+", help="names of the rows to run")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of all runs")
+    parser.add_argument("--jobs", type=int, help="processes at once; on a CPU one for each core, else 1")
+    parser.add_argument("--limit_s", type=float, help="stop after so many seconds; call again to go on")
+    options = parser.parse_args(arguments)
+    options.folder = CONFIGS / (options.configs or FOLDERS[options.preset])
+    options.base = options.folder.with_suffix(".yaml")
+    options.jobs = options.jobs or (os.cpu_count() if options.preset == "cpu" else 1)
+    return options
+
+
+def once(options: argparse.Namespace) -> Sequence[int]:
+    """Seeds of a row that is not worth repeating at the small preset."""
+    return ONCE.get(options.preset, SEEDS)
+
+
+def variant(name: str, options: argparse.Namespace, **changes: Any) -> Run:
+    """A row for a figure: the base configuration with other values of the method; what it has anyway is left out.
+
+    Args:
+        name: of the row.
+        options: of the driver.
+        changes: by option, with __ for a dot.
+    """
+    known = yaml.safe_load(options.base.read_text())["method"]["init_args"]
+    arguments: list[str] = []
+    for key, value in changes.items():
+        path, here = key.split("__"), known
+        for part in path:
+            here = here.get(part, {}) if isinstance(here, dict) else {}
+        if here != value:
+            text = json.dumps(value) if isinstance(value, list | bool) else str(value)
+            arguments += [f"--method.{'.'.join(path)}", text]
+    if options.preset in FIGURE_TASKS:
+        arguments += ["--trainer.max_tasks", str(FIGURE_TASKS[options.preset])]
+    return Run(name, options.base, arguments, once(options))
