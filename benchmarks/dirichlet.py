@@ -17,7 +17,7 @@ CONCENTRATIONS = (0.5, 0.1, 0.05)
 METHODS = ("lorm", "pilora", "fedncm", "fedridge")
 """Beside Fed-LSCL."""
 LORM = {0.5: (1, 3e-3), 0.1: (16, 3e-4), 0.05: (16, 5e-4)}
-"""Rank and learning rate of LoRM's authors by concentration."""
+"""Rank and learning rate of LoRM's authors by concentration, at every preset."""
 CLASSES = {"cpu": (40, 5), "gpu": (40, 5), "paper": (100, 10)}
 """Classes and tasks."""
 
@@ -38,7 +38,7 @@ def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
         rows.append(Run(f"fedlscl_b{concentration}", options.base, shared, once(options)))
         for method in METHODS:
             changes = list(shared)
-            if method == "lorm" and options.preset == "paper":
+            if method == "lorm":
                 rank, lr = LORM[concentration]
                 changes += ["--method.rank", str(rank), "--method.lr", str(lr), "--method.batch_size", "16"]
             rows.append(Run(f"{method}_b{concentration}", options.folder / f"{method}.yaml", changes, once(options)))
