@@ -142,7 +142,7 @@ class Coordinator:
                 count(self.knowledge.traffic, "up", upload.client, progress, upload.payload)
             uploads = self.server.admit(uploads, progress)
         self.trainer.attendance.check_quorum(len(uploads), len(self.ledgers), progress)
-        if not uploads or self.server is None:
+        if self.server is None or not any(upload.num_samples for upload in uploads):
             return
 
         def train(client: Client | None, stage: Stage) -> None:

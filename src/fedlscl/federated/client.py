@@ -144,7 +144,7 @@ def states(net: Net | None) -> list[Tensor]:
 
 @torch.no_grad()
 def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Tensor, Tensor]:
-    """Mean of the normalised features of each class among samples: classes (C,) and means (C, width)."""
+    """Mean of the normalised features of each class among samples, of which there are some: (C,) and (C, width)."""
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
     for batch, output in client.infer(ids):

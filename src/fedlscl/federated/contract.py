@@ -124,6 +124,19 @@ def waits_in_a_file(run: Recorded, make: Callable[[], Method]) -> None:
     demand(torch.equal(waiting.traffic["up"], run.traffic["up"]), f"{what} differs in what is sent")
 
 
+def bears_tasks_without_samples(run: Recorded, make: Callable[[], Method]) -> None:
+    """A client that has no sample of a task takes part in it all the same, and is answered."""
+    data = fake_data(protocol="global", private_classes=0, public_classes=4, concentration=0.01)
+    uneven = Recorded(norm_factor=1e9)
+    uneven.fit(make(), data, seed=47)
+    samples = [[len(client.data.train_ids(task)) for task in range(2)] for client in uneven.clients]
+    assert samples == [[0, 16], [16, 0]]
+    learns_with_finite_numbers(uneven, make)
+    passes_the_door(uneven, make)
+    answered = [client.answered for client in uneven.clients]
+    demand(answered == [2, 2], f"clients, each without samples of one task, are answered {answered} times in the last")
+
+
 def has_plain_state(run: Recorded, make: Callable[[], Method]) -> None:
     """State is tensors, numbers and text, since a checkpoint unpickles nothing else, and comes back as it was."""
     buffer = io.BytesIO()
@@ -148,6 +161,7 @@ PROMISES = (
     repeats,
     resumes,
     waits_in_a_file,
+    bears_tasks_without_samples,
 )
 """Each takes a finished run and a function that builds the method anew."""
 

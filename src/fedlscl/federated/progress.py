@@ -135,7 +135,7 @@ class ProgressDisplay(Callback):
             self.live = None
 
     def _say_stage(self, where: str, terms: dict[str, float], seconds: float) -> None:
-        loss, *parts = (f"{name} {value:.4g}" for name, value in terms.items())
+        loss, *parts = [f"{name} {value:.4g}" for name, value in terms.items()] or ["no samples"]
         made_of = f" = {' + '.join(parts)}" if len(parts) > 1 else ""
         self._say(f"{where}: {loss}{made_of} ({seconds:.1f} s; {self._outlook()})")
 

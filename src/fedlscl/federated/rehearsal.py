@@ -54,12 +54,13 @@ class Stop(Callback):
             raise Stopped
 
 
-def fake_data() -> SpatialTemporalDataModule:
-    """Two clients, two tasks of two classes, six classes in all."""
-    return SpatialTemporalDataModule(
+def fake_data(**options: Any) -> SpatialTemporalDataModule:
+    """Two clients, two tasks of two classes, six classes in all, where ``options`` do not say otherwise."""
+    common = dict(
         dataset="fake", fake_classes=6, num_clients=2, num_tasks=2, private_classes=2, public_classes=2,
         train_per_class=8, test_per_class=4, image_size=16, batch_size=8,
     )  # fmt: skip
+    return SpatialTemporalDataModule(**common | options)
 
 
 def learn(method: Method, **options: Any) -> Recorded:

@@ -216,7 +216,7 @@ class FederatedTrainer:
             count(self.traffic, "up", upload.client, self.progress, upload.payload)
         uploads = self.server.admit(uploads, self.progress)
         self.attendance.check_quorum(len(uploads), len(self.clients), self.progress)
-        if not uploads:
+        if not any(upload.num_samples for upload in uploads):
             return
         self.server.train(uploads, self.progress, self._train)
         started = time.perf_counter()

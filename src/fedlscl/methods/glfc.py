@@ -84,7 +84,7 @@ class GLFC(FedAvg):
     def upload(self, client: Client) -> Payload:
         """The net; after a signal also the gradients of perturbed prototypes, without labels."""
         payload = client.net.state_dict()
-        if client.memory["signal"]:
+        if client.memory["signal"] and len(client.train_ids):
             payload[GRADIENTS] = self._gradients(client)
         return outgoing(payload)
 
@@ -132,6 +132,8 @@ class GLFC(FedAvg):
     def _detect(self, client: Client) -> bool:
         if self.oracle_signal:
             signal = client.answered == 0
+        elif not len(client.train_ids):
+            signal = False
         else:
             entropy = mean_entropy(client, self._classes(client)[0])
             signal = bool(entropy - client.memory.get("entropy", 0.0) > self.entropy_rise)

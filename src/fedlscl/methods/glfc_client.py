@@ -24,6 +24,8 @@ def extended_memory(client: Client, size: int) -> Buffer:
     fresh = client.data.train_ids(client.task - 1)
     fresh = fresh[~torch.isin(client.data.data.labels(fresh), client.buffer.labels)]
     num_classes = len(torch.cat([client.buffer.labels, client.data.data.labels(fresh)]).unique())
+    if not num_classes:
+        return client.buffer
     ids, ranks = herded(client, fresh, size // num_classes)
     ids, ranks = torch.cat([client.buffer.ids, ids]), torch.cat([client.buffer.losses, ranks.float()])
     return Buffer.empty().updated(ids, client.data.data.labels(ids), ranks, per_class=size // num_classes)
