@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from fedlscl.federated.attendance import Attendance
 from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.method import Progress
+from fedlscl.federated.rehearsal import Recorded, fake_data
 from tiny_methods import METHODS
 
 ORACLES = {"Joint", "JointLSCL"}
@@ -83,3 +84,14 @@ def test_absences_may_be_named():
     assert named.present(4, 42, Progress(0, 2)) == [0, 2]
     assert named.present(4, 42, Progress(0, 1)) == [0, 1, 2, 3]
     assert named.present(4, 42, Progress(1, 0)) == [1, 2, 3]
+
+
+def test_a_round_in_which_nobody_has_a_sample_is_not_aggregated():
+    """Of two clients, one of which never has any, one is asked in a round."""
+    run = Recorded(participation=0.5, rounds_per_task=4)
+    data = fake_data(protocol="global", private_classes=0, public_classes=4, concentration=0.01)
+    run.fit(METHODS["FedAvg"](), data, seed=46)
+    assert [len(client.data.train_ids(task)) for client in run.clients for task in range(2)] == [0, 0, 16, 16]
+    senders = [upload.client for upload in run.uploads]
+    assert set(senders) == {0, 1} and len(senders) == 8
+    assert len(run.answers) == senders.count(1)
