@@ -121,7 +121,7 @@ class Rehearsal(FederatedTrainer):
 
 
 def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemporalDataModule") -> Forecast:
-    """Rehearse with two clients in the middle by number of samples, and reckon for all clients, tasks and rounds.
+    """Rehearse with two typical clients, and reckon for all clients, tasks and rounds.
 
     The run's own objects stay as they are: the rehearsal has clients of its own and a copy of the method.
     """
@@ -129,8 +129,7 @@ def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemp
     images = [[len(datamodule.stream(i).train_ids(task)) for task in tasks] for i in range(datamodule.num_clients)]
     # Alone, nobody could hide in a secure sum; together, a pool would not be that of one client.
     number = 1 if method.simulation_only else min(2, len(images))
-    middle = max(0, (len(images) - number) // 2)
-    chosen = sorted(range(len(images)), key=lambda i: sum(images[i]))[middle : middle + number]
+    chosen = _typical(images, number)
     few = copy(datamodule)
     few._splits, few.num_clients = [datamodule.splits[i] for i in chosen], number
     rehearsal = Rehearsal(trainer)
@@ -151,6 +150,19 @@ def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemp
         seconds += scale * (part.placing + part.rest) + tested[task] * len(images)
         server += _whole_task(part.server, rounds)
     return Forecast(up, down, seconds / trainer.devices + server)
+
+
+def _typical(images: list[list[int]], number: int) -> list[int]:
+    """Clients in the middle by number of samples, of those who lack them in the fewest tasks.
+
+    Example:
+        >>> _typical([[9, 9], [1, 1], [4, 4], [5, 5]], 2), _typical([[1, 1], [0, 8], [9, 9]], 2)
+        ([2, 3], [0, 2])
+    """
+    ranked = sorted(range(len(images)), key=lambda i: sum(images[i]))
+    centre = max(0, (len(images) - number) // 2) + (number - 1) / 2
+    first = sorted(range(len(images)), key=lambda place: (images[ranked[place]].count(0), abs(place - centre)))
+    return [ranked[place] for place in sorted(first[:number])]
 
 
 def _whole_task(by_round: list[int] | list[float], rounds: int) -> float:
