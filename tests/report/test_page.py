@@ -8,8 +8,10 @@ from urllib.parse import unquote
 import pytest
 
 from chromium import browser, find_browser
+from fedlscl import methods
 from fedlscl.report.groups import grouped
 from fedlscl.report.numbers import table_latex
+from fedlscl.report.page import ORACLES
 from fedlscl.report.page import page as page_of
 from fedlscl.report.runs import read_runs
 
@@ -117,3 +119,18 @@ def test_names_bring_no_markup_into_page_and_table(runs, tmp_path, request):
     (tmp_path / "page.html").write_text(text)
     tab.open((tmp_path / "page.html").as_uri())
     assert tab.complaints == [] and tab.run("document.querySelectorAll('img').length") == 0
+
+
+def test_oracles_are_named_as_such_and_never_lead(runs, tmp_path):
+    assert sorted(ORACLES) == [name for name in methods.__all__ if getattr(methods, name).card.venue == "oracle"]
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "Local").glob("version_*/results.json"):
+        results = json.loads(path.read_text())
+        results["method"]["name"] = "Joint"
+        for after_task in results["summary"]:
+            after_task |= {"seen/average": 1.0, "task/average": 1.0}
+        path.write_text(json.dumps(results))
+    text = page_of(grouped(read_runs([tmp_path])), [], [], tmp_path)
+    first = text.index("Among all classes seen, FedAvg reaches ")
+    assert "With all data in one place Local has 100.0 %." in text[first:]
+    assert "Local reaches" not in text and "points above" not in text and "numbers as files" not in text
