@@ -28,8 +28,4 @@ def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        drive(
-            "Small models of one and of several architectures, with and without One-by-One Distillation.", experiments
-        )
-    )
+    sys.exit(drive("Fig. 4: small models of one and of several architectures.", experiments))

@@ -15,7 +15,7 @@ FOLDERS = {"cpu": "cifar100_small", "gpu": "cifar100_deit_tiny", "paper": "image
 SEEDS = (42, 1999, 2024)
 """The paper's."""
 ONCE = {"cpu": SEEDS[:1]}
-"""Seeds of rows that a preset does not repeat, which two cores have no time for."""
+"""Seeds of rows that a preset does not repeat, since two cores have no time for it."""
 FIGURE_TASKS = {"cpu": 3}
 """Tasks of the runs behind Figs. 3 to 5 and of our choices, where they are not all."""
 
@@ -48,7 +48,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.
 
 
 def once(options: argparse.Namespace) -> Sequence[int]:
-    """Seeds of a row that is not worth repeating at the small preset."""
+    """Seeds of a row that the small preset does not repeat."""
     return ONCE.get(options.preset, SEEDS)
 
 
