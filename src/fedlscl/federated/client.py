@@ -144,7 +144,7 @@ def states(net: Net | None) -> list[Tensor]:
 
 @torch.no_grad()
 def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Tensor, Tensor]:
-    """Mean of the normalised features of each class among samples, of which there are some: (C,) and (C, width)."""
+    """Mean of the normalised features of each class among samples: classes (C,) and means (C, width)."""
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
     for batch, output in client.infer(ids):
@@ -154,4 +154,6 @@ def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Te
             sums[label] = sums.get(label, 0) + chosen.sum(0)
             counts[label] = counts.get(label, 0) + len(chosen)
     classes = sorted(sums)
+    if not classes:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, client.net.head.weight.shape[1])
     return torch.tensor(classes), torch.stack([sums[label] / counts[label] for label in classes]).float()

@@ -77,10 +77,9 @@ class FedNCM(_Statistics):
 
     def statistics(self, client: Client) -> dict[str, Tensor]:
         """Counts times class means of the task, (num_classes, width)."""
+        classes, means = class_means(client, client.train_ids)
         sums = torch.zeros_like(client.net.head.weight, device="cpu")
-        if len(client.train_ids):
-            classes, means = class_means(client, client.train_ids)
-            sums[classes] = means * client.data.class_counts(client.task)[classes, None]
+        sums[classes] = means * client.data.class_counts(client.task)[classes, None]
         return {"means": sums}
 
     def expects(self, upload: Upload, net: Net) -> Payload | None:
