@@ -3,16 +3,26 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 CACHE_DIR = "~/.cache/fedlscl"
+OPAQUE, ALPHA, GREY16, REFUSED = "opaque", "alpha", "16-bit grey", "refused"
+MODES = dict.fromkeys(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"), OPAQUE)
+MODES |= dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), ALPHA)
+MODES |= dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), GREY16) | dict.fromkeys(("I", "F"), REFUSED)
+"""How each of Pillow's modes becomes RGB; a mode that is not listed is refused."""
 
 
 def decode(files: list[Path], root: Path, image_size: int, cache_dir: str | None) -> Tensor:
@@ -70,22 +80,97 @@ def _write(files: list[Path], image_size: int, cached: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def decode_one(file: Path, image_size: int) -> np.ndarray:
-    """One image as (3, image_size, image_size) uint8: shorter side resized (bicubic), centre cropped.
+def decode_one(file: Path, height: int, width: int | None = None) -> np.ndarray:
+    """One image as (3, height, width) uint8, see `read_image` and `centre_crop`.
 
     Raises:
         ValueError: if it cannot be read.
+    """
+    return centre_crop(read_image(file), height, width or height)
+
+
+def centre_crop(image: "Image", height: int, width: int) -> np.ndarray:
+    """An RGB image resized (bicubic) until it covers height x width, then cropped: (3, height, width) uint8.
+
+    An image of that size stays as it is.
+    """
+    from PIL.Image import Resampling
+
+    size = covering(image, height, width)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    image = image.resize(size, Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def covering(image: "Image", height: int, width: int) -> tuple[int, int]:
+    """The smallest (width, height) of the image's aspect ratio that covers height x width; the rest is cropped."""
+    scale = max(width / image.width, height / image.height)
+    return max(width, round(image.width * scale)), max(height, round(image.height * scale))
+
+
+def read_image(file: Path) -> "Image":
+    """An image file as 8-bit RGB, its first frame or page, turned upright as its EXIF orientation says.
+
+    Transparent parts become white. 16-bit grey levels are divided by 257, 12-bit levels of TIFF by 4095 / 255. Colour
+    profiles are not applied. All of this is our choice.
+
+    Raises:
+        ValueError: if the file cannot be read, is too large for Pillow or has 32-bit or floating-point pixels.
     """
     from PIL import Image
 
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            tiles = getattr(opened, "tile", None)
+            raw = tiles[0].args if tiles else None
+            opened.load()
+            mode, rule = opened.mode, MODES.get(opened.mode, REFUSED)
+            image = None if rule == REFUSED else _rgb(_upright(opened), rule, raw)
+    except Image.DecompressionBombError as error:
+        pixels, limit, *_ = map(int, re.findall(r"\d+", str(error)))
+        raise ValueError(f"image {file} must have at most {limit:,} pixels, got {pixels:,}: reduce its size") from None
     except Exception as error:  # A decoder raises whatever it likes.
         raise ValueError(f"image {file} cannot be read ({type(error).__name__}): replace or remove it") from None
-    scale = image_size / min(image.size)
-    width, height = (max(image_size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    image = image.crop((left, top, left + image_size, top + image_size))
-    return np.asarray(image).transpose(2, 0, 1)
+    if image is None:
+        raise ValueError(
+            f"image {file} must have 8-bit channels or 16-bit unsigned grey levels, got Pillow's mode {mode!r} "
+            "(signed, 32-bit or floating-point pixels): scale it to 0..255 and save it as 8-bit PNG"
+        )
+    return image
+
+
+def _upright(image: "Image") -> "Image":
+    """Transposed by its EXIF orientation; Pillow's exif_transpose also rewrites the EXIF data, which may fail."""
+    from PIL.Image import Transpose
+
+    turns = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # Damaged EXIF data: viewers show the pixels as stored, too.
+        return image
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        return image.transpose(Transpose[turns[orientation - 2]])
+    return image
+
+
+def _rgb(image: "Image", rule: str, raw: Any) -> "Image":
+    """Convert to RGB; ``raw`` is Pillow's name of the pixels as stored, which tells the range of PNG's tRNS value."""
+    from PIL import Image
+
+    transparent = image.info.get("transparency")
+    if rule == GREY16:
+        # Pillow clips 16-bit levels to 255 and takes TIFF's WhiteIsZero for BlackIsZero.
+        levels, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+        bits = tags.get(258, (16,))[0]
+        eight = (levels * 510 + 2**bits - 1) // (2 * (2**bits - 1))
+        eight = 255 - eight if tags.get(262) == 0 else eight
+        eight = eight if transparent is None else np.where(levels == transparent, 255, eight)
+        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+    if rule == OPAQUE and transparent is None:
+        return image.convert("RGB")
+    if raw in ("L;2", "L;4"):
+        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[raw]
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
