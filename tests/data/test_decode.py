@@ -263,3 +263,92 @@ def test_any_image_covers_any_size(height, width, to_height, to_width):
     cropped = centre_crop(image, to_height, to_width)
     assert cropped.shape == (3, to_height, to_width)
     assert (cropped == np.array([9, 99, 199])[:, None, None]).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures of one size each, with fixed times."""
+    (tmp_path / "a").mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8), (index, 50, 90)).save(tmp_path / "a" / f"{index}.bmp")
+        os.utime(tmp_path / "a" / f"{index}.bmp", (315532800, 315532800))
+    return tmp_path / "a"
+
+
+def read(folder, image_size=4):
+    return decode(sorted(folder.glob("*.*")), image_size, str(folder.parent / "cache"))
+
+
+def entries(folder):
+    return sorted((folder.parent / "cache").iterdir())
+
+
+def test_files_that_differ_in_their_pixels_only_are_told_apart(folder):
+    first = read(folder)
+    for file in folder.iterdir():
+        before = file.stat()
+        data = bytearray(file.read_bytes())
+        data[-8 * 8 * 3 :] = bytes([200]) * (8 * 8 * 3)
+        file.write_bytes(data)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_size == before.st_size
+    assert (read(folder) == 200).all()
+    assert first[:, 1].unique().tolist() == [50]
+
+
+def test_moved_copied_and_renamed_folders_share_an_entry(folder, monkeypatch):
+    first = read(folder)
+    shutil.copytree(folder, folder.parent / "copy")
+    folder.rename(folder.parent / "moved")
+    monkeypatch.setattr(Image, "open", None)
+    for name in ("copy", "moved"):
+        assert torch.equal(read(folder.parent / name), first)
+    assert len(entries(folder)) == 1
+
+
+def test_order_size_and_version_have_entries_of_their_own(folder, monkeypatch):
+    files = sorted(folder.iterdir())
+    cache = str(folder.parent / "cache")
+    assert torch.equal(decode(files[::-1], 4, cache), decode(files, 4, cache).flip(0))
+    assert decode(files, 5, cache).shape == (3, 3, 5, 5)
+    monkeypatch.setattr(decoding, "VERSION", decoding.VERSION + 1)
+    decode(files, 4, cache)
+    assert len(entries(folder)) == 4
+
+
+def save(array):
+    return lambda entry: np.save(entry.open("wb"), array)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: entry.write_bytes(entry.read_bytes()[:-1]),
+        lambda entry: entry.write_bytes(entry.read_bytes()[:100]),
+        lambda entry: entry.write_bytes(b""),
+        lambda entry: entry.write_bytes(b"PK\x03\x04 something else"),
+        lambda entry: np.savez(entry.open("wb"), images=np.zeros((3, 3, 4, 4), np.uint8)),
+        save(np.zeros((2, 3, 4, 4), np.uint8)),
+        save(np.zeros((3, 4, 4, 3), np.uint8)),
+        save(np.zeros((3, 3, 4, 4), np.float32)),
+        save(np.asfortranarray(np.zeros((3, 3, 4, 4), np.uint8))),
+        save(np.array([{}])),
+    ],
+)
+def test_a_damaged_entry_is_decoded_again(folder, damage):
+    first = read(folder).clone()
+    (entry,) = entries(folder)
+    whole = entry.read_bytes()
+    damage(entry)
+    assert torch.equal(read(folder), first)
+    assert entries(folder) == [entry] and entry.read_bytes() == whole
+
+
+def test_an_entry_with_any_byte_of_its_header_changed_is_never_taken_for_other_images(folder):
+    first = read(folder).clone()
+    (entry,) = entries(folder)
+    whole = entry.read_bytes()
+    assert len(whole) == 128 + first.numel()
+    for position in range(128):
+        entry.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert torch.equal(read(folder), first), position

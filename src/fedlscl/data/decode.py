@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CACHE_DIR = "~/.cache/fedlscl"
+VERSION = 2
+"""Part of every cached file's name: raise it whenever the pixels of any file change."""
 OPAQUE, ALPHA, GREY16, REFUSED = "opaque", "alpha", "16-bit grey", "refused"
 MODES = dict.fromkeys(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"), OPAQUE)
 MODES |= dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), ALPHA)
@@ -25,12 +27,11 @@ MODES |= dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), GREY16) | dict.fromk
 """How each of Pillow's modes becomes RGB; a mode that is not listed is refused."""
 
 
-def decode(files: list[Path], root: Path, image_size: int, cache_dir: str | None) -> Tensor:
+def decode(files: list[Path], image_size: int, cache_dir: str | None) -> Tensor:
     """Images (N, 3, image_size, image_size) uint8, mapped from the cache; decoded on first use.
 
     Args:
-        files: the images, in order.
-        root: folder that all files are in; names below it, sizes, times and image_size identify the cached file.
+        files: the images, in order; their contents and image_size identify the cached file.
         image_size: shorter side after resizing (bicubic) and side of the centre crop, in pixels.
         cache_dir: folder of the cached files.
 
@@ -38,24 +39,35 @@ def decode(files: list[Path], root: Path, image_size: int, cache_dir: str | None
         ValueError: if an image cannot be read, or the cache has no room.
     """
     if image_size < 1:
-        raise ValueError(f"image_size={image_size}: use 1 or more pixels")
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}: set a positive image_size")
     folder = Path(cache_dir or CACHE_DIR).expanduser()
-    cached = folder / f"{_key(files, root, image_size)}.npy"
-    if not cached.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(files, image_size, cached)
-    # Copy on write: nothing that happens to the tensor reaches the file.
-    return torch.from_numpy(np.load(cached, mmap_mode="c"))
-
-
-def _key(files: list[Path], root: Path, image_size: int) -> str:
-    stats = [(file, file.stat()) for file in files]
-    described = [(file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    return hashlib.sha256(json.dumps([image_size, described]).encode()).hexdigest()[:32]
-
-
-def _write(files: list[Path], image_size: int, cached: Path) -> None:
     shape = (len(files), 3, image_size, image_size)
+    cached = folder / f"{_key(files, image_size)}.npy"
+    images = _mapped(cached, shape)
+    if images is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(files, shape, cached)
+        images = np.load(cached, mmap_mode="c")
+    return torch.from_numpy(images)
+
+
+def _key(files: list[Path], image_size: int) -> str:
+    with ThreadPoolExecutor() as pool:
+        contents = list(pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), files))
+    return hashlib.sha256(json.dumps([VERSION, image_size, contents]).encode()).hexdigest()[:32]
+
+
+def _mapped(cached: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The cached images; None if the file is absent, truncated or has another shape."""
+    try:
+        # Copy on write: changes to the tensor do not reach the file.
+        images = np.lib.format.open_memmap(cached, mode="c")
+    except Exception:  # A damaged header raises more than numpy documents.
+        return None
+    return images if images.dtype == np.uint8 and images.shape == shape and images.flags.c_contiguous else None
+
+
+def _write(files: list[Path], shape: tuple[int, ...], cached: Path) -> None:
     needed, free = int(np.prod(shape)), shutil.disk_usage(cached.parent).free
     # Writing a mapped file on a full disk kills the process.
     if needed > free:
@@ -69,7 +81,7 @@ def _write(files: list[Path], image_size: int, cached: Path) -> None:
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
 
         def store(index: int) -> None:
-            images[index] = decode_one(files[index], image_size)
+            images[index] = decode_one(files[index], shape[-1])
 
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(store, range(len(files))):

@@ -40,7 +40,7 @@ def load_folder(
     def load(files: Files, limit: int | None) -> tuple[Tensor, Tensor]:
         # Chosen before they are decoded.
         chosen = _choose(files, first_per_class(_labels(files), limit, seed))
-        images = decode([path for path, _ in chosen], root, image_size or IMAGE_SIZE, cache_dir)
+        images = decode([path for path, _ in chosen], image_size or IMAGE_SIZE, cache_dir)
         return images, torch.from_numpy(_labels(chosen))
 
     return ImageData(name, *load(train, train_per_class), *load(test, test_per_class), tuple(classes))
