@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedlscl.data import load_manifest, save_manifest, spatial_temporal_split
+from fedlscl.data.manifest import preparation, read_manifest
 
 
 @pytest.fixture
@@ -89,3 +90,36 @@ def test_other_files_are_refused_in_one_line(tmp_path, text):
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none.json cannot be read"):
         load_manifest(tmp_path / "none.json", "abc")
+
+
+NEW = {"dataset": "a.npz", "image_height": 16, "image_width": 48, "image_rule": "stored"}
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        (NEW, (16, 48, False)),
+        (NEW | {"dataset": "folder", "image_rule": "crop"}, (16, 48, True)),
+        ({"dataset": "folder", "image_size": 32}, (32, 32, True)),
+        ({"dataset": "imagenet-r", "image_size": 224}, (224, 224, True)),
+        ({"dataset": "digits", "image_size": 8}, (8, 8, False)),
+        ({"dataset": "cifar100", "image_size": 32}, (32, 32, False)),
+        ({"dataset": "a.npz", "image_size": 16}, None),
+        ({"dataset": "digits"}, None),
+        ({"image_size": 16}, None),
+        ({}, None),
+        (NEW | {"image_rule": "other"}, None),
+        (NEW | {"image_height": 0}, None),
+        (NEW | {"image_width": "48"}, None),
+        ({name: value for name, value in NEW.items() if name != "image_width"}, None),
+    ],
+)
+def test_the_preparation_of_images_is_read_or_refused(tmp_path, splits, meta, expected):
+    save_manifest(tmp_path / "m.json", splits, ["a"], "abc", meta)
+    manifest = read_manifest(tmp_path / "m.json")
+    if expected is None:
+        with pytest.raises(ValueError, match=r"the manifest must record image_height, .*: save it again") as error:
+            preparation(manifest)
+        assert "\n" not in str(error.value)
+    else:
+        assert preparation(manifest) == expected

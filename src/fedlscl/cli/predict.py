@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from fedlscl.cli.identity import identify, learned_part
 from fedlscl.cli.runs import MANIFEST
-from fedlscl.data.decode import decode_one
+from fedlscl.data.decode import centre_crop, covering, read_image
 from fedlscl.data.folder import SUFFIXES
-from fedlscl.data.manifest import read_manifest
+from fedlscl.data.manifest import preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.device import connect
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.trainer import FederatedTrainer
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 64
 """Images per forward pass."""
@@ -60,7 +63,8 @@ class Predictor:
             raise ValueError(f"client={client} does not exist: choose 0 to {len(manifest.splits) - 1}.")
         learned = Progress(*state["progress"]).learned + 1
         classes = sorted(label for task in manifest.splits[client].classes[:learned] for label in task)
-        self.image_size = int(manifest.meta["image_size"])
+        self.prepared = preparation(manifest)
+        self.num_reshaped = 0
         self.names = [manifest.class_names[label] for label in classes]
         self.fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
         net = method.build_net(client, len(manifest.class_names))
@@ -72,11 +76,22 @@ class Predictor:
         """The ``top`` classes of each file, best first."""
         for start in range(0, len(files), CHUNK):
             chunk = files[start : start + CHUNK]
-            images = np.stack([decode_one(file, self.image_size) for file in chunk])
+            images = np.stack([self.read(file) for file in chunk])
             values, ranked = self.probabilities(torch.from_numpy(images)).topk(min(top, len(self.names)))
             for file, row, labels in zip(chunk, values.tolist(), ranked.tolist(), strict=True):
                 for rank, (probability, label) in enumerate(zip(row, labels, strict=True), start=1):
                     yield Prediction(str(file), rank, self.names[label], probability)
+        if self.num_reshaped:
+            logger.warning(
+                f"{self.num_reshaped} of {len(files)} images do not have the data set's aspect ratio, width x height = "
+                f"{self.prepared.width} x {self.prepared.height}: only their centre was used"
+            )
+
+    def read(self, file: Path) -> np.ndarray:
+        """An image (3, h, w) uint8, prepared like those of the data set."""
+        image, (height, width, is_cropped) = read_image(file), self.prepared
+        self.num_reshaped += not is_cropped and covering(image, height, width) != (width, height)
+        return centre_crop(image, height, width)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from fedlscl.data import manifest as manifests
 from fedlscl.data.augment import Augment
 from fedlscl.data.batch import Batch
-from fedlscl.data.datasets import load_images
+from fedlscl.data.datasets import CROPPED, load_images
 from fedlscl.data.images import ImageData
 from fedlscl.data.loader import batches
 from fedlscl.data.place import PlaceDataModule
@@ -237,7 +237,9 @@ class SpatialTemporalDataModule(L.LightningDataModule):
     def _meta(self) -> dict[str, str | int | float | None]:
         meta = {
             "dataset": self.dataset,
-            "image_size": min(self.data.train_images.shape[2:]),
+            "image_height": self.data.train_images.shape[2],
+            "image_width": self.data.train_images.shape[3],
+            "image_rule": "crop" if self.dataset in CROPPED else "stored",
             "train_per_class": self.train_per_class,
             "test_per_class": self.test_per_class,
         }

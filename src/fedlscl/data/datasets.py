@@ -12,6 +12,8 @@ from fedlscl.data.npz import load_npz
 from fedlscl.data.per_class import split_per_class
 
 NAMES = "'cifar100', 'imagenet-r', 'folder', 'digits', 'fake' or a file name that ends in .npz"
+CROPPED = ("folder", "imagenet-r")
+"""Data sets made from image files of any size, by `centre_crop`."""
 DIGITS_TRAIN_FRACTION = 0.75
 FAKE_SIZE, FAKE_TRAIN, FAKE_TEST = 32, 20, 10
 
@@ -44,7 +46,7 @@ def load_images(
     Raises:
         ValueError: if the data set is unknown, missing or broken.
     """
-    if dataset in ("folder", "imagenet-r"):
+    if dataset in CROPPED:
         folder = _needed(root, dataset)
         folder = imagenet_r_folder(folder) if dataset == "imagenet-r" else folder
         return load_folder(dataset, folder, image_size, cache_dir, train_per_class, test_per_class, seed)

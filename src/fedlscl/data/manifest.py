@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedlscl.data.datasets import CROPPED
 from fedlscl.data.split import ClientSplit
 
 FORMAT = 1
@@ -61,7 +62,35 @@ class Manifest(NamedTuple):
     fingerprint: str
     """Of the data set, `ImageData.fingerprint`."""
     meta: dict[str, Any]
-    """How the split was drawn, and the side of the stored images as ``image_size``."""
+    """How the split was drawn and, for `preparation`, how the images were prepared."""
+
+
+class Preparation(NamedTuple):
+    """How image files are brought to the size of a data set's images, so that `predict` sees what `test` sees."""
+
+    height: int
+    width: int
+    is_cropped: bool
+    """Whether the data set itself was cropped from image files; otherwise it was stored in this size."""
+
+
+def preparation(manifest: Manifest) -> Preparation:
+    """Read it from ``meta``; earlier versions stored the shorter side only, which is enough for square images.
+
+    Raises:
+        ValueError: if the manifest does not record it.
+    """
+    meta = manifest.meta
+    size, rule = (meta.get("image_height"), meta.get("image_width")), meta.get("image_rule")
+    if rule is None and not str(meta.get("dataset", ".npz")).endswith(".npz"):
+        size = (meta.get("image_size"), meta.get("image_size"))
+        rule = "crop" if meta["dataset"] in CROPPED else "stored"
+    if rule not in ("crop", "stored") or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(
+            f"the manifest must record image_height, image_width and image_rule, got {size[0]}, {size[1]} and "
+            f"{rule!r}: save it again with SpatialTemporalDataModule.save_manifest"
+        )
+    return Preparation(*size, is_cropped=rule == "crop")
 
 
 def load_manifest(path: str | Path, fingerprint: str) -> list[ClientSplit]:
