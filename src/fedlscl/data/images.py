@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,18 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for part, labels in (("train", self.train_labels), ("test", self.test_labels)):
+        for part in ("train", "test"):
+            _check_images(getattr(self, f"{part}_images"), f"{part}_images of data set {self.name!r}")
+        size, test_size = (tuple(images.shape[2:]) for images in (self.train_images, self.test_images))
+        if size != test_size:
+            raise ValueError(
+                f"test_images of data set {self.name!r} must be {size} like train_images, got {test_size}: resize them"
+            )
+        for part, images, labels in (
+            ("train", self.train_images, self.train_labels),
+            ("test", self.test_images, self.test_labels),
+        ):
+            _check_labels(labels, len(images), f"{part}_labels of data set {self.name!r}")
             counts = torch.bincount(labels, minlength=self.num_classes)
             if len(counts) > self.num_classes:
                 raise ValueError(
@@ -83,6 +95,29 @@ class ImageData:
             test_images=self.test_images[test],
             test_labels=self.test_labels[test],
         )
+
+
+def _check_images(images: Any, what: str) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise ValueError(f"{what} must be a uint8 tensor in 0..255, got {_kind(images)}: scale and convert it")
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
+        is_last = len(shape) == 4 and shape[3] == 3
+        fix = "use images.permute(0, 3, 1, 2)" if is_last else "repeat a single channel three times"
+        raise ValueError(f"{what} must have shape (N, 3, height, width), got {shape}: {fix}")
+
+
+def _check_labels(labels: Any, count: int, what: str) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise ValueError(f"{what} must be an int64 tensor, got {_kind(labels)}: convert it")
+    if labels.shape != (count,):
+        raise ValueError(f"{what} must have shape ({count},), got {tuple(labels.shape)}: give one label per image")
+    if count and labels.min() < 0:
+        raise ValueError(f"{what} must be >= 0, got {int(labels.min())}: number the classes from 0")
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype if isinstance(value, Tensor) else type(value).__name__)
 
 
 def _take(train: Tensor, test: Tensor, ids: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+
+from fedlscl.data.images import ImageData
+
+IMAGES, LABELS = torch.zeros(4, 3, 5, 6, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+VALID = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
+
+
+def make(**changed):
+    return ImageData(name="mine", class_names=("a", "b"), **(VALID | changed))
+
+
+def test_valid_images_of_any_size_are_taken():
+    for height, width in ((1, 1), (3, 3), (5, 3), (200, 1)):
+        images = torch.zeros(4, 3, height, width, dtype=torch.uint8)
+        assert make(train_images=images, test_images=images).num_classes == 2
+
+
+FLAWS = [
+    (IMAGES.float() * 255, "must be a uint8 tensor in 0..255, got torch.float32"),
+    (IMAGES.half() / 255, "must be a uint8 tensor in 0..255, got torch.float16"),
+    (IMAGES.long(), "must be a uint8 tensor in 0..255, got torch.int64"),
+    (IMAGES.bool(), "must be a uint8 tensor in 0..255, got torch.bool"),
+    (IMAGES.numpy(), "must be a uint8 tensor in 0..255, got ndarray"),
+    ([1, 2], "must be a uint8 tensor in 0..255, got list"),
+    (IMAGES.permute(0, 2, 3, 1), r"\(N, 3, height, width\), got \(4, 5, 6, 3\): use images.permute\(0, 3, 1, 2\)"),
+    (IMAGES[:, :1], r"got \(4, 1, 5, 6\): repeat a single channel three times"),
+    (IMAGES[:, 0], r"got \(4, 5, 6\): repeat a single channel three times"),
+    (IMAGES[:, :2], r"must have shape \(N, 3, height, width\), got \(4, 2, 5, 6\)"),
+    (IMAGES.repeat(1, 2, 1, 1)[:, :4], r"must have shape \(N, 3, height, width\), got \(4, 4, 5, 6\)"),
+    (IMAGES[..., :0], r"must have shape \(N, 3, height, width\), got \(4, 3, 5, 0\)"),
+]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(("images", "message"), FLAWS)
+def test_images_of_another_type_or_layout_are_refused(part, images, message):
+    with pytest.raises(ValueError, match=f"^{part}_images of data set 'mine' .*{message}") as error:
+        make(**{f"{part}_images": images})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS.float(), "must be an int64 tensor, got torch.float32"),
+        (LABELS.int(), "must be an int64 tensor, got torch.int32"),
+        (np.array([0, 1, 0, 1]), "must be an int64 tensor, got ndarray"),
+        (LABELS[:, None], r"must have shape \(4,\), got \(4, 1\)"),
+        (LABELS[:3], r"must have shape \(4,\), got \(3,\)"),
+        (LABELS - 1, "must be >= 0, got -1"),
+    ],
+)
+def test_labels_of_another_type_or_number_are_refused(part, labels, message):
+    with pytest.raises(ValueError, match=f"^{part}_labels of data set 'mine' {message}") as error:
+        make(**{f"{part}_labels": labels})
+    assert "\n" not in str(error.value)
+
+
+def test_train_and_test_images_have_one_size():
+    with pytest.raises(
+        ValueError, match=r"test_images of data set 'mine' must be \(5, 6\) like train_images, got \(6, 5\)"
+    ):
+        make(test_images=IMAGES.transpose(2, 3))
