@@ -103,21 +103,22 @@ def in_mode(mode):
 
 
 @pytest.mark.parametrize("mode", Image.MODES)
-def test_each_mode_becomes_rgb_as_stated_or_is_refused(mode, monkeypatch):
+def test_each_mode_becomes_rgb_as_stated_or_is_refused(mode, tmp_path, monkeypatch):
     image, expected = in_mode(mode)
     assert image.mode == mode
+    (tmp_path / "x").touch()
     monkeypatch.setattr(Image, "open", lambda file: image)
     if MODES[mode] == REFUSED:
         with pytest.raises(
-            ValueError, match=rf"^image x must have .* got Pillow's mode '{mode}' .*: scale it"
+            ValueError, match=rf"^image .*x must have .* got Pillow's mode '{mode}' .*: scale it"
         ) as error:
-            read_image("x")
+            read_image(tmp_path / "x")
         assert "\n" not in str(error.value)
         return
     expected = np.asarray(image.convert("RGB")) if expected is None else expected
     # Premultiplied colours have lost up to 255 / alpha levels.
     tolerance = {OPAQUE: 0, GREY16: 0, ALPHA: 2 if mode in ("La", "RGBa") else 1}[MODES[mode]]
-    np.testing.assert_allclose(pixels("x"), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(pixels(tmp_path / "x"), expected, rtol=0, atol=tolerance)
 
 
 def test_a_mode_without_a_rule_is_refused(monkeypatch, tmp_path):
@@ -202,6 +203,26 @@ def test_ink_on_a_transparent_ground_keeps_its_shape(tmp_path, mode, suffix):
     assert (pixels(tmp_path / f"x.{suffix}") == 255 - alpha[..., None]).all()
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA"])
+def test_colours_behind_an_alpha_channel_of_zeros_are_refused(tmp_path, mode, monkeypatch):
+    image = in_mode(mode)[0]
+    image.putalpha(0)
+    (tmp_path / "x").touch()
+    monkeypatch.setattr(Image, "open", lambda file: image)
+    with pytest.raises(
+        ValueError, match=r"x must have visible pixels, got alpha 0 everywhere .*: save it without alpha"
+    ):
+        read_image(tmp_path / "x")
+    image.putpixel((0, 0), (*image.getpixel((0, 0))[:-1], 255))
+    assert (pixels(tmp_path / "x").reshape(-1, 3)[1:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_an_empty_drawing_is_white(tmp_path, mode):
+    Image.new(mode, (4, 5)).save(tmp_path / "x.png")
+    assert (pixels(tmp_path / "x.png") == 255).all()
+
+
 def test_opaque_pictures_do_not_depend_on_having_an_alpha_channel(tmp_path):
     colour = RANDOM.integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(colour).save(tmp_path / "rgb.png")
@@ -224,14 +245,22 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     np.testing.assert_allclose(found, upright[..., None].repeat(3, 2), rtol=0, atol=2 if suffix == "jpg" else 0)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
-def test_exif_orientation_is_applied_in_every_mode(tmp_path, mode):
+TIFF_MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B"]
+PNG_MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "options"),
+    [(mode, "png", {}) for mode in PNG_MODES]
+    + [(mode, "tif", {"compression": method}) for mode in TIFF_MODES for method in (None, "tiff_lzw")],
+)
+def test_exif_orientation_is_applied_in_every_mode(tmp_path, mode, suffix, options):
     image = in_mode(mode)[0]
-    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / f"plain.{suffix}", **options)
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    assert (pixels(tmp_path / "plain.png") == pixels(tmp_path / "turned.png")).all()
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"turned.{suffix}", exif=exif, **options)
+    assert (pixels(tmp_path / f"plain.{suffix}") == pixels(tmp_path / f"turned.{suffix}")).all()
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\0" * 9])

@@ -7,7 +7,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -127,28 +127,42 @@ def read_image(file: Path) -> "Image":
     profiles are not applied. All of this is our choice.
 
     Raises:
-        ValueError: if the file cannot be read, is too large for Pillow or has 32-bit or floating-point pixels.
+        ValueError: if the file cannot be read, is too large for Pillow, has signed, 32-bit or floating-point pixels, or has
+            alpha 0 everywhere over varying colours.
     """
     from PIL import Image
 
     try:
-        with Image.open(file) as opened:
+        # Given a path, Pillow maps uncompressed TIFF files into memory, and scrambles those with an orientation.
+        with file.open("rb") as stream, Image.open(stream) as opened:
             tiles = getattr(opened, "tile", None)
             raw = tiles[0].args if tiles else None
             opened.load()
-            mode, rule = opened.mode, MODES.get(opened.mode, REFUSED)
-            image = None if rule == REFUSED else _rgb(_upright(opened), rule, raw)
+            rule = MODES.get(opened.mode, REFUSED)
+            flaw = _flaw(opened, rule)
+            image = opened if flaw else _rgb(_upright(opened), rule, raw)
     except Image.DecompressionBombError as error:
         pixels, limit, *_ = map(int, re.findall(r"\d+", str(error)))
         raise ValueError(f"image {file} must have at most {limit:,} pixels, got {pixels:,}: reduce its size") from None
     except Exception as error:  # A decoder raises whatever it likes.
         raise ValueError(f"image {file} cannot be read ({type(error).__name__}): replace or remove it") from None
-    if image is None:
-        raise ValueError(
-            f"image {file} must have 8-bit channels or 16-bit unsigned grey levels, got Pillow's mode {mode!r} "
+    if flaw:
+        raise ValueError(f"image {file} {flaw}")
+    return image
+
+
+def _flaw(image: "Image", rule: str) -> str | None:
+    """Why an image cannot become RGB, and the remedy."""
+    if rule == REFUSED:
+        return (
+            f"must have 8-bit channels or 16-bit unsigned grey levels, got Pillow's mode {image.mode!r} "
             "(signed, 32-bit or floating-point pixels): scale it to 0..255 and save it as 8-bit PNG"
         )
-    return image
+    if rule == ALPHA:
+        *colours, (_, opacity) = cast(tuple[tuple[int, int], ...], image.getextrema())
+        if opacity == 0 and any(low != high for low, high in colours):
+            return "must have visible pixels, got alpha 0 everywhere over varying colours: save it without alpha"
+    return None
 
 
 def _upright(image: "Image") -> "Image":
