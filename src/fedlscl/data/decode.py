@@ -127,8 +127,8 @@ def read_image(file: Path) -> "Image":
     profiles are not applied. All of this is our choice.
 
     Raises:
-        ValueError: if the file cannot be read, is too large for Pillow, has signed, 32-bit or floating-point pixels, or has
-            alpha 0 everywhere over varying colours.
+        ValueError: if the file cannot be read, is too large for Pillow, has signed, 32-bit or floating-point pixels, or
+            has alpha 0 everywhere over varying colours.
     """
     from PIL import Image
 
