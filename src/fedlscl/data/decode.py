@@ -21,9 +21,12 @@ CACHE_DIR = "~/.cache/fedlscl"
 VERSION = 2
 """Part of every cached file's name: raise it whenever the pixels of any file change."""
 OPAQUE, ALPHA, GREY16, REFUSED = "opaque", "alpha", "16-bit grey", "refused"
-MODES = dict.fromkeys(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"), OPAQUE)
-MODES |= dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), ALPHA)
-MODES |= dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), GREY16) | dict.fromkeys(("I", "F"), REFUSED)
+MODES: dict[str, str] = {
+    **dict.fromkeys(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"), OPAQUE),
+    **dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), ALPHA),
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), GREY16),
+    **dict.fromkeys(("I", "F"), REFUSED),
+}
 """How each of Pillow's modes becomes RGB; a mode that is not listed is refused."""
 
 
@@ -183,7 +186,7 @@ def _rgb(image: "Image", rule: str, raw: Any) -> "Image":
     """Convert to RGB; ``raw`` is Pillow's name of the pixels as stored, which tells the range of PNG's tRNS value."""
     from PIL import Image
 
-    transparent = image.info.get("transparency")
+    transparent: Any = image.info.get("transparency")
     if rule == GREY16:
         # Pillow clips 16-bit levels to 255 and takes TIFF's WhiteIsZero for BlackIsZero.
         levels, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})

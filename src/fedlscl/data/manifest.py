@@ -81,7 +81,8 @@ def preparation(manifest: Manifest) -> Preparation:
         ValueError: if the manifest does not record it.
     """
     meta = manifest.meta
-    size, rule = (meta.get("image_height"), meta.get("image_width")), meta.get("image_rule")
+    size: tuple[Any, Any] = meta.get("image_height"), meta.get("image_width")
+    rule = meta.get("image_rule")
     if rule is None and not str(meta.get("dataset", ".npz")).endswith(".npz"):
         size = (meta.get("image_size"), meta.get("image_size"))
         rule = "crop" if meta["dataset"] in CROPPED else "stored"
