@@ -8,10 +8,22 @@ READY := .venv/.ready
 # One thread each: nets this small gain nothing from more, and lose much where something else runs beside them.
 demo test coverage: export OMP_NUM_THREADS = 1
 
+# $(call had,RUN,TEXT without commas): what a run of the demo has, the MB that its clients sent, its seconds.
+had = @awk -F'[ ,]+' '/^ *"up_bytes"/ { mb = $$3 / 1e6 } /^ "total_seconds"/ { s = $$3 } \
+	END { printf "%-10s  $(2); %.2f MB up; %.0f s\n", "$(1)", mb, s }' \
+	$$(ls -td runs/digits/$(1)/version_* | head -n 1 | sed 's|.*|&/results.json &/costs.json|')
+
 demo: $(READY)
 	$(BIN)/fedlscl fit --config configs/digits/fedavg.yaml
+	$(BIN)/fedlscl fit --config configs/digits/fedavg_vit.yaml
+	$(BIN)/fedlscl fit --config configs/digits/fedridge.yaml
 	$(BIN)/fedlscl fit --config configs/digits.yaml
 	$(BIN)/fedlscl report runs/digits
+	@echo "Not the same in all runs (the ViT is pretrained and frozen; a CNN starts from scratch):"
+	$(call had,FedRidge,ViT; closed-form head; nothing is trained)
+	$(call had,FedAvg+ViT,ViT; trained linear head)
+	$(call had,FedLSCL,ViT; trained CNN and generator and head; two closed-form heads; replays stored images)
+	$(call had,FedAvg,no ViT; trained CNN with a linear head)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

@@ -1,11 +1,15 @@
 """The commands that the README shows are run as they stand there, on tiny nets and fake data."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import tiny
@@ -60,6 +64,66 @@ def test_everything_else_is_a_make_target_the_environment_tensorboard_or_complet
     assert others == {"make", "source", "tensorboard", "eval"}
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     assert {line.split()[1] for line in LINES if line.startswith("make ")} <= set(targets)
+
+
+DEMO = re.search(r"^demo: .*?(?=^\w)", (ROOT / "Makefile").read_text(), re.M | re.S)[0]
+CONTROLS = {"FedRidge", "FedAvg+ViT"}
+"""What Fed-LSCL's pretrained ViT reaches without Fed-LSCL."""
+
+
+def names_in_the_demo():
+    """The runs of `make demo`, by the names that its table has."""
+    configs = [yaml.safe_load((ROOT / path).read_text()) for path in re.findall(r"--config (\S+)", DEMO)]
+    return {config["trainer"].get("name", config["method"]["class_path"]) for config in configs}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_pages_show_every_run_of_the_demo_and_what_it_has(page):
+    text = (ROOT / page).read_text()
+    rows = re.findall(r"^\| (Fed\S+) \|.* 42 \|$", text, re.M)
+    assert set(rows) == names_in_the_demo() >= {"FedLSCL", "FedAvg", *CONTROLS} and len(rows) == len(set(rows))
+    for name in rows:
+        sent = re.search(rf"^\| {re.escape(name)} \|(?:[^|]*\|){{5}} ([\d.]+) \|", text, re.M)[1]
+        assert re.search(
+            rf"^- `{re.escape(name)}`: .*(ViT|CNN from scratch).*; {sent} MB.*; \d+ seconds\.$", text, re.M
+        )
+
+
+def test_the_two_tables_of_the_demo_are_one():
+    tables = [
+        re.findall(r"^\| Fed\S+ \|.* 42 \|$", (ROOT / page).read_text(), re.M)
+        for page in ("README.md", "docs/index.md")
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_the_demo_says_after_its_table_what_each_run_has(tmp_path):
+    """With the figures of the newest version of every run."""
+    names = names_in_the_demo()
+    for number, name in enumerate(sorted(names)):
+        for version in range(2):
+            run = tmp_path / "runs/digits" / name / f"version_{version}"
+            run.mkdir(parents=True)
+            sent = (number + 1) * 1_500_000 if version else 1
+            (run / "results.json").write_text(json.dumps({"traffic": {"up_bytes": sent, "down_bytes": 7}}, indent=1))
+            costs = {"total_seconds": 20.4 + number if version else 1.0, "sessions": [{"total_seconds": 9.0}]}
+            (run / "costs.json").write_text(json.dumps(costs, indent=1))
+            os.utime(run, (version, version))
+    ready = [f"--assume-old={path}" for path in (".venv/.ready", "requirements.lock", "pyproject.toml")]
+    command = ["make", "-s", "-f", ROOT / "Makefile", *ready, "BIN=programs", "demo"]
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs/fedlscl").write_text("#!/bin/sh\n")
+    (tmp_path / "programs/fedlscl").chmod(0o755)
+    for file in ("requirements.lock", "pyproject.toml", ".venv/.ready"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for number, name in enumerate(sorted(names)):
+        found = re.search(
+            rf"^{re.escape(name)} +(.*); {1.5 * (number + 1):.2f} MB up; {20 + number} s$", done.stdout, re.M
+        )
+        assert found and re.search("ViT|CNN", found[1]) and re.search("train", found[1]), done.stdout
 
 
 def test_the_python_example_runs():
