@@ -1,10 +1,13 @@
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
 
+from fedlscl import SpatialTemporalDataModule
 from fedlscl.nets.small import SmallClassifier, SmallModel, UnitFeatures
 
 WIDTHS = {
@@ -100,3 +103,36 @@ def test_a_classifier_is_a_small_model_with_a_linear_head():
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"small_model 'resnet81' is unknown to timm.*resnet18"):
         SmallModel("resnet81", 32)
+
+
+PAGE = Path(__file__).parents[2] / "docs/methods/fedlscl.md"
+IMAGES = Path(__file__).parents[2].parent / "shared/data/cifar100_100x30.npz"
+SPREADS = re.findall(r"^\| `(\w+)`, (\d+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M)
+
+
+def spread(small, unit, images):
+    """Mean distance of E from its mean over images."""
+    with torch.no_grad():
+        features = unit(small(images))
+    return (features - features.mean(0)).norm(dim=1).mean().item()
+
+
+@pytest.mark.skipif(not IMAGES.is_file(), reason="needs ../shared/data/cifar100_100x30.npz")
+@pytest.mark.parametrize(("name", "size", "at_rest", "batch"), SPREADS, ids=lambda value: value)
+def test_the_spread_of_features_is_what_the_page_states(name, size, at_rest, batch):
+    shape = {"num_clients": 5, "num_tasks": 5, "private_classes": 15, "public_classes": 25}
+    data = SpatialTemporalDataModule(
+        dataset=IMAGES.name, root=str(IMAGES.parent), train_per_class=25, test_per_class=15, seed=42, **shape
+    )
+    ids = torch.cat([data.stream(client).train_ids(0) for client in range(5)])[::4]
+    torch.manual_seed(42)
+    small = SmallModel(name, int(size))
+    unit = UnitFeatures(small.width, 512)
+    assert len(ids) == 129
+    assert spread(small.eval(), unit, data.fetch(ids).images) == pytest.approx(float(at_rest), abs=1e-3)
+    assert spread(small.train(), unit, data.fetch(ids).images) == pytest.approx(float(batch), abs=1e-3)
+
+
+def test_the_page_states_the_presets_small_model_and_one_whose_features_differ():
+    stated = {(name, int(size)): float(at_rest) for name, size, at_rest, _ in SPREADS}
+    assert stated["mobilenetv3_small_100", 32] < 0.05 < 0.3 < stated["resnet18", 32]
