@@ -101,6 +101,27 @@ def test_no_cnn_head_image_or_raw_feature_is_in_an_upload(watched):
         assert torch.isin(own, sent).sum() <= 1e-3 * len(own) + 1
 
 
+def test_a_class_with_one_sample_gives_its_vit_features_away(make_method, make_data, federate):
+    """Its columns of the sums are those features with unit norm, and the documentation says so."""
+    method = make_method({"analytic_weight": 2.0, "adapted_weight": 2.0})
+    watch = Sent(method)
+    trainer = federate(method, make_data(train_per_class=2), max_tasks=1)
+    found = 0
+    for client, payload in zip(trainer.clients, watch.uploads, strict=True):
+        labels = client.data.data.labels(client.train_ids)
+        for label in labels.unique()[labels.unique(return_counts=True)[1] == 1]:
+            images = client.data.fetch(client.train_ids[labels == label]).images
+            with torch.no_grad():
+                frozen = client.net.frozen_prefix(images)[:, -1]
+            sent = payload["analytic.products"][:-1, label].float()
+            torch.testing.assert_close(sent, torch.nn.functional.normalize(frozen)[0].float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(payload["adapted.products"][:-1, label].norm().item(), 1.0, rtol=1e-4, atol=0)
+            found += 1
+    assert found
+    assert "The ViT feature of a class with one sample" in FedLSCL.upload.__doc__
+    assert "sums of ViT features" in FedLSCL.card.uploads
+
+
 def test_moments_are_those_of_the_features_of_the_buffer_to_be(watched):
     _, watch = watched
     for payload, features in zip(watch.uploads, watch.features, strict=True):

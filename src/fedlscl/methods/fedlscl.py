@@ -1,8 +1,8 @@
 """Fed-LSCL (Yu et al., arXiv 2508.09489): large-small collaboration for federated continual learning.
 
-Deviations from the letter of the paper, each a field: a cosine head with imprinted rows, the current task's samples
+Deviations from the paper, most of them fields: a cosine head with imprinted rows, the current task's samples
 beside the buffer in Stage 2, a balanced softmax, BatchNorm at rest, analytic heads on the frozen and on the adapted
-path, second moments in place of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
+path, second moments instead of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ class FedLSCL(PrivateSums):
         "arXiv 2025",
         "2508.09489",
         trains="small CNN, LoRA generator, head; frozen ViT",
-        uploads="generator; second moments of features",
+        uploads="generator; second moments of features; sums of ViT features",
     )
 
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
@@ -149,8 +149,8 @@ class FedLSCL(PrivateSums):
         """phi_i and the second moment of FS_i, the features of what the buffer would be now (M = 0: of the task).
 
         With analytic heads also the second moments of the ViT's features: once per task of the frozen ones, in every
-        round of the adapted ones. No CNN, no head, no image and no raw feature ever leaves the client. With
-        ``secure_sum``, a key at first, and then all of it masked.
+        round of the adapted ones. CNN, head and images stay on the client. The ViT feature of a class with one sample
+        does not: it is a column of ``products``. With ``secure_sum``, a key at first, and then all of it masked.
         """
         if self.secure_sum and not secure.knows_members(client):
             return secure.announcement(client, self.secrets)
