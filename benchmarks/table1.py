@@ -14,7 +14,7 @@ from sweep import drive
 VARIANTS = ("fedlscl_no_", "fedlscl_only_")
 """Rows of the ablation, not of this table."""
 REPEATED = ("fedlscl", "lorm", "fedncm", "fedridge")
-"""What the cpu preset repeats over all seeds: Fed-LSCL, the best baseline and the controls."""
+"""What the cpu preset repeats over all seeds: Fed-LSCL, LoRM and the controls."""
 
 
 def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:

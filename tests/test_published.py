@@ -1,5 +1,6 @@
 """Tables on pages are those that the committed results give."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -43,6 +44,64 @@ def test_reports_hold_the_numbers_of_the_results(name):
     for group in publish.results(name):
         assert group.name in text
         assert all(number in text for number in cells(group))
+
+
+CLAIMS = {
+    "a lead": r"LSCL (leads|is ahead|is first)|it leads|outperform|\bbeats\b|points above|best baseline|better control",
+    "an upper bound": r"(?<!not an )(?<!not )upper bounds?\b",
+    "the paper's letter": r"letter of the paper|paper's letter",
+    "that no feature leaves": r"no raw feature|or a raw feature",
+}
+"""What no text may say before there is evidence of it."""
+TEXTS = [
+    *(ROOT / name for name in ("README.md", "CITATION.cff", "pyproject.toml", "Makefile")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "benchmarks/results").rglob("*.md")),
+    *sorted((ROOT / "src/fedlscl/methods").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_no_text_claims_what_was_not_measured(claim):
+    found = [
+        (path.name, line.strip())
+        for path in TEXTS
+        for line in path.read_text().splitlines()
+        if re.search(CLAIMS[claim], line)
+    ]
+    assert not found
+
+
+HEADS = [("67.3", "85.4"), ("57.4", "78.5"), ("49.7", "72.5")]
+"""LoRM with a discriminant, Fed-LSCL, a discriminant on the frozen ViT: `seen` and `task` in percent."""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results.md"])
+def test_pages_begin_with_the_comparison_under_equal_heads(page):
+    beginning = " ".join(line for line in (ROOT / page).read_text().splitlines()[:16])
+    assert all(number in beginning for pair in HEADS for number in pair)
+    assert "do not show that Fed-LSCL is better" in beginning or "do not rank the methods" in beginning
+    assert all(word in beginning for word in ("seed 42", "112 px", "after five tasks", "25 training images"))
+    assert re.search(r"constant vector", (ROOT / page).read_text()[:4000])
+
+
+def test_defaults_in_that_comparison_are_those_of_the_results():
+    for run, name in (("fedlscl", "Fed-LSCL"), ("lorm", "LoRM")):
+        path = ROOT / "benchmarks/results/table1_cpu/seed42" / run / "results.json"
+        last = json.loads(path.read_text())["summary"][-1]
+        numbers = " | ".join(f"{100 * last[f'{mask}/average']:.1f}" for mask in ("seen", "task"))
+        for page in ("README.md", "docs/results.md"):
+            assert re.search(
+                rf"^\| {name} \| its default: .* \| {re.escape(numbers)} \|$", (ROOT / page).read_text(), re.M
+            )
+
+
+@pytest.mark.parametrize("name", publish.REPORTS)
+def test_reports_say_how_they_are_to_be_read(name):
+    text = (ROOT / "benchmarks/results" / name / "report.html").read_text()
+    assert f"<h2>{publish.READING.title}</h2>" in text and "does not rank the methods" in text
+    assert all(number in publish.READING.text for pair in HEADS[:2] for number in pair)
 
 
 def test_a_changed_number_is_noticed():

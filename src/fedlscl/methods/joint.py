@@ -1,4 +1,4 @@
-"""Joint training: the upper bound of every table, and no federated method.
+"""Joint training: a reference with all data in one place, not a federated method.
 
 It breaks federation and continual learning on purpose: the server pools the training samples of all clients and of all
 tasks so far, one net learns them at once, and everybody gets it.
