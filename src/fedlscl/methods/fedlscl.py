@@ -53,8 +53,8 @@ class FedLSCL(PrivateSums):
     head_lr: float = HEAD_LR
     """Learning rate of the head (ours; not in the paper)."""
     freeze_norm: bool = True
-    """Keep the small model's BatchNorm at rest from the start: E then means the same in training, at test and in all
-    clients (ours); without it statistics settle in the first task, those of a pretrained model never."""
+    """Keep BatchNorm at rest from the start (ours): E means the same in training, at test and in all clients, but with
+    MobileNetV3 from scratch hardly depends on the image. Otherwise the first task sets it, unless ``pretrained``."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
     shrinkage: float = 0.2
