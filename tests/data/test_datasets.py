@@ -92,6 +92,8 @@ def test_missing_cifar_says_how_to_get_it(tmp_path):
     [
         ({"dataset": "imagenet"}, "dataset='imagenet' is unknown: use 'cifar100'"),
         ({"dataset": "cifar100"}, "dataset='cifar100' is read from a folder: set root"),
+        ({"dataset": "folder", "root": ""}, "dataset='folder' is read from a folder: set root"),
+        ({"dataset": "folder", "root": __file__}, "image folder .*test_datasets.py is a file: set root to a folder"),
         ({"dataset": "digits", "image_size": 32}, "image_size=32: 'digits' is kept as stored"),
         ({"dataset": "fake", "seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"dataset": "fake", "fake_classes": 10**9}, "fake images must take at most 2,147,483,648 bytes, got"),

@@ -135,7 +135,7 @@ class Commands:
         predictor = Predictor(self.trainer, model, self.config, checkpoint, client)
         predictions = list(predictor.predict(files, top))
         for reason in predictor.unreadable:
-            print(f"fedlscl: error: {reason}.", file=sys.stderr)
+            print(f"fedlscl: error: {' '.join(reason.split())}", file=sys.stderr)
         if predictions:
             write_csv(predictions, None if out is None else Path(out))
         if predictor.unreadable:

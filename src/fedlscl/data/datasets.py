@@ -156,6 +156,6 @@ def make_fake(num_classes: int, train_per_class: int, test_per_class: int, size:
 
 
 def _needed(root: str | None, dataset: str) -> Path:
-    if root is None:
+    if not root:
         raise ValueError(f"dataset={dataset!r} is read from a folder: set root to it")
     return Path(root).expanduser()

@@ -156,7 +156,8 @@ def _list_split(root: Path, seed: int) -> tuple[list[str], Files, Files]:
 
 def _class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"image folder {folder} is missing: set root to a folder with one folder of images per class")
+        state = "is a file" if folder.exists() else "is missing"
+        raise ValueError(f"image folder {folder} {state}: set root to a folder with one folder of images per class")
     found = contents(folder)
     if not found.folders:
         state = f"has {len(found.images)} images but no folder" if found.images else "is empty"
