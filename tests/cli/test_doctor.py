@@ -162,8 +162,8 @@ def test_images_in_both_parts_are_counted(kind, count, tmp_path, capsys):
                 Image.fromarray(image).save(tmp_path / part / "cat" / f"{part}{number}.png")
     assert main(["doctor", "--data_root", str(tmp_path)]) == 0
     ((_, text),) = lines(capsys)["data"]
-    said = f"; {count} test images are train images as well: remove them from one part"
-    assert text.endswith(said) if count else "as well" not in text
+    said = f"; test images also in train: {count} (remove them from one part)"
+    assert text.endswith(said) if count else "also in train" not in text
 
 
 def test_dark_images_are_pointed_out(tmp_path, capsys):

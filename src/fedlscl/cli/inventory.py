@@ -104,7 +104,7 @@ def _attempt(name: str, what: Callable[[], str]) -> Finding:
 
 
 def _described(data: ImageData) -> str:
-    """Images and classes of a loaded data set, and how many test images are train images as well."""
+    """Images and classes of a loaded data set, and how many test images are also in train."""
     side = "x".join(str(pixels) for pixels in data.train_images.shape[2:])
     shared = _shared(*((image.numpy().tobytes() for image in part) for part in (data.train_images, data.test_images)))
     return f"{_size(data)} of {side}, {data.num_classes} classes{shared}"
@@ -128,7 +128,7 @@ def _folder(dataset: str, root: Path) -> str:
 def _shared(train: Iterable[bytes], test: Iterable[bytes]) -> str:
     known = {hashlib.sha256(content).digest() for content in train}
     count = sum(hashlib.sha256(content).digest() in known for content in test)
-    return f"; {count:,} test images are train images as well: remove them from one part" if count else ""
+    return f"; test images also in train: {count:,} (remove them from one part)" if count else ""
 
 
 def _weights(file: Path) -> str:
