@@ -120,8 +120,8 @@ class Commands:
         Args:
             model: the method, under LightningCLI's name for it.
             datamodule: the streams of tasks; not read.
-            images: an image file, or a folder whose images, also in its sub-folders, are all read; those that cannot be
-                read are named on stderr, the others are answered, and the exit status is 2.
+            images: an image file, or a folder whose images, also in its sub-folders, are all read; if one cannot
+                be read, it is named on stderr, the others are answered, and the exit status is 2.
             client: which client's net, counted from 0; the classes that it has seen compete.
             ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
                 --config is given.
