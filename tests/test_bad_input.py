@@ -74,7 +74,10 @@ def refused(tmp_path, capsys):
         # Classes that do not add up.
         ("--data.private_classes 4", "4 private x 2 clients + 2 public = 10 classes, but the data set has 6"),
         ("--data.num_tasks 3", "cannot be cut into 3 equal tasks: set num_tasks to one of 1, 2, 4"),
-        ("--data.num_clients 7 --data.private_classes 0", "has 6 train samples for 7 clients: lower num_clients"),
+        (
+            "--data.num_clients 7 --data.private_classes 0",
+            "must have at least 7 train samples, one per client, got 6: lower num_clients",
+        ),
         # Nets.
         (
             "--method.collaborator.small_model resnet19",
@@ -90,6 +93,15 @@ def refused(tmp_path, capsys):
         ("--method.collaborator.foundation.image_size 33", "image_size 33 is no multiple of the 16 pixels of a patch"),
         ("--method.collaborator.foundation.weights no.safetensors", "weights 'no.safetensors' is no file: give a"),
         # Data.
+        ("--data.image_size 0", "image_size must be an integer between 1 and 4096, got 0: correct it, or leave it out"),
+        ("--data.image_size -5", "image_size must be an integer between 1 and 4096, got -5"),
+        ("--data.image_size 100000000", "image_size must be an integer between 1 and 4096, got 100000000"),
+        ("--data.seed -1", "seed must be an integer of at least 0, got -1"),
+        ("--data.train_per_class -1", "train_per_class must be an integer of at least 1, got -1"),
+        ("--data.test_per_class 0", "test_per_class must be an integer of at least 1, got 0"),
+        ("--data.train_per_class 1000000000", "fake images must take at most 2,147,483,648 bytes, got"),
+        ("--data.num_workers 1000000", "num_workers must be an integer between 0 and 256, got 1000000"),
+        ("--data.concentration 1e308", "concentration must be above 0 and at most 1e+09, got 1e+308"),
         ("--data.dataset imagenet --data.image_size null", "dataset='imagenet' is unknown: use 'cifar100'"),
         ("--data.dataset folder", "dataset='folder' is read from a folder: set root to it"),
         ("--data.dataset folder --data.root no/where", "image folder no/where is missing: set root to a folder"),
@@ -176,7 +188,7 @@ def test_weights_that_do_not_fit_are_refused(broken, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"), [("image", "cannot be read"), ("class", "has 0 images"), ("all", "is empty")]
+    ("spoil", "said"), [("image", "cannot be read"), ("class", "must hold 2 or more images"), ("all", "is empty")]
 )
 def test_image_folder_is_refused(spoil, said, refused, tmp_path):
     root = tmp_path / "images"
@@ -271,8 +283,8 @@ def test_checkpoint_of_another_configuration_is_refused(command, change, trained
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--images no.png", "images 'no.png' does not exist: give an image file or a folder of images."),
-        ("--images EMPTY", "has no image in it: give an image file or a folder of images."),
+        ("--images no.png", "images 'no.png' must be an image file or a folder of images (.bmp, "),
+        ("--images EMPTY", ".webp), got a folder without images."),
         ("--images BROKEN", "cannot be read"),
         ("--images GOOD --client 2", "client=2 does not exist: choose 0 to 1."),
         ("--images GOOD --top 0", "top=0 lists nothing: choose 1 or more."),
@@ -287,6 +299,57 @@ def test_prediction_is_refused(options, said, trained, tmp_path, refused):
     places = {"EMPTY": "empty", "BROKEN": "broken.png", "GOOD": "good.png"}
     options = [str(tmp_path / places[word]) if word in places else word for word in options.split()]
     assert said in refused("predict", "--ckpt_path", str(trained), *options)
+
+
+@pytest.fixture
+def some_pictures(tmp_path):
+    """Three good images, two bad ones, and what is no image."""
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "c.JPG", "deep/e.png"):
+        Image.new("RGB", (8, 8), "red").save(folder / name)
+    for name in ("b.png", "deep/d.gif", "._a.png", "notes.txt", "f.heic"):
+        (folder / name).write_bytes((folder / "a.png").read_bytes()[:40])
+    return folder
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+def test_prediction_answers_for_good_images_and_names_the_bad_ones(chunk, trained, some_pictures, capsys, monkeypatch):
+    monkeypatch.setattr("fedlscl.cli.predict.CHUNK", chunk)
+    out = some_pictures.parent / "out.csv"
+    options = ["--images", str(some_pictures), "--top", "1", "--out", str(out)]
+    with pytest.warns(UserWarning, match=r"pictures: left out 2 files \(f.heic, notes.txt\); images end in"):
+        assert main(["predict", "--ckpt_path", str(trained), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for line, name in zip(captured.err.splitlines(), ("b.png", "deep/d.gif"), strict=True):
+        assert line.startswith(f"fedlscl: error: image {some_pictures / name} cannot be read")
+    answered = [line.split(",")[0] for line in out.read_text().splitlines()]
+    assert answered == ["image", *(str(some_pictures / name) for name in ("a.png", "c.JPG", "deep/e.png"))]
+
+
+def test_prediction_without_a_good_image_writes_nothing(trained, some_pictures, capsys):
+    for name in ("a.png", "c.JPG", "deep/e.png", "notes.txt", "f.heic"):
+        (some_pictures / name).unlink()
+    out = some_pictures.parent / "out.csv"
+    assert main(["predict", "--ckpt_path", str(trained), "--images", str(some_pictures), "--out", str(out)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert not out.exists()
+
+
+def test_a_warning_takes_one_line(tmp_path):
+    for label in range(6):
+        (tmp_path / f"class{label}").mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8), (40 * label, 0, 9)).save(tmp_path / f"class{label}" / f"{number}.png")
+    (tmp_path / "class1" / "4.heic").write_bytes(b"")
+    places = ["--data.dataset", "folder", "--data.root", str(tmp_path), "--data.cache_dir", str(tmp_path / ".cache")]
+    command = [sys.executable, "-m", "fedlscl", "fit", *tiny.FEDAVG, *places, "--dry_run"]
+    done = subprocess.run([*command, *tiny.inside(tmp_path / ".runs")], capture_output=True, text=True)
+    said = "left out 1 file (class1/4.heic); images end in"
+    assert [line for line in done.stderr.splitlines() if said in line] == done.stderr.splitlines()
+    assert done.stderr.startswith(f"fedlscl: warning: {tmp_path}: {said}")
+    assert done.returncode == 0
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):

@@ -148,3 +148,34 @@ def test_the_shared_setting_fits_real_cifar(cifar_root):
     stream = streams.stream(0)
     assert stream.class_counts(0).sum() == len(stream.train_ids(0))
     assert len(stream.test_ids(0)) == 240
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("num_clients", [0, -1, 100_001, 10**30, 1.5, float("nan")]),
+        ("num_tasks", [0, -1, 2.5]),
+        ("private_classes", [-1, 0.5]),
+        ("public_classes", [-1, float("nan")]),
+        ("batch_size", [0, -1, 1.5]),
+        ("num_workers", [-1, 257, 10**9]),
+        ("image_size", [0, -5, 4097, 10**9]),
+        ("train_per_class", [0, -1]),
+        ("test_per_class", [0, -1]),
+        ("fake_classes", [0, -1]),
+        ("seed", [-1, -(2**40), 0.5]),
+        ("concentration", [0, -1.0, float("nan"), float("inf"), 1e308]),
+        ("protocol", ["globl", "Local"]),
+        ("augment", ["standrad", None]),
+    ],
+)
+def test_values_out_of_range_are_refused_when_given(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got ") as caught:
+            fake(**{name: value})
+        assert str(value) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_class_that_does_not_suffice_is_called_by_its_name():
+    with pytest.raises(ValueError, match=r"public class 'fake[0-8]' must have at least 2 train samples"):
+        fake(train_per_class=1).setup()

@@ -1,4 +1,5 @@
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -91,12 +92,47 @@ def test_missing_cifar_says_how_to_get_it(tmp_path):
     [
         ({"dataset": "imagenet"}, "dataset='imagenet' is unknown: use 'cifar100'"),
         ({"dataset": "cifar100"}, "dataset='cifar100' is read from a folder: set root"),
+        ({"dataset": "folder", "root": ""}, "dataset='folder' is read from a folder: set root"),
+        ({"dataset": "folder", "root": __file__}, "image folder .*test_datasets.py is a file: set root to a folder"),
         ({"dataset": "digits", "image_size": 32}, "image_size=32: 'digits' is kept as stored"),
-        ({"dataset": "digits", "train_per_class": 0}, "is 0: use 1 or more"),
-        ({"dataset": "fake", "train_per_class": 0}, "has no train image of class 'fake0'"),
-        ({"dataset": "fake", "fake_classes": 0}, "fake_classes=0: use 1 or more"),
+        ({"dataset": "fake", "seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"dataset": "fake", "fake_classes": 10**9}, "fake images must take at most 2,147,483,648 bytes, got"),
+        ({"dataset": "fake", "train_per_class": 10**9}, "fake images must take at most 2,147,483,648 bytes, got"),
+        ({"dataset": "fake", "image_size": 4096}, "fake images must take at most 2,147,483,648 bytes, got"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         load_images(**options)
+
+
+@pytest.mark.parametrize("dataset", ["fake", "digits", "folder", "imagenet-r", "cifar100", "x.npz"])
+@pytest.mark.parametrize("name", ["image_size", "train_per_class", "test_per_class", "fake_classes"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, float("nan"), True])
+def test_a_number_that_no_data_set_can_have_is_refused_before_anything_is_read(dataset, name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name} must be an integer .*, got {value}: correct it, or leave it out"):
+        load_images(dataset, str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_in_0_to_1_are_pointed_out(part, save_npz):
+    grey = {"train_images": np.full((4, 5, 6), 2, np.uint8), "test_images": np.full((2, 5, 6), 2, np.uint8)}
+    dark = {f"{part}_images": grey[f"{part}_images"] // 2}
+    path = save_npz(**grey | dark)
+    with pytest.warns(UserWarning, match=rf"'small.npz': {part} images must be in 0..255, got no value above 1"):
+        load_images(path.name, str(path.parent))
+    with warnings.catch_warnings(action="error"):
+        load_images(save_npz(**grey).name, str(path.parent))
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "a "), ("caf\u00e9", "cafe\u0301"), ("a", "b", "a"), ("", " ")])
+def test_class_names_that_read_alike_are_refused(names, save_npz):
+    labels, images = np.arange(len(names)), np.zeros((len(names), 5, 6), np.uint8)
+    parts = {
+        f"{part}_{kind}": value
+        for part in ("train", "test")
+        for kind, value in (("labels", labels), ("images", images))
+    }
+    path = save_npz(**parts, class_names=np.array(names))
+    with pytest.raises(ValueError, match=r"class_names of 'small.npz' must be different, got '.*' twice: rename one"):
+        load_images(path.name, str(path.parent))

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlscl.data import load_images
 
@@ -39,11 +41,18 @@ def test_class_names_and_validation_part_are_optional(save_npz):
         ({"train_labels": np.zeros((4, 3), int)}, r"train_labels of .* has shape \(4, 3\) for 4 images"),
         ({"train_labels": np.zeros(3, int)}, r"train_labels of .* has shape \(3,\) for 4 images"),
         ({"train_labels": np.zeros(4)}, "train_labels of .* is float64: save integers"),
-        ({"train_labels": np.array([0, 1, 0, -1])}, "has label -1: save labels from 0"),
-        ({"class_names": np.array(["cat"])}, "has train label 1, but 1 class names"),
+        ({"train_labels": np.array([0, 1, 0, -1])}, r"train_labels of .* must be numbered from 0, got -1"),
+        ({"class_names": np.array(["cat"])}, r"train_labels of .* must be below 1, got 1: name every class"),
         ({"class_names": np.array(["cat", "dog", "owl"])}, "has no train image of class 'owl'"),
         ({"class_names": np.array([["cat", "dog"]])}, r"class_names of .* is <U3 \(1, 2\)"),
         ({"test_labels": np.array([1, 1])}, "has no test image of class '0'"),
+        ({"test_labels": np.array([0, 2])}, r"test_labels of .* must be below 2, got 2: add train images"),
+        ({"test_labels": np.array([0, 10**12])}, r"test_labels of .* must be below 2, got 1000000000000"),
+        ({"train_labels": np.array([0, 1, 0, 2**64 - 1], np.uint64)}, "from 0, got 18446744073709551615: correct"),
+        (
+            {"train_labels": np.array([0, 1, 0, 10**12]), "class_names": np.array(["cat", "dog"])},
+            r"train_labels of .* must be below 2, got 1000000000000: name every class",
+        ),
         ({"train_images": np.array([None, "x"], object)}, "is not a readable .npz .*: save it with numpy.savez"),
     ],
 )
@@ -73,3 +82,19 @@ def test_real_cifar_loads(cifar_root):
     assert data.train_images.shape == (400, 3, 32, 32) and data.test_images.shape == (3000, 3, 32, 32)
     assert data.class_names[0] == "apple" and data.num_classes == 100
     assert data.train_labels.bincount().tolist() == [4] * 100
+
+
+@given(st.sets(st.integers(0, 2**62), min_size=1, max_size=9), st.booleans())
+def test_labels_need_not_be_sorted_but_have_no_gaps(tmp_path_factory, labels, is_named):
+    found = sorted(labels)
+    images = np.full((len(found), 2, 2), 200, np.uint8)
+    arrays = {"train_images": images, "test_images": images, "train_labels": found[::-1], "test_labels": found}
+    names = {"class_names": np.array([f"c{label}" for label in range(len(found))])} if is_named else {}
+    path = tmp_path_factory.mktemp("labels") / "small.npz"
+    np.savez(path, **arrays, **names)
+    if found == list(range(len(found))):
+        assert load(path).train_labels.tolist() == found[::-1]
+    else:
+        shown = ", ".join(map(str, found[:6]))
+        with pytest.raises(ValueError, match=rf"must be 0 to {len(found) - 1} without gaps, got {shown}"):
+            load(path)

@@ -148,14 +148,18 @@ def test_dirichlet_split_may_leave_a_client_without_samples():
             r"15 private \+ 30 public classes = 45 cannot be cut into 4 equal tasks: .* 1, 3, 5, 9, 15, 45",
         ),
         ({"private_classes": 0, "public_classes": 0}, "cannot be cut into 5 equal tasks: use more"),
-        ({"num_clients": 0}, "num_clients=0: use"),
-        ({"num_tasks": -1}, "num_tasks=-1: use"),
-        ({"concentration": 0.0}, "concentration=0.0: use"),
-        ({"concentration": float("inf")}, "concentration=inf: use"),
-        ({"private_classes": -1}, "private_classes=-1: use"),
+        ({"num_clients": 0}, "num_clients must be an integer between 1 and 100000, got 0"),
+        ({"num_clients": 10**12}, "num_clients must be an integer between 1 and 100000, got 1000000000000"),
+        ({"num_tasks": -1}, "num_tasks must be an integer of at least 1, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"concentration": 0.0}, "concentration must be above 0 and at most 1e\\+09, got 0.0"),
+        ({"concentration": float("inf")}, "concentration must be above 0 and at most 1e\\+09, got inf"),
+        ({"concentration": float("nan")}, "concentration must be above 0 and at most 1e\\+09, got nan"),
+        ({"concentration": 1e308}, "concentration must be above 0 and at most 1e\\+09, got 1e\\+308"),
+        ({"private_classes": -1}, "private_classes must be an integer of at least 0, got -1"),
         (
             {"private_classes": 0, "num_clients": 4},
-            "has 3 train samples for 4 clients: lower num_clients or raise train_per_class",
+            "must have at least 4 train samples, one per client, got 3: lower num_clients",
         ),
     ],
 )
@@ -179,3 +183,19 @@ def test_impossible_dirichlet_splits_are_refused(changed, message):
     kwargs = {"num_clients": 2, "num_tasks": 2, "num_classes": 4, "concentration": 1.0, "seed": 42} | changed
     with pytest.raises(ValueError, match=message):
         dirichlet_split(labels, labels, **kwargs)
+
+
+def test_the_largest_concentration_gives_equal_shares():
+    labels = np.repeat(np.arange(4), 120)
+    kwargs = {"num_clients": 3, "num_tasks": 1, "num_classes": 4, "concentration": 1e9}
+    for seed in range(5):
+        for split in dirichlet_split(labels, labels, **kwargs, seed=seed):
+            assert np.abs(np.bincount(labels[split.train[0]]) - 40).max() <= 1
+
+
+def test_a_class_with_too_few_samples_is_named():
+    labels = np.repeat(np.arange(3), [5, 5, 2])
+    kwargs = {"num_clients": 3, "num_tasks": 1, "private_classes": 0, "public_classes": 3, "seed": 0}
+    for names, said in ((None, "2"), (("cat", "dog", "owl"), "'owl'")):
+        with pytest.raises(ValueError, match=f"public class {said} must have at least 3 train samples"):
+            spatial_temporal_split(labels, labels, **kwargs, class_names=names)

@@ -20,6 +20,7 @@ from fedlscl.cli.configuration import (
     with_method_names,
     with_saved_config,
 )
+from fedlscl.cli.errors import brief_warnings
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
 from fedlscl.data import SpatialTemporalDataModule
@@ -47,13 +48,14 @@ def run(arguments: list[str]) -> None:
     # Where ``python -m`` looks too: a method of one's own lies beside its configuration.
     sys.path.append(os.getcwd())
     try:
-        if arguments[0] == "doctor":
-            # Here, since it times products and looks into files.
-            from fedlscl.cli.doctor import doctor
+        with brief_warnings():
+            if arguments[0] == "doctor":
+                # Here, since it times products and looks into files.
+                from fedlscl.cli.doctor import doctor
 
-            doctor(arguments[1:])
-            return
-        FederatedCLI(with_flags(with_method_names(arguments)))
+                doctor(arguments[1:])
+                return
+            FederatedCLI(with_flags(with_method_names(arguments)))
     finally:
         sys.path.pop()
 

@@ -1,5 +1,6 @@
 """What the subcommands do."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ class Commands:
         Args:
             model: the method, under LightningCLI's name for it.
             datamodule: the streams of tasks; not read.
-            images: an image file, or a folder whose images are all read.
+            images: an image file, or a folder whose images, also in its sub-folders, are all read; if one cannot
+                be read, it is named on stderr, the others are answered, and the exit status is 2.
             client: which client's net, counted from 0; the classes that it has seen compete.
             ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
                 --config is given.
@@ -130,7 +132,13 @@ class Commands:
             raise ValueError(f"top={top} lists nothing: choose 1 or more.")
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
         predictor = Predictor(self.trainer, model, self.config, checkpoint, client)
-        write_csv(list(predictor.predict(files, top)), None if out is None else Path(out))
+        predictions = list(predictor.predict(files, top))
+        for reason in predictor.unreadable:
+            print(f"fedlscl: error: {' '.join(reason.split())}", file=sys.stderr)
+        if predictions:
+            write_csv(predictions, None if out is None else Path(out))
+        if predictor.unreadable:
+            raise SystemExit(2)
 
     def _foretell(
         self, model: Method, datamodule: SpatialTemporalDataModule, checkpoint: Path | None, identity: str

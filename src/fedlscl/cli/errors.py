@@ -2,8 +2,13 @@
 
 import errno
 import traceback
+import warnings
 from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+PACKAGE = str(Path(__file__).parents[1])
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -42,3 +47,22 @@ def raised_here(error: Exception) -> bool:
     """Whether the raise statement itself stands in this package."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).split(".")[0] == "fedlscl"
+
+
+@contextmanager
+def brief_warnings() -> Iterator[None]:
+    """Show this package's own warnings in one line, without the source line that Python adds."""
+    usual = warnings.formatwarning
+
+    def brief(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename.startswith(PACKAGE):
+            return f"fedlscl: warning: {' '.join(str(message).split())}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = brief
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual

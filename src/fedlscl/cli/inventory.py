@@ -1,15 +1,16 @@
 """Data sets and weights: what lies in a folder, what a configuration needs, and whether it loads."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fedlscl.cli.errors import explain
-from fedlscl.data.datasets import load_cifar100
-from fedlscl.data.decode import decode_one
-from fedlscl.data.folder import SUFFIXES, imagenet_r_folder
+from fedlscl.cli.errors import PACKAGE, explain
+from fedlscl.data.datasets import load_images
+from fedlscl.data.folder import contents, imagenet_r_folder, list_folder, part_meant
 from fedlscl.data.images import ImageData
-from fedlscl.data.npz import load_npz
 from fedlscl.nets.vit import Foundation, FoundationConfig
 
 KNOWN = "cifar-100-python, imagenet-r, .npz files, folders of classes with images, .safetensors files"
@@ -58,7 +59,7 @@ def needed_by(config: str, root: Path | None) -> Iterator[Finding]:
     def load() -> str:
         data.run_seed = seed
         data.setup()
-        return f"{_size(data.data)}; {data.num_clients} clients x {data.num_tasks} tasks"
+        return f"{_described(data.data)}; {data.num_clients} clients x {data.num_tasks} tasks"
 
     def build() -> str:
         net = method.build_net(0, data.num_classes if loaded.is_well else 1000)
@@ -73,49 +74,61 @@ def needed_by(config: str, root: Path | None) -> Iterator[Finding]:
 
 def _tried(root: Path) -> Iterator[Finding]:
     if (root / "cifar-100-python").is_dir():
-        yield _attempt("data", lambda: f"cifar100: {_size(load_cifar100(root, download=False))}")
+        yield _attempt("data", lambda: f"cifar100: {_described(load_images('cifar100', str(root)))}")
     if (root / "imagenet-r").is_dir():
-        yield _attempt("data", lambda: f"imagenet-r: {_classes(imagenet_r_folder(root))}")
+        yield _attempt("data", lambda: _folder("imagenet-r", root))
     for file in sorted(root.glob("*.npz")):
-        yield _attempt("data", lambda file=file: f"{file.name}: {_size(load_npz(file))}")
-    known = ("cifar-100-python", "imagenet-r", "train", "test", "val")
-    if (root / "train").is_dir():
-        yield _attempt("data", lambda: f"folder, train: {_classes(root / 'train')}")
-    elif any(_images(path) for path in root.iterdir() if path.is_dir() and path.name not in known):
-        yield _attempt("data", lambda: f"folder: {_classes(root)}")
+        yield _attempt("data", lambda file=file: f"{file.name}: {_described(load_images(file.name, str(root)))}")
+    known = ("cifar-100-python", "imagenet-r")
+    places = [place for place in contents(root).folders if place.name not in known]
+    # Images in a folder, or one level deeper if that is a part of a data set, well named or not.
+    deeper = [found for place in places if part_meant(place.name) for found in contents(place).folders]
+    if any(contents(place).images for place in [*places, *deeper]):
+        yield _attempt("data", lambda: _folder("folder", root))
     for file in sorted(root.glob("*.safetensors")):
         yield _attempt("weights", lambda file=file: _weights(file))
 
 
 def _attempt(name: str, what: Callable[[], str]) -> Finding:
-    try:
-        return Finding(name, what())
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        return Finding(name, " ".join(message.split()), False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            text, is_well = what(), True
+        except Exception as error:
+            message = explain(error)
+            if message is None:
+                raise
+            text, is_well = message, False
+    told = [str(warning.message) for warning in caught if warning.filename.startswith(PACKAGE)]
+    return Finding(name, " ".join("; ".join([text, *told]).split()), is_well)
+
+
+def _described(data: ImageData) -> str:
+    """Images and classes of a loaded data set, and how many test images are also in train."""
+    side = "x".join(str(pixels) for pixels in data.train_images.shape[2:])
+    shared = _shared(*((image.numpy().tobytes() for image in part) for part in (data.train_images, data.test_images)))
+    return f"{_size(data)} of {side}, {data.num_classes} classes{shared}"
 
 
 def _size(data: ImageData) -> str:
-    """Images and classes of a loaded data set."""
-    side = "x".join(str(pixels) for pixels in data.train_images.shape[2:])
-    return f"{len(data.train_labels):,} + {len(data.test_labels):,} images of {side}, {data.num_classes} classes"
+    return f"{len(data.train_labels):,} + {len(data.test_labels):,} images"
 
 
-def _classes(root: Path) -> str:
-    """Images of class folders, the first of every class decoded."""
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    images = [_images(path) for path in folders]
-    for path, of_class in zip(folders, images, strict=True):
-        if not of_class:
-            raise ValueError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): add some, or remove the folder.")
-        decode_one(of_class[0], 8)
-    return f"{sum(map(len, images)):,} images, {len(folders)} classes"
+def _folder(dataset: str, root: Path) -> str:
+    """An image folder loaded as ``fit`` loads it, though small, and equal files in train and test."""
+    with tempfile.TemporaryDirectory() as cache:
+        data = load_images(dataset, str(root), image_size=8, cache_dir=cache)
+    with warnings.catch_warnings(action="ignore"):
+        place = imagenet_r_folder(root) if dataset == "imagenet-r" else root
+        _, train, test = list_folder(place, seed=0)
+    shared = _shared(*((file.read_bytes() for file, _ in part) for part in (train, test)))
+    return f"{dataset}: {_size(data)}, {data.num_classes} classes{shared}"
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+def _shared(train: Iterable[bytes], test: Iterable[bytes]) -> str:
+    known = {hashlib.sha256(content).digest() for content in train}
+    count = sum(hashlib.sha256(content).digest() in known for content in test)
+    return f"; test images also in train: {count:,} (remove them from one part)" if count else ""
 
 
 def _weights(file: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlscl.cli.identity import identify, learned_part
 from fedlscl.cli.runs import MANIFEST
 from fedlscl.data.decode import centre_crop, covering, read_image
-from fedlscl.data.folder import SUFFIXES
+from fedlscl.data.folder import ENDINGS, find_images
 from fedlscl.data.manifest import preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.device import connect
@@ -71,13 +71,22 @@ class Predictor:
         net.load_state_dict(state["clients"][client]["net"])
         self.net = self.fabric.to_device(net).eval()
         self.classes = torch.tensor(classes, device=self.fabric.device)
+        self.unreadable: list[str] = []
+        """One line for each file that could not be read."""
 
     def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
-        """The ``top`` classes of each file, best first."""
+        """The ``top`` classes of each file, best first; what cannot be read is left to ``unreadable``."""
         for start in range(0, len(files), CHUNK):
-            chunk = files[start : start + CHUNK]
-            images = np.stack([self.read(file) for file in chunk])
-            values, ranked = self.probabilities(torch.from_numpy(images)).topk(min(top, len(self.names)))
+            chunk, images = [], []
+            for file in files[start : start + CHUNK]:
+                try:
+                    images.append(self.read(file))
+                    chunk.append(file)
+                except ValueError as error:
+                    self.unreadable.append(str(error))
+            if not chunk:
+                continue
+            values, ranked = self.probabilities(torch.from_numpy(np.stack(images))).topk(min(top, len(self.names)))
             for file, row, labels in zip(chunk, values.tolist(), ranked.tolist(), strict=True):
                 for rank, (probability, label) in enumerate(zip(row, labels, strict=True), start=1):
                     yield Prediction(str(file), rank, self.names[label], probability)
@@ -102,17 +111,17 @@ class Predictor:
 
 
 def image_files(path: Path) -> list[Path]:
-    """A file, or all images below a folder in order.
+    """A file under any name, or all images below a folder in order, by the rules of `find_images`.
 
     Raises:
         ValueError: if there is none.
     """
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = find_images(path) if path.is_dir() else []
     if not files:
-        what = "has no image in it" if path.is_dir() else "does not exist"
-        raise ValueError(f"images {str(path)!r} {what}: give an image file or a folder of images.")
+        what = "a folder without images" if path.is_dir() else "a path that does not exist"
+        raise ValueError(f"images {str(path)!r} must be an image file or a folder of images ({ENDINGS}), got {what}.")
     return files
 
 

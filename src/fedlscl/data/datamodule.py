@@ -1,6 +1,6 @@
 """Every client's stream of tasks as a LightningDataModule."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import lightning as L
 import torch
@@ -10,12 +10,23 @@ from torch.utils.data import DataLoader
 from fedlscl.data import manifest as manifests
 from fedlscl.data.augment import Augment
 from fedlscl.data.batch import Batch
-from fedlscl.data.datasets import CROPPED, load_images
+from fedlscl.data.datasets import CROPPED, check_sizes, load_images
 from fedlscl.data.images import ImageData
 from fedlscl.data.loader import batches
 from fedlscl.data.place import PlaceDataModule
-from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
+from fedlscl.data.split import (
+    MAX_CLIENTS,
+    ClientSplit,
+    check_concentration,
+    check_integers,
+    dirichlet_split,
+    spatial_temporal_split,
+)
 from fedlscl.data.stream import ClientStream
+
+Protocol = Literal["local", "global"]
+MAX_WORKERS = 256
+"""More processes than this would exhaust most machines (ours)."""
 
 
 class SpatialTemporalDataModule(L.LightningDataModule):
@@ -27,16 +38,16 @@ class SpatialTemporalDataModule(L.LightningDataModule):
     Args:
         dataset: 'cifar100', 'imagenet-r', 'folder', 'digits', 'fake' or the name of an .npz file in MedMNIST's layout.
         root: folder that holds the data set.
-        num_clients: clients K.
+        num_clients: clients K, 1 to 100,000.
         num_tasks: tasks T per client, of equally many classes.
         private_classes: classes per client that no other client has.
         public_classes: classes that all clients share; their train samples are divided without overlap.
-        concentration: of the Dirichlet draw that divides a class; small means unequal shares.
+        concentration: of the Dirichlet draw that divides a class, above 0 and at most 1e9; small means unequal shares.
         protocol: 'local' gives every client its own classes in its own order; 'global' gives all clients the same
             public classes in the same order and needs private_classes 0.
         batch_size: samples per batch of the plain dataloaders.
-        image_size: side in pixels of decoded folder images (224 if left out) and of 'fake'; other data sets stay as
-            stored, every net resizes for itself.
+        image_size: side in pixels, 1 to 4096, of decoded folder images (224 if left out) and of 'fake'; other data
+            sets stay as stored, every net resizes for itself.
         train_per_class: keep at most so many train samples of each class.
         test_per_class: keep at most so many test samples of each class.
         seed: of the split; left out, the seed of the run.
@@ -44,7 +55,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         download: fetch 'cifar100' if it is not under root.
         cache_dir: where decoded image folders are kept, ~/.cache/fedlscl if left out.
         fake_classes: number of classes of 'fake'.
-        num_workers: processes that fetch batches; 0 fetches in the training process.
+        num_workers: processes that fetch batches, at most 256; 0 fetches in the training process.
         augment: 'standard' shifts and flips training images at random, anew in every epoch; frozen ViT tokens are then
             computed at every step instead of once.
     """
@@ -59,7 +70,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         private_classes: int = 2,
         public_classes: int = 4,
         concentration: float = 1.0,
-        protocol: Literal["local", "global"] = "local",
+        protocol: Protocol = "local",
         batch_size: int = 32,
         image_size: int | None = None,
         train_per_class: int | None = None,
@@ -73,10 +84,18 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         augment: Augment = "none",
     ) -> None:
         super().__init__()
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers}: use 0 or more")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: use 1 or more")
+        check_integers(1, MAX_CLIENTS, num_clients=num_clients)
+        check_integers(1, num_tasks=num_tasks, batch_size=batch_size)
+        check_integers(0, private_classes=private_classes, public_classes=public_classes, seed=seed)
+        check_integers(0, MAX_WORKERS, num_workers=num_workers)
+        check_concentration(concentration)
+        check_sizes(image_size, train_per_class, test_per_class, fake_classes)
+        for option, value, choices in (
+            ("protocol", protocol, get_args(Protocol)),
+            ("augment", augment, get_args(Augment)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{option} must be {' or '.join(map(repr, choices))}, got {value!r}: correct it")
         self.dataset = dataset
         self.root = root
         self.num_clients = num_clients
@@ -208,6 +227,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
                 public_classes=self.public_classes,
                 concentration=self.concentration,
                 seed=seed,
+                class_names=self.class_names,
             )
         if self.private_classes:
             raise ValueError(

@@ -4,17 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
 from fedlscl.data.folder import imagenet_r_folder, load_folder
 from fedlscl.data.images import ImageData
 from fedlscl.data.npz import load_npz
 from fedlscl.data.per_class import split_per_class
+from fedlscl.data.split import check_integers
 
 NAMES = "'cifar100', 'imagenet-r', 'folder', 'digits', 'fake' or a file name that ends in .npz"
 CROPPED = ("folder", "imagenet-r")
 """Data sets made from image files of any size, by `centre_crop`."""
 DIGITS_TRAIN_FRACTION = 0.75
+MAX_SIDE, MAX_FAKE_BYTES = 4096, 2**31
+"""Largest image_size in pixels, and most bytes of 'fake' images (ours)."""
+SAMPLE = 64
 FAKE_SIZE, FAKE_TRAIN, FAKE_TEST = 32, 20, 10
 
 
@@ -35,7 +40,8 @@ def load_images(
     Args:
         dataset: 'cifar100', 'imagenet-r', 'folder', 'digits', 'fake' or a file name that ends in .npz.
         root: folder that holds the data set.
-        image_size: side in pixels of 'folder', 'imagenet-r' (224) and 'fake' (32) images; the others stay as stored.
+        image_size: side in pixels, 1 to 4096, of 'folder', 'imagenet-r' (224) and 'fake' (32) images; the others stay
+            as stored.
         train_per_class: keep at most so many train samples of each class; for 'fake' how many are made.
         test_per_class: the same for test samples.
         download: fetch 'cifar100' if it is not under root.
@@ -44,29 +50,50 @@ def load_images(
         seed: of the choice of samples; not the seed of a run, so that all runs have the same test set.
 
     Raises:
-        ValueError: if the data set is unknown, missing or broken.
+        ValueError: if the data set is unknown, missing or broken, or a number is out of range.
     """
+    check_sizes(image_size, train_per_class, test_per_class, fake_classes)
+    check_integers(0, seed=seed)
     if dataset in CROPPED:
         folder = _needed(root, dataset)
         folder = imagenet_r_folder(folder) if dataset == "imagenet-r" else folder
-        return load_folder(dataset, folder, image_size, cache_dir, train_per_class, test_per_class, seed)
-    if dataset == "fake":
+        data = load_folder(dataset, folder, image_size, cache_dir, train_per_class, test_per_class, seed)
+    elif dataset == "fake":
         num_train = FAKE_TRAIN if train_per_class is None else train_per_class
         num_test = FAKE_TEST if test_per_class is None else test_per_class
-        return make_fake(fake_classes, num_train, num_test, image_size or FAKE_SIZE, seed)
-    if image_size is not None:
+        data = make_fake(fake_classes, num_train, num_test, image_size or FAKE_SIZE, seed)
+    elif image_size is not None:
         raise ValueError(
             f"image_size={image_size}: {dataset!r} is kept as stored and every net resizes for itself: leave it out"
         )
-    if dataset == "cifar100":
-        data = load_cifar100(_needed(root, dataset), download)
+    elif dataset == "cifar100":
+        data = load_cifar100(_needed(root, dataset), download).capped(train_per_class, test_per_class, seed)
     elif dataset == "digits":
-        data = load_digits(seed)
+        data = load_digits(seed).capped(train_per_class, test_per_class, seed)
     elif dataset.endswith(".npz"):
-        data = load_npz(Path(root or "").expanduser() / dataset)
+        data = load_npz(Path(root or "").expanduser() / dataset).capped(train_per_class, test_per_class, seed)
     else:
         raise ValueError(f"dataset={dataset!r} is unknown: use {NAMES}")
-    return data.capped(train_per_class, test_per_class, seed)
+    for part, images in (("train", data.train_images), ("test", data.test_images)):
+        # A few suffice to see that they are not dark; all are read only where these are.
+        if images[:: max(1, len(images) // SAMPLE)].max() <= 1 and images.max() <= 1:
+            rank_zero_warn(
+                f"data set {dataset!r}: {part} images must be in 0..255, got no value above 1: multiply them by 255 if "
+                "they are in 0..1"
+            )
+    return data
+
+
+def check_sizes(
+    image_size: int | None, train_per_class: int | None, test_per_class: int | None, fake_classes: int
+) -> None:
+    """Refuse numbers that no data set can have.
+
+    Raises:
+        ValueError: naming the first such option.
+    """
+    check_integers(1, MAX_SIDE, image_size=image_size)
+    check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
 
 
 def load_cifar100(root: Path, download: bool) -> ImageData:
@@ -107,8 +134,13 @@ def load_digits(seed: int) -> ImageData:
 
 def make_fake(num_classes: int, train_per_class: int, test_per_class: int, size: int, seed: int) -> ImageData:
     """Noise over a colour and a grating that depend on the class: learnable, and made in no time."""
-    if num_classes < 1:
-        raise ValueError(f"fake_classes={num_classes}: use 1 or more")
+    check_integers(1, fake_classes=num_classes)
+    needed = num_classes * max(1, train_per_class + test_per_class) * 3 * size**2
+    if needed > MAX_FAKE_BYTES:
+        raise ValueError(
+            f"fake images must take at most {MAX_FAKE_BYTES:,} bytes, got {needed:,}: lower image_size, "
+            "train_per_class, test_per_class or fake_classes"
+        )
     random = np.random.default_rng(seed)
     colour = random.uniform(60, 195, (num_classes, 3, 1, 1))
     waves = random.uniform(-3, 3, (num_classes, 2, 1, 1))
@@ -126,6 +158,6 @@ def make_fake(num_classes: int, train_per_class: int, test_per_class: int, size:
 
 
 def _needed(root: str | None, dataset: str) -> Path:
-    if root is None:
+    if not root:
         raise ValueError(f"dataset={dataset!r} is read from a folder: set root to it")
     return Path(root).expanduser()

@@ -1,6 +1,7 @@
 """A data set in memory, or mapped from disk, as uint8."""
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -53,6 +54,11 @@ class ImageData:
                 raise ValueError(
                     f"data set {self.name!r} has no {part} image of class {empty!r}: add one or remove the class"
                 )
+        # As they read: é has two encodings, and spaces around a name do not show.
+        names = [unicodedata.normalize("NFC", str(name)).strip() for name in self.class_names]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"class_names of {self.name!r} must be different, got {twice!r} twice: rename one class")
 
     @property
     def num_classes(self) -> int:

@@ -43,11 +43,26 @@ def load_npz(path: Path) -> ImageData:
         raise ValueError(f"train and test images of {path} are {shapes}: save them in one size")
     train_labels = _labels(arrays["train_labels"], len(train_images), f"train_labels of {path}")
     test_labels = _labels(arrays["test_labels"], len(test_images), f"test_labels of {path}")
-    names = arrays.get("class_names", np.arange(int(train_labels.max()) + 1))
+    found = np.unique(train_labels)
+    names = arrays.get("class_names", np.arange(len(found)))
     if names.ndim != 1 or names.dtype.kind not in "Uiu":
         raise ValueError(f"class_names of {path} is {names.dtype} {names.shape}: save one string per class")
+    if len(found) == len(names) and found[-1] >= len(found):
+        shown = ", ".join(map(str, found[:6])) + ", ..." * (len(found) > 6)
+        raise ValueError(
+            f"train_labels of {path} must be 0 to {len(found) - 1} without gaps, got {shown}: renumber them and "
+            "test_labels, such as with numpy.unique(labels, return_inverse=True)"
+        )
+    for part, labels in (("train", train_labels), ("test", test_labels)):
+        if (largest := int(labels.max())) >= len(names):
+            remedy = "name every class" if "class_names" in arrays else "add train images of that class"
+            raise ValueError(
+                f"{part}_labels of {path} must be below {len(names)}, got {largest}: {remedy} or correct the labels"
+            )
     class_names = tuple(str(name) for name in names)
-    return ImageData(path.name, train_images, train_labels, test_images, test_labels, class_names)
+    return ImageData(
+        path.name, train_images, torch.from_numpy(train_labels), test_images, torch.from_numpy(test_labels), class_names
+    )
 
 
 def _images(array: np.ndarray, what: str) -> Tensor:
@@ -61,11 +76,12 @@ def _images(array: np.ndarray, what: str) -> Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
 
 
-def _labels(array: np.ndarray, num_images: int, what: str) -> Tensor:
+def _labels(array: np.ndarray, num_images: int, what: str) -> np.ndarray:
     if array.dtype.kind not in "iu":
         raise ValueError(f"{what} is {array.dtype}: save integers")
     if array.shape not in ((num_images,), (num_images, 1)):
         raise ValueError(f"{what} has shape {array.shape} for {num_images} images: save one label per image, (N,)")
-    if array.min() < 0:
-        raise ValueError(f"{what} has label {array.min()}: save labels from 0")
-    return torch.from_numpy(array.reshape(-1).astype(np.int64))
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
+        worst = array.min() if array.min() < 0 else array.max()
+        raise ValueError(f"{what} must be numbered from 0, got {worst}: correct the labels")
+    return array.reshape(-1).astype(np.int64)

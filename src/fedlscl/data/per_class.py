@@ -13,7 +13,7 @@ def first_per_class(labels: np.ndarray, limit: int | None, seed: int) -> np.ndar
         2
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"train_per_class or test_per_class is {limit}: use 1 or more, or leave it out for all")
+        raise ValueError(f"limit must be at least 1 sample of each class, got {limit}: raise it, or use None for all")
     return np.sort(np.concatenate([ids[:limit] for ids in _permuted_per_class(labels, seed)]))
 
 

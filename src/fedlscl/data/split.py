@@ -1,11 +1,17 @@
 """Who sees which samples when: labels in, one task stream per client out. Pure numpy, deterministic in the seed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
 # One independent random stream per purpose: changing one draw leaves the others as they were.
 CLASS_ORDER, TASK_ORDER, SAMPLES = range(3)
+MAX_CLIENTS = 100_000
+"""More than this would exhaust memory (ours)."""
+MAX_CONCENTRATION = 1e9
+"""Shares are even long before; near the largest float the draw overflows and they are not (ours)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +36,7 @@ def spatial_temporal_split(
     public_classes: int,
     concentration: float = 1.0,
     seed: int,
+    class_names: Sequence[str] | None = None,
 ) -> list[ClientSplit]:
     """Give each client private classes of its own and a Dirichlet share of the public ones, in its own order.
 
@@ -42,6 +49,7 @@ def spatial_temporal_split(
         public_classes: classes that every client has; their train samples are divided without overlap.
         concentration: of the Dirichlet draw per public class; small means unequal shares.
         seed: of the class order, the task orders and the shares.
+        class_names: names in label order, for error messages.
 
     Raises:
         ValueError: if the classes do not suffice or cannot be cut into equal tasks, or if a public class has
@@ -56,8 +64,11 @@ def spatial_temporal_split(
         >>> sum(len(ids) for split in splits for ids in split.train)
         80
     """
-    _check_positive(num_clients=num_clients, num_tasks=num_tasks, concentration=concentration)
-    _check_not_negative(private_classes=private_classes, public_classes=public_classes)
+    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
+    check_integers(1, num_tasks=num_tasks)
+    check_integers(0, seed=seed)
+    check_concentration(concentration)
+    check_integers(0, private_classes=private_classes, public_classes=public_classes)
     order = _class_order(train_labels, seed)
     needed = private_classes * num_clients + public_classes
     if needed > len(order):
@@ -71,6 +82,14 @@ def spatial_temporal_split(
 
     private = order[: private_classes * num_clients].reshape(num_clients, private_classes)
     public = order[private_classes * num_clients : needed]
+    for label in public.tolist():
+        count = int((train_labels == label).sum())
+        if count < num_clients:
+            name = label if class_names is None else repr(class_names[label])
+            raise ValueError(
+                f"public class {name} must have at least {num_clients} train samples, one per client, got {count}: "
+                "lower num_clients, add images or raise train_per_class"
+            )
     shares = {int(label): _share(train_labels, label, num_clients, concentration, seed, at_least=1) for label in public}
     splits = []
     for client in range(num_clients):
@@ -103,7 +122,10 @@ def dirichlet_split(
         >>> first.classes == second.classes
         True
     """
-    _check_positive(num_clients=num_clients, num_tasks=num_tasks, concentration=concentration)
+    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
+    check_integers(1, num_tasks=num_tasks)
+    check_integers(0, seed=seed)
+    check_concentration(concentration)
     order = _class_order(train_labels, seed)
     if num_classes > len(order):
         raise ValueError(
@@ -133,11 +155,6 @@ def _share(
     """Divide the train samples of one class completely: one array of ids per client."""
     ids = np.flatnonzero(train_labels == label)
     free = len(ids) - at_least * num_clients
-    if free < 0:
-        raise ValueError(
-            f"public class {label} has {len(ids)} train samples for {num_clients} clients: "
-            "lower num_clients or raise train_per_class"
-        )
     random = _stream(seed, SAMPLES, int(label))
     exact = random.dirichlet(np.full(num_clients, concentration)) * free
     counts = np.floor(exact).astype(np.int64)
@@ -162,16 +179,30 @@ def _cut(
     )
 
 
-def _check_positive(**values: float) -> None:
+def check_integers(low: int, high: int | None = None, /, **values: int | None) -> None:
+    """Refuse a value that is not an integer from ``low`` to ``high``; None is an option that was left out.
+
+    Raises:
+        ValueError: naming the first such value.
+    """
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value}: use a finite number greater than 0")
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (is_whole and low <= value <= (value if high is None else high)):
+            bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"{name} must be an integer {bounds}, got {value}: correct it, or leave it out")
 
 
-def _check_not_negative(**values: int) -> None:
-    for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name}={value}: use 0 or more")
+def check_concentration(concentration: float) -> None:
+    """Refuse a concentration that is not a number above 0, or so large that the draw overflows.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not 0 < concentration <= MAX_CONCENTRATION:
+        raise ValueError(
+            f"concentration must be above 0 and at most {MAX_CONCENTRATION:g}, got {concentration}: 1 gives uneven "
+            "shares, 1000 nearly even ones"
+        )
 
 
 def _check_equal_tasks(what: str, num_classes: int, num_tasks: int) -> None:
