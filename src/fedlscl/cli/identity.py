@@ -34,9 +34,13 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
     }
     if config["data"].get("augment", "none") != "none":
         configuration["augment"] = config["data"]["augment"]
-    data = [fingerprint, [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits]]
     precision = chosen_precision(trainer["precision"], trainer["accelerator"])
-    return "-".join(map(_hash, (configuration, data, precision)))
+    return f"{_hash(configuration)}-{identify_data(fingerprint, splits)}-{_hash(precision)}"
+
+
+def identify_data(fingerprint: str, splits: list[ClientSplit]) -> str:
+    """Hash of a data set and of what each client gets of it."""
+    return _hash([fingerprint, [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits]])
 
 
 def learned_part(identity: str) -> str:
