@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from fedlscl.__main__ import main
@@ -268,6 +268,39 @@ def test_checkpoint_of_another_configuration_is_refused(command, change, trained
     assert line.startswith(f"checkpoint '{trained}' belongs to another {part}: use the ")
     assert "config.yaml beside it" in line
     assert trained.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def trained_on_weights(tmp_path_factory):
+    import timm
+
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), folder / "w.safetensors")
+    weights = ["--method.collaborator.foundation.weights", str(folder / "w.safetensors")]
+    assert main(["fit", *tiny.FEDLSCL, *weights, *tiny.inside(folder)]) == 0
+    return folder / "w.safetensors", folder / "FedLSCL" / "version_0"
+
+
+@pytest.mark.parametrize("fault", ["moved", "a folder", "other weights"])
+@pytest.mark.parametrize("command", ["predict", "test"])
+def test_a_trained_run_names_the_weights_that_it_misses(command, fault, trained_on_weights, refused, tmp_path):
+    file, run = trained_on_weights
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    moved = file.rename(tmp_path / "moved.safetensors")
+    if fault == "a folder":
+        file.mkdir()
+    elif fault == "other weights":
+        save_file({name: value + 1 for name, value in load_file(moved).items()}, file)
+    images = ["--images", str(tmp_path / "x.png")] if command == "predict" else []
+    try:
+        line = refused(command, "--ckpt_path", str(run), *images)
+        if fault == "other weights":
+            assert "belongs to another configuration" in line and "and the same weights files" in line
+        else:
+            assert line.startswith(f"weights {str(file)!r} is no file: give a safetensors file")
+    finally:
+        file.rmdir() if file.is_dir() else file.unlink(missing_ok=True)
+        moved.rename(file)
 
 
 def scans(path, change=None):

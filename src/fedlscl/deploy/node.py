@@ -69,7 +69,8 @@ class Node:
             raise ValueError(f"run {letter.run!r} is no name of a run.")
         if letter.identity != self.federation.identity:
             raise ValueError(
-                f"client {self.index} has another configuration: use the server's YAML file on every node."
+                f"client {self.index} has another configuration: use the server's YAML file and weights files on "
+                "every node."
             )
 
     def _answer(self, letter: Letter) -> Reply:

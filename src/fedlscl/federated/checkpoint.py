@@ -14,7 +14,7 @@ import torch
 VERSION = 2
 """Since 2 the identity covers all pixels and the class names."""
 PARTS = {
-    "configuration": "use the config.yaml beside it",
+    "configuration": "use the config.yaml beside it and the same weights files",
     "data set or split": "use the images, labels and class names of that run, and the config.yaml beside it",
     "precision": "use the trainer.precision and the device that it was trained with",
 }
