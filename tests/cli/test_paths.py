@@ -125,6 +125,13 @@ def test_a_path_of_a_users_class_is_expanded_by_its_type(home):
     assert (made.diary, made.log) == (home / "d", home / "l")
 
 
+@pytest.mark.parametrize("form", ["~/d.yaml", "$PLACE/d.yaml"])
+def test_the_file_of_a_group_is_found(form, home):
+    Path(home, "d.yaml").write_text("root: $PLACE/x.npz\n")
+    for words in ([f"--data={form}"], ["--data", form], ["--data", '{"root": "$PLACE/x.npz"}']):
+        assert value_of(Read(["fit", "--method", "FedAvg", *words]), "data.root") == str(home / "x.npz")
+
+
 def test_the_saved_configuration_keeps_what_a_file_says(home):
     Path("a.yaml").write_text("method: FedAvg\ndata: {root: ~/d}\n")
     cli = Read(["fit", "--config", "a.yaml"])

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 PATHS = frozenset(
-    "cache_dir ckpt_path config data_root dataset default_root_dir images manifest out root runs weights".split()
+    "cache_dir ckpt_path config data data_root dataset default_root_dir images manifest method out root runs trainer "
+    "weights".split()
 )
-"""Last parts of the names of options whose text is a path; an option of type `pathlib.Path` need not be named here."""
+"""Last parts of the names of options whose text is a path, as in ``--data FILE`` for a group; an option of type
+`pathlib.Path` need not be named here."""
 SHORT = {"-c": "--config"}
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 NAMED_WEIGHTS = ("timm", "bundled", "random")
