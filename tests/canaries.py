@@ -35,7 +35,7 @@ class Trap:
 
 def pickles(folder):
     """The trap in every form in which torch or Python writes a pickle."""
-    state = {"version": 1, "identity": "abc", "progress": [0, 0], "trap": Trap(folder)}
+    state = {"version": 2, "identity": "abc", "progress": [0, 0], "trap": Trap(folder)}
     forms = {f"protocol {protocol}": pickle.dumps(state, protocol) for protocol in (0, 2, 5)}
     for name, is_zip in (("torch zip", True), ("torch legacy", False)):
         buffer = io.BytesIO()

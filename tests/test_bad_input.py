@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from fedlscl.__main__ import main
@@ -276,7 +276,86 @@ def test_checkpoint_is_refused(command, damage, said, trained, tmp_path, refused
 def test_checkpoint_of_another_configuration_is_refused(command, change, trained, refused):
     before, config = trained.read_bytes(), str(trained.with_name("config.yaml"))
     line = refused(command, "--config", config, *change.split(), "--ckpt_path", str(trained))
-    assert line.startswith(f"checkpoint '{trained}' belongs to another configuration: use the config.yaml beside it")
+    part = "data set or split" if "data" in change else "configuration"
+    assert line.startswith(f"checkpoint '{trained}' belongs to another {part}: use the ")
+    assert "config.yaml beside it" in line
+    assert trained.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def trained_on_weights(tmp_path_factory):
+    import timm
+
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), folder / "w.safetensors")
+    weights = ["--method.collaborator.foundation.weights", str(folder / "w.safetensors")]
+    assert main(["fit", *tiny.FEDLSCL, *weights, *tiny.inside(folder)]) == 0
+    return folder / "w.safetensors", folder / "FedLSCL" / "version_0"
+
+
+@pytest.mark.parametrize("fault", ["moved", "a folder", "other weights"])
+@pytest.mark.parametrize("command", ["predict", "test"])
+def test_a_trained_run_names_the_weights_that_it_misses(command, fault, trained_on_weights, refused, tmp_path):
+    file, run = trained_on_weights
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    moved = file.rename(tmp_path / "moved.safetensors")
+    if fault == "a folder":
+        file.mkdir()
+    elif fault == "other weights":
+        save_file({name: value + 1 for name, value in load_file(moved).items()}, file)
+    images = ["--images", str(tmp_path / "x.png")] if command == "predict" else []
+    try:
+        line = refused(command, "--ckpt_path", str(run), *images)
+        if fault == "other weights":
+            assert "belongs to another configuration" in line and "and the same weights files" in line
+        else:
+            assert line.startswith(f"weights {str(file)!r} is no file: give a safetensors file")
+    finally:
+        file.rmdir() if file.is_dir() else file.unlink(missing_ok=True)
+        moved.rename(file)
+
+
+def scans(path, change=None):
+    """An .npz of 480 + 12 images in four classes, with one thing changed."""
+    draw = np.random.default_rng(0)
+    arrays = {"class_names": np.array(["benign", "cyst", "healthy", "malignant"])}
+    for part, size in (("train", 480), ("test", 12)):
+        arrays[f"{part}_images"] = draw.integers(0, 256, (size, 8, 8, 3), np.uint8)
+        arrays[f"{part}_labels"] = np.arange(size) % 4
+    if change == "pixel":
+        arrays["train_images"][1, 2, 3, 0] ^= 1  # Outside an evenly spaced sample of 64 images.
+    elif change == "names in another order":
+        arrays["class_names"] = arrays["class_names"][::-1]
+    elif change == "another name":
+        arrays["class_names"] = np.array(["benign", "cyst", "healthy", "melanoma"])
+    elif change == "test label":
+        arrays["test_labels"][[0, 1]] = arrays["test_labels"][[1, 0]]
+    np.savez(path, **arrays)
+
+
+@pytest.fixture(scope="module")
+def trained_on_scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    scans(folder / "scans.npz")
+    options = ["--data.dataset", "scans.npz", "--data.root", str(folder), "--data.num_tasks", "1"]
+    options += ["--data.private_classes", "1", "--data.image_size", "null", "--data.test_per_class", "null"]
+    options += ["--data.train_per_class", "null"]
+    assert main(["fit", *tiny.FEDAVG, *options, *tiny.inside(folder)]) == 0
+    return [*tiny.FEDAVG, *options], folder / "FedAvg" / "version_0" / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("change", ["pixel", "test label", "names in another order", "another name"])
+def test_a_run_is_not_continued_or_tested_on_changed_data(change, trained_on_scans, refused, tmp_path):
+    arguments, trained = trained_on_scans
+    scans(tmp_path / "scans.npz", change)
+    before = trained.read_bytes()
+    for command in ("fit", "test"):
+        line = refused(command, *arguments, "--data.root", str(tmp_path), "--ckpt_path", str(trained))
+        assert line.startswith(f"checkpoint '{trained}' belongs to another data set or split: use the images, labels")
+    line = refused(
+        "fit", *arguments, "--data.root", str(tmp_path), "--data.manifest", f"{trained.parent}/manifest.json"
+    )
+    assert ("must name class" if "name" in change else "belongs to a data set with fingerprint") in line
     assert trained.read_bytes() == before
 
 

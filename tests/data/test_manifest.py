@@ -14,15 +14,18 @@ def splits():
     return spatial_temporal_split(labels, labels, **kwargs, seed=7)
 
 
+NAMES = [f"class{n}" for n in range(8)]
+
+
 @pytest.fixture
 def saved(tmp_path, splits):
     path = tmp_path / "new" / "split.json"
-    save_manifest(path, splits, [f"class{n}" for n in range(8)], "abc", {"seed": 7})
+    save_manifest(path, splits, NAMES, "abc", {"seed": 7})
     return path
 
 
 def test_round_trip_gives_the_same_split(saved, splits):
-    for loaded, original in zip(load_manifest(saved, "abc"), splits, strict=True):
+    for loaded, original in zip(load_manifest(saved, "abc", NAMES), splits, strict=True):
         assert loaded.classes == original.classes
         for a, b in zip(loaded.train + loaded.test, original.train + original.test, strict=True):
             assert a.dtype == b.dtype == np.int64
@@ -38,7 +41,7 @@ def test_saving_leaves_one_file_and_replaces_it_whole(saved, splits):
 
 def test_layout_does_not_count(saved):
     saved.write_text(json.dumps(json.loads(saved.read_text()), indent=2))
-    assert len(load_manifest(saved, "abc")) == 3
+    assert len(load_manifest(saved, "abc", NAMES)) == 3
 
 
 def move_a_sample(content):
@@ -50,7 +53,7 @@ def rename_a_class(content):
 
 
 def raise_the_format(content):
-    content["format"] = 2
+    content["format"] = 3
 
 
 def drop_the_hash(content):
@@ -62,7 +65,7 @@ def drop_the_hash(content):
     [
         (move_a_sample, "was changed"),
         (rename_a_class, "was changed"),
-        (raise_the_format, "has format 2, this version reads 1"),
+        (raise_the_format, "must have format 2, got 3: draw and save the split again"),
         (drop_the_hash, "is not a split manifest"),
     ],
 )
@@ -71,25 +74,53 @@ def test_changes_are_noticed(saved, tamper, message):
     tamper(content)
     saved.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        load_manifest(saved, "abc")
+        load_manifest(saved, "abc", NAMES)
+
+
+def test_a_manifest_of_the_first_format_is_refused_with_the_remedy(saved):
+    content = json.loads(saved.read_text()) | {"format": 1}
+    saved.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must have format 2, got 1: draw and save the split again") as caught:
+        load_manifest(saved, "abc", NAMES)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (NAMES[::-1], "must name class 0 'class7' as the data set does, got 'class0'"),
+        ([*NAMES[:7], "melanoma"], "must name class 7 'melanoma' as the data set does, got 'class7'"),
+        ([*NAMES[:7], "Class7"], "must name class 7 'Class7'"),
+        (NAMES[:7], "must have the 7 classes of the data set, got 8"),
+        ([*NAMES, "class8"], "must have the 9 classes of the data set, got 8"),
+    ],
+)
+def test_other_class_names_are_refused(saved, names, message):
+    with pytest.raises(ValueError, match=message):
+        load_manifest(saved, "abc", names)
+
+
+def test_white_space_and_unicode_form_do_not_make_another_name(tmp_path, splits):
+    save_manifest(tmp_path / "m.json", splits, ["\u00e9cran", "b"], "abc", {})
+    assert len(load_manifest(tmp_path / "m.json", "abc", ["e\u0301cran", "b "])) == 3
 
 
 def test_another_data_set_is_refused(saved):
     with pytest.raises(ValueError, match="fingerprint abc, this one has xyz"):
-        load_manifest(saved, "xyz")
+        load_manifest(saved, "xyz", NAMES)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", "\x00"])
 def test_other_files_are_refused_in_one_line(tmp_path, text):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(ValueError, match="is not a split manifest") as caught:
-        load_manifest(tmp_path / "m.json", "abc")
+        load_manifest(tmp_path / "m.json", "abc", NAMES)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none.json cannot be read"):
-        load_manifest(tmp_path / "none.json", "abc")
+        load_manifest(tmp_path / "none.json", "abc", NAMES)
 
 
 NEW = {"dataset": "a.npz", "image_height": 16, "image_width": 48, "image_rule": "stored"}

@@ -61,11 +61,11 @@ def network(make_data, tmp_path, monkeypatch):
     """Make a network for a method: ``fit()`` runs it, ``grid`` and ``post`` can be disturbed."""
 
     def make(method, rounds_per_task=1, seed=42, data=make_data, folder=tmp_path, **options):
-        def federation():
+        def federation(**own):
             trainer = FederatedTrainer(rounds_per_task=rounds_per_task, accelerator="cpu", **options)
-            return Federation(method, data(), trainer, seed, "same")
+            return Federation(method, data(**own), trainer, seed, "same")
 
-        monkeypatch.setattr("fedlscl.deploy.federation.read_federation", lambda *path, **own: federation())
+        monkeypatch.setattr("fedlscl.deploy.federation.read_federation", lambda *path, **own: federation(**own))
         for name in ("_run_id", "_node_id", "_task_id"):
             monkeypatch.setattr(TaskIdentity, name, 1)
         places = range(federation().num_clients)

@@ -24,17 +24,33 @@ def test_the_example_has_the_configuration_of_the_demo():
         ({"partition-id": 0}, "digits.yaml", "state-dir is missing: add it to --node-config"),
         ({"partition-id": 7, "state-dir": "state"}, "digits.yaml", "partition-id 7: num_clients is 3"),
         ({"partition-id": 0, "state-dir": "state"}, "none.yaml", "none.yaml' cannot be read"),
+        (
+            {"partition-id": 0, "state-dir": "$MISSING"},
+            "digits.yaml",
+            "state-dir must be a path whose variables are set",
+        ),
+        ({"partition-id": 0, "state-dir": "s", "data-root": "$MISSING"}, "digits.yaml", "data.root must be a path"),
+        ({"partition-id": 0, "state-dir": "state"}, "~/none.yaml", "HOME/none.yaml' cannot be read"),
         ({"partition-id": 0, "state-dir": "state"}, "digits.yaml", "client 0 has another configuration"),
     ],
 )
 def test_a_node_that_is_set_up_wrongly_says_so_in_one_line(node, config, reason, monkeypatch):
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+    monkeypatch.delenv("MISSING", raising=False)
+    monkeypatch.setenv("HOME", "/HOME")
     message = Message(carried(Letter(0, "ab", "other", 0, [], None).encode()), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(1, 1, node, RecordDict(), {"config": config})
     reply = read_reply(carried_by(apps.client_app(EXAMPLE / "federation")(message, context).content))
     assert reason in reply.refusal
+
+
+def test_paths_of_a_node_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/HOME")
+    monkeypatch.setenv("PLACE", "/place")
+    options = {"state-dir": "~/state", "run-dir": "$PLACE/run", "config": "digits.yaml"}
+    assert [str(apps.place(options, name)) for name in options] == ["/HOME/state", "/place/run", "digits.yaml"]
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 import json
 import time
+import unicodedata
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Message
 
+from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.deploy.coordinator import Coordinator
 from fedlscl.deploy.flower import carried
 from fedlscl.federated.checkpoint import load_checkpoint
@@ -189,6 +192,63 @@ def test_a_client_that_sends_nonsense_is_left_out_with_a_reason(network):
     state = load_checkpoint(made.folder / "run" / "checkpoint.pt")
     assert {refusal["client"] for refusal in state["door"]["refusals"]} == {1}
     assert "cut short" in state["door"]["refusals"][0]["reason"]
+
+
+NAMES = ["benign", "cyst", "h\u00e9althy", "malignant"]
+"""One of them has two Unicode forms."""
+
+
+def hospital(folder, names):
+    """A data set of four or five classes under a node's own names, in a folder of the node's own."""
+    folder.mkdir(exist_ok=True)
+    labels = np.arange(len(names)).repeat(8)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 16, 16, 3), np.uint8)
+    train, test = ({f"{part}_images": images, f"{part}_labels": labels} for part in ("train", "test"))
+    np.savez(folder / "scans.npz", **train, **test, class_names=np.array(names))
+
+
+@pytest.fixture
+def hospitals(network, tmp_path):
+    """A network whose node i has the data of ``tmp_path/i``."""
+
+    def data(root="0"):
+        classes = {"protocol": "global", "private_classes": 0, "public_classes": 4}
+        place = {"dataset": "scans.npz", "root": str(tmp_path / root)}
+        return SpatialTemporalDataModule(**place, **classes, num_clients=2, num_tasks=1, batch_size=8)
+
+    hospital(tmp_path / "0", NAMES)
+    hospital(tmp_path / "1", NAMES)
+    made = network(small(), data=data)
+    for index, context in enumerate(made.grid.contexts.values()):
+        context.node_config["data-root"] = str(index)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (NAMES[::-1], "class_names must have the hash"),
+        ([*NAMES[:3], "melanoma"], "class_names must have the hash"),
+        ([*NAMES, "other"], "num_classes must be 4 as on the other nodes, got 5"),
+    ],
+)
+def test_a_node_with_other_classes_is_left_out_until_they_are_corrected(hospitals, names, said):
+    hospital(hospitals.folder / "1", names)
+    with pytest.raises(ValueError, match=r"clients \[1\] were not tested.*correct what the log says of them"):
+        hospitals.fit()
+    (line, *_) = [line for line in hospitals.said if "left out" in line]
+    assert line.startswith(f"client 1 is left out: {said}")
+    state = load_checkpoint(hospitals.folder / "run" / "checkpoint.pt")
+    assert {refusal["client"] for refusal in state["door"]["refusals"]} == {1}
+    assert state["knowledge"]["traffic"]["up"][1].sum() == 0 < state["knowledge"]["traffic"]["up"][0].sum()
+    hospital(hospitals.folder / "1", NAMES)
+    assert not hospitals.fit().knowledge.matrix.values[:, 1].isnan().all()
+
+
+def test_unicode_forms_and_trailing_spaces_of_names_do_not_divide_nodes(hospitals):
+    hospital(hospitals.folder / "1", [unicodedata.normalize("NFD", name) for name in NAMES[:3]] + ["malignant "])
+    hospitals.fit()
+    assert not any("left out" in line for line in hospitals.said)
 
 
 def test_sampled_clients_end_as_in_simulation(network, federate):

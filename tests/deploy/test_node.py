@@ -17,9 +17,9 @@ LETTER = Letter(0, "ab", "id", 0, [BEGIN, TRAIN, UPLOAD], None)
 def node(make_data, tmp_path):
     """Client 0, built anew with every call as in a new process."""
 
-    def make(name="FedAvg", identity="id", index=0):
+    def make(name="FedAvg", identity="id", index=0, **data):
         trainer = FederatedTrainer(rounds_per_task=1, accelerator="cpu")
-        return Node(Federation(METHODS[name](), make_data(), trainer, 42, identity), index, tmp_path)
+        return Node(Federation(METHODS[name](), make_data(**data), trainer, 42, identity), index, tmp_path)
 
     return make
 
@@ -54,7 +54,7 @@ def test_only_upload_counts_and_accuracies_leave_a_node(node, make_data):
     stream = make_data().stream(0)
     said = {number: values for number, values in header["results"]}
     assert {number: list(values) for number, values in said.items() if values} == {
-        1: ["num_classes", "fingerprint", "classes", "train_samples", "test_samples"],
+        1: ["num_classes", "fingerprint", "class_names", "classes", "train_samples", "test_samples"],
         3: ["samples"],
     }
     assert said[1]["classes"] == stream.classes(0).tolist() and said[3]["samples"] == len(stream.train_ids(0))
@@ -92,6 +92,19 @@ def test_a_server_from_before_the_last_checkpoint_is_refused(node):
     # One step back is kept for it, two are not.
     assert [result.number for result in read_reply(node().answer(letter._replace(acknowledged=1).encode())).results]
     assert "too old" in read_reply(node().answer(LETTER.encode())).refusal
+
+
+@pytest.mark.parametrize("changed", [{"train_per_class": 7}, {"private_classes": 1, "num_tasks": 1}])
+def test_a_node_does_not_continue_on_other_data_or_another_split(node, changed):
+    first = LETTER._replace(commands=[BEGIN])
+    node().answer(first.encode())
+    # As long as the server has accepted nothing, corrected data begin again.
+    fresh = read_reply(node(**changed).answer(first.encode()))
+    assert not fresh.refusal and fresh.results[0].said["classes"]
+    assert not read_reply(node().answer(first.encode())).refusal
+    refused = read_reply(node(**changed).answer(LETTER._replace(acknowledged=1).encode()))
+    assert refused.refusal.startswith("the data of client 0 must not change during a run: restore its images")
+    assert not read_reply(node().answer(LETTER._replace(acknowledged=1).encode())).refusal
 
 
 def test_every_run_has_a_state_of_its_own(node, tmp_path):

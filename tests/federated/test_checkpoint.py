@@ -103,8 +103,26 @@ def test_a_newer_version_is_refused(path, monkeypatch):
     with monkeypatch.context() as newer:
         newer.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
         save_checkpoint(path, make_state())
-    with pytest.raises(ValueError, match=rf"has version {checkpoint.VERSION + 1}, .* reads up to {checkpoint.VERSION}"):
+    with pytest.raises(ValueError, match=rf"has version {checkpoint.VERSION + 1}, .* {checkpoint.VERSION}: upgrade it"):
         load_checkpoint(path)
+
+
+def test_an_older_version_is_refused(path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint, "VERSION", 1)
+        save_checkpoint(path, make_state())
+    with pytest.raises(ValueError, match=r"has version 1, .*: start a new run, or use the version that wrote it"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("identity", "part"),
+    [("x-b-c", "configuration"), ("x-y-z", "configuration"), ("a-x", "data set or split"), ("a-b-x", "precision")],
+)
+def test_the_part_of_the_identity_that_differs_is_named(path, identity, part):
+    save_checkpoint(path, make_state(identity="a-b-c"))
+    with pytest.raises(ValueError, match=f"belongs to another {part}: {checkpoint.PARTS[part]}"):
+        load_checkpoint(path, identity)
 
 
 def test_another_configuration_is_refused(path):
@@ -185,7 +203,7 @@ def sealed(body):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.binary(max_size=200) | st.just(pickle.dumps({"version": 1, "identity": "abc"})))
+@given(body=st.binary(max_size=200) | st.just(pickle.dumps({"version": 2, "identity": "abc"})))
 def test_whatever_is_sealed_is_read_or_refused_in_one_line(tmp_path, body):
     (tmp_path / "sealed.pt").write_bytes(sealed(body))
     try:

@@ -15,7 +15,6 @@ from fedlscl.cli.completion import print_completion
 from fedlscl.cli.configuration import (
     named_method,
     usable_method,
-    weights_found,
     with_flags,
     with_method_names,
     with_saved_config,
@@ -23,6 +22,7 @@ from fedlscl.cli.configuration import (
 from fedlscl.cli.errors import brief_warnings
 from fedlscl.cli.listing import print_methods
 from fedlscl.cli.parser import Parser
+from fedlscl.cli.paths import expand_paths, weights_found, with_expanded_paths
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
@@ -64,7 +64,7 @@ class FederatedCLI(LightningCLI):
     """Groups ``trainer``, ``method`` and ``data``, and one seed; the commands are the methods of `Commands`."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.command, arguments = arguments[0], with_saved_config(arguments)
+        self.command, arguments = arguments[0], with_saved_config(with_expanded_paths(arguments))
         # The default of another method would hand its own values to every option that both have.
         self.default_method = usable_method(named_method(arguments)) or DEFAULT_METHOD
         usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
@@ -110,7 +110,8 @@ class FederatedCLI(LightningCLI):
         """Make trainer, method and datamodule; no data is read and no net built yet."""
         given = Namespace({key: value for key, value in self.config[self.command].items() if key not in OF_ONE_CALL})
         text = self._subcommand_parsers[self.command].dump(given, skip_unset=False)
-        config = weights_found(self.config[self.command])
+        # Saved as written, so that a configuration file serves on another machine, too.
+        config = weights_found(expand_paths(self.config[self.command]))
         self.config_init = self.parser.instantiate(Namespace({**self.config, self.command: config}))
         made = self.config_init[self.command]
         self.model, self.datamodule = made.method, made.data

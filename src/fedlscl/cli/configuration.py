@@ -3,15 +3,12 @@
 import argparse
 import importlib
 from pathlib import Path
-from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 
 from fedlscl import methods
 from fedlscl.cli.runs import CONFIG, find_checkpoint
 
-NAMED_WEIGHTS = ("timm", "bundled", "random")
 METHOD_OPTIONS = ("--method", "--method.class_path", "--method.help")
 
 
@@ -117,19 +114,3 @@ def check_config(file: str) -> None:
         raise ValueError(f"config {file!r} is no valid YAML ({problem}{where}): correct it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"config {file!r} holds {type(content).__name__}: give groups such as 'trainer:' and 'data:'.")
-
-
-def weights_found(config: Namespace) -> Namespace:
-    """Look for weights files under data.root where a relative path leads to none from the current directory."""
-    return _found(config.clone(), config.data.root)
-
-
-def _found(config: Any, root: str | None) -> Any:
-    for key, value in vars(config).items():
-        if isinstance(value, Namespace):
-            _found(value, root)
-        elif key == "weights" and isinstance(value, str) and value not in NAMED_WEIGHTS and root is not None:
-            beside = Path(root, value)
-            if not Path(value).is_file() and beside.is_file():
-                config[key] = str(beside)
-    return config

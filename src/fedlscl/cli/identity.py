@@ -16,10 +16,10 @@ DECIDING = ("rounds_per_task", "server_every", "max_tasks", "participation", "fa
 
 
 def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]) -> str:
-    """Name what decides a result, as 'what is learned-how it is computed', two hashes.
+    """Name what decides a result, as 'configuration-data-precision', three hashes.
 
-    Data count by content and split, weights files by content; places, names and observers do not count. Evaluation
-    compares the first half alone, so that a run may be tested in another precision.
+    Data count by pixels, labels, class names and split, weights files by content; places, names and observers do not
+    count. Evaluation compares the first two, so that a run may be tested in another precision.
 
     Args:
         config: the resolved configuration.
@@ -27,22 +27,25 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         splits: one per client.
     """
     trainer = config["trainer"]
-    learned = {
+    configuration = {
         "method": by_content(config["method"]),
         "seed": config["seed_everything"],
-        "data": fingerprint,
-        "splits": [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits],
         **{name: trainer[name] for name in DECIDING},
     }
     if config["data"].get("augment", "none") != "none":
-        learned["augment"] = config["data"]["augment"]
-    computed = {"precision": chosen_precision(trainer["precision"], trainer["accelerator"])}
-    return f"{_hash(learned)}-{_hash(computed)}"
+        configuration["augment"] = config["data"]["augment"]
+    precision = chosen_precision(trainer["precision"], trainer["accelerator"])
+    return f"{_hash(configuration)}-{identify_data(fingerprint, splits)}-{_hash(precision)}"
+
+
+def identify_data(fingerprint: str, splits: list[ClientSplit]) -> str:
+    """Hash of a data set and of what each client gets of it."""
+    return _hash([fingerprint, [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits]])
 
 
 def learned_part(identity: str) -> str:
-    """The half that evaluation compares."""
-    return identity.split("-")[0]
+    """The two thirds that evaluation compares."""
+    return identity.rpartition("-")[0]
 
 
 def by_content(value: Any) -> Any:

@@ -57,17 +57,18 @@ class Predictor:
         self, trainer: FederatedTrainer, method: Method, config: dict[str, Any], checkpoint: Path, client: int
     ) -> None:
         manifest = read_manifest(checkpoint.with_name(MANIFEST))
-        identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
-        state = load_last_good(checkpoint, identity)
         if not 0 <= client < len(manifest.splits):
             raise ValueError(f"client={client} does not exist: choose 0 to {len(manifest.splits) - 1}.")
+        # Before the identity, which can only say that something differs: building says which file is missing.
+        net = method.build_net(client, len(manifest.class_names))
+        identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
+        state = load_last_good(checkpoint, identity)
         learned = Progress(*state["progress"]).learned + 1
         classes = sorted(label for task in manifest.splits[client].classes[:learned] for label in task)
         self.prepared = preparation(manifest)
         self.num_reshaped = 0
         self.names = [manifest.class_names[label] for label in classes]
         self.fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
-        net = method.build_net(client, len(manifest.class_names))
         net.load_state_dict(state["clients"][client]["net"])
         self.net = self.fabric.to_device(net).eval()
         self.classes = torch.tensor(classes, device=self.fabric.device)

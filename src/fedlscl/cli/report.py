@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from fedlscl.cli.paths import expand_paths
 from fedlscl.report.table import print_comparison
 
 
@@ -17,6 +18,11 @@ class Parser(argparse.ArgumentParser):
             ValueError: always.
         """
         raise ValueError(f"{message}: {self.usage}.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Expand ``~`` and variables in what was given."""
+        given, rest = super().parse_known_args(args, namespace)
+        return expand_paths(given), rest
 
 
 def report(arguments: list[str]) -> None:

@@ -244,7 +244,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         )
 
     def _load(self, path: str) -> list[ClientSplit]:
-        splits = manifests.load_manifest(path, self.data.fingerprint)
+        splits = manifests.load_manifest(path, self.data.fingerprint, self.class_names)
         tasks = sorted({len(split.classes) for split in splits})
         if len(splits) != self.num_clients or tasks != [self.num_tasks]:
             found = f"{len(splits)} clients x {' or '.join(map(str, tasks))} tasks"

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedlscl.data.datasets import CROPPED
+from fedlscl.data.images import plain_name
 from fedlscl.data.split import ClientSplit
 
-FORMAT = 1
+FORMAT = 2
+"""Since 2 the fingerprint covers all pixels and the class names."""
 
 
 def save_manifest(
@@ -94,17 +96,29 @@ def preparation(manifest: Manifest) -> Preparation:
     return Preparation(*size, is_cropped=rule == "crop")
 
 
-def load_manifest(path: str | Path, fingerprint: str) -> list[ClientSplit]:
-    """Read a split back, for the data set with this fingerprint.
+def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]) -> list[ClientSplit]:
+    """Read a split back, for the data set with this fingerprint and these names in label order.
 
     Raises:
         ValueError: if the file is missing, changed or of another format, or belongs to another data set.
     """
     saved = read_manifest(path)
+    if len(saved.class_names) != len(class_names):
+        raise ValueError(
+            f"manifest {path} must have the {len(class_names)} classes of the data set, got {len(saved.class_names)}: "
+            "use the data set that it was saved from"
+        )
+    for label, (name, own) in enumerate(zip(saved.class_names, class_names, strict=True)):
+        if plain_name(name) != plain_name(own):
+            raise ValueError(
+                f"manifest {path} must name class {label} {own!r} as the data set does, got {name!r}: "
+                "number and name the classes as in the data set that it was saved from"
+            )
     if saved.fingerprint != fingerprint:
         raise ValueError(
             f"manifest {path} belongs to a data set with fingerprint {saved.fingerprint[:12]}, this one has "
-            f"{fingerprint[:12]}: use the same dataset, image_size, train_per_class and test_per_class"
+            f"{fingerprint[:12]}: use the same images and labels, and the same image_size, train_per_class and "
+            "test_per_class"
         )
     return saved.splits
 
@@ -124,7 +138,10 @@ def read_manifest(path: str | Path) -> Manifest:
     except (ValueError, AttributeError, TypeError, KeyError):
         raise ValueError(f"manifest {path} is not a split manifest: save it again with save_manifest") from None
     if version != FORMAT:
-        raise ValueError(f"manifest {path} has format {version!r}, this version reads {FORMAT}: save it again")
+        raise ValueError(
+            f"manifest {path} must have format {FORMAT}, got {version!r}: draw and save the split again with the same "
+            "options and seed, or use the version of fedlscl that wrote it"
+        )
     if stored != _sha256(content):
         raise ValueError(f"manifest {path} was changed (its sha256 does not match): save or fetch it again")
     splits = [

@@ -1,12 +1,14 @@
 """ServerApp and ClientApp of Flower. An app of one's own has two modules of two lines each: see examples/flower."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedlscl.cli.paths import expanded
 from fedlscl.deploy.flower import PARTITION, RECORD, FlowerPost, carried, carried_by
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ def _answer(folder: Path, context: Context, letter: bytes) -> bytes:
         if "state-dir" not in config:
             raise ValueError("state-dir is missing: add it to --node-config.")
         own = {option: str(config[name]) for option, name in OWN_DATA.items() if name in config}
-        federation = read_federation(folder / str(context.run_config["config"]), **own)
-        return Node(federation, index, Path(str(config["state-dir"]))).answer(letter)
+        federation = read_federation(folder / place(context.run_config, "config"), **own)
+        return Node(federation, index, place(config, "state-dir")).answer(letter)
     except Exception as error:
         reason = explain(error)
         if reason is None:
@@ -72,7 +74,7 @@ def server_app(folder: str | Path) -> ServerApp:
         from fedlscl.deploy.federation import read_federation
 
         try:
-            run(read_federation(Path(folder) / str(context.run_config["config"])), grid, context)
+            run(read_federation(Path(folder) / place(context.run_config, "config")), grid, context)
         except Exception as error:
             if (reason := explain(error)) is not None:
                 say(f"error: {reason}")
@@ -89,7 +91,7 @@ def run(federation: "Federation", grid: Grid, context: Context) -> None:
     from fedlscl.deploy.coordinator import Coordinator
     from fedlscl.federated.metrics import summary
 
-    run_dir, deadline = Path(str(context.run_config["run-dir"])), float(context.run_config["deadline"])
+    run_dir, deadline = place(context.run_config, "run-dir"), float(context.run_config["deadline"])
     post = FlowerPost(grid, federation.num_clients, say)
     coordinator = Coordinator(federation, post, run_dir, deadline, say)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,11 @@ def run(federation: "Federation", grid: Grid, context: Context) -> None:
         os.close(handle)
     average = summary(knowledge.matrix, federation.num_tasks - 1)["seen/average"]
     say(f"done: mean accuracy over all tasks (seen) {average:.4f}; results in {run_dir}")
+
+
+def place(options: Mapping[str, Any], name: str) -> Path:
+    """A path among Flower's options, with ``~`` and variables expanded on the machine where it is."""
+    return Path(expanded(str(options[name]), name))
 
 
 def say(line: str) -> None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol, cast
 from fedlscl.cli.runs import CHECKPOINT, CONFIG
 from fedlscl.data import Batch
 from fedlscl.deploy.federation import Federation
-from fedlscl.deploy.knowledge import Description, Knowledge, Measured, fact_of
+from fedlscl.deploy.knowledge import Description, Fact, Knowledge, Measured, check_classes, fact_of
 from fedlscl.deploy.ledger import Ledger
-from fedlscl.deploy.letters import TEST_BEFORE, TRAIN, UPLOAD, read_reply
+from fedlscl.deploy.letters import TEST_BEFORE, TRAIN, UPLOAD, Reply, read_reply
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.callbacks import AT_SERVER
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint, write_atomically
@@ -110,11 +110,19 @@ class Coordinator:
         """Send what is open, enter what comes back; returns uploads, and the clients that replied as they should."""
         letters = {ledger.client: ledger.letter(self.run, self.federation.identity).encode() for ledger in ledgers}
         replies = self.post.exchange(letters, self.deadline)
+        read: dict[int, tuple[Reply, list[Fact]]] = {}
         uploads: list[Upload] = []
         flaws: dict[int, str] = {}
         for client, data in sorted(replies.items()):
             try:
-                uploads += self._take(client, data)
+                read[client] = self._read(client, data)
+            except ValueError as error:
+                flaws[client] = str(error)
+        found = [fact for _, facts in read.values() for _, fact in facts if isinstance(fact, Description)]
+        reference = self.knowledge.reference(found)
+        for client, (reply, facts) in read.items():
+            try:
+                uploads += self._take(client, reply, facts, reference)
             except ValueError as error:
                 flaws[client] = str(error)
         self._open()
@@ -124,13 +132,18 @@ class Coordinator:
                 self.server.door.refuse(client, progress, flaw)
         return uploads, replies.keys() - flaws.keys()
 
-    def _take(self, client: int, data: bytes) -> list[Upload]:
-        ledger = self.ledgers[client]
+    def _read(self, client: int, data: bytes) -> tuple[Reply, list[Fact]]:
         reply = read_reply(data, self.trainer.limits.num_bytes + LARGEST_HEADER)
         if reply.refusal:
             raise ValueError(one_line(reply.refusal, 300))
-        facts = [(command, fact_of(client, command, result)) for command, result in ledger.done_in(reply)]
-        ledger.acknowledge(reply)
+        done = self.ledgers[client].done_in(reply)
+        return reply, [(command, fact_of(client, command, result)) for command, result in done]
+
+    def _take(self, client: int, reply: Reply, facts: list[Fact], reference: Description | None) -> list[Upload]:
+        for _, fact in facts:
+            if isinstance(fact, Description) and reference is not None:
+                check_classes(fact, reference)
+        self.ledgers[client].acknowledge(reply)
         for command, fact in facts:
             if isinstance(fact, Description | Measured):
                 self.knowledge.enter(client, command.task, fact)
@@ -194,7 +207,10 @@ class Coordinator:
         _, came = self._exchange(asked, Progress(last, self.last_round, True, True)) if asked else ([], set())
         self._save(Progress(last + 1, 0))
         if missing := [ledger.client for ledger in asked if ledger.client not in came]:
-            raise ValueError(f"clients {missing} were not tested after the last task: start them, and run again.")
+            raise ValueError(
+                f"clients {missing} were not tested after the last task: start them, correct what the log says of "
+                "them, and run again."
+            )
 
     def _save(self, progress: Progress) -> None:
         """Write the checkpoint, and the results as far as they go."""

@@ -89,7 +89,8 @@ def identify(config: dict[str, Any]) -> str:
     decides = {
         "method": by_content(config["method"]),
         "seed": config["seed_everything"],
-        "data": {name: value for name, value in config["data"].items() if name not in OF_A_PLACE},
+        "data": {name: value for name, value in config["data"].items() if name not in OF_A_PLACE}
+        | {"dataset": Path(config["data"]["dataset"]).name},
         **{name: config["trainer"][name] for name in DECIDING},
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]

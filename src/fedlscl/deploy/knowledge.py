@@ -1,6 +1,8 @@
 """What the server knows of a run: accuracies, traffic, and what its clients say of their data."""
 
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from fedlscl.federated.metrics import MASKS, AccuracyMatrix
 from fedlscl.federated.payload import Upload
 from fedlscl.federated.traffic import no_traffic
 
+HASH = re.compile("[0-9a-f]{64}")
 PHASE = {TEST_BEFORE: "before", TEST_AFTER: "after"}
 
 
@@ -19,6 +22,8 @@ class Description(NamedTuple):
 
     num_classes: int
     fingerprint: str
+    class_names: str
+    """SHA-256 of the names in label order, `names_hash`: labels have one meaning where it is equal."""
     classes: list[int]
     train_samples: int
     test_samples: int
@@ -39,9 +44,19 @@ class Knowledge:
 
     @property
     def num_classes(self) -> int | None:
-        """What most clients say; None as long as nobody has."""
-        said = Counter(found.num_classes for row in self.descriptions for found in row if found is not None)
-        return said.most_common(1)[0][0] if said else None
+        """What all clients say; None before the first description."""
+        reference = self.reference()
+        return None if reference is None else reference.num_classes
+
+    def reference(self, fresh: Iterable[Description] = ()) -> Description | None:
+        """A description whose classes the others have to share: what has been accepted, or most of ``fresh``.
+
+        The first exchange that brings a description decides for the whole run; a tie goes to the lowest client (ours).
+        """
+        known = next((found for row in self.descriptions for found in row if found is not None), None)
+        fresh = list(fresh)
+        votes = Counter(classes_of(found) for found in fresh)
+        return known or max(fresh, key=lambda found: votes[classes_of(found)], default=None)
 
     def enter(self, client: int, task: int, fact: "Description | Measured") -> None:
         """Take over what a client said."""
@@ -87,11 +102,20 @@ class Knowledge:
         self.descriptions = [[found and Description(*found) for found in row] for row in state["descriptions"]]
 
 
+def classes_of(found: Description) -> tuple[int, str]:
+    """What has to be equal on all nodes."""
+    return found.num_classes, found.class_names
+
+
 class Measured(NamedTuple):
     """Accuracies (masks, tasks so far), 'before' or 'after' the last aggregation of a task."""
 
     phase: str
     accuracies: Tensor
+
+
+Fact = tuple[Command, Upload | Description | Measured | None]
+"""A command and what its result says."""
 
 
 def fact_of(client: int, command: Command, result: Result) -> Upload | Description | Measured | None:
@@ -122,10 +146,27 @@ def described(said: dict[str, Any]) -> Description:
         ValueError: if it has not.
     """
     values = [said.get(name) for name in Description._fields]
-    num_classes, fingerprint, classes, train, test = values
+    num_classes, fingerprint, class_names, classes, train, test = values
     whole = all(type(number) is int and number >= 0 for number in (num_classes, train, test))
-    if not (whole and type(fingerprint) is str and len(fingerprint) <= 64 and type(classes) is list):
-        raise ValueError("what it says of its data is malformed")
+    hashes = all(type(text) is str and HASH.fullmatch(text) for text in (fingerprint, class_names))
+    if not (whole and hashes and type(classes) is list):
+        raise ValueError("what it says of its data is malformed: use the same version of fedlscl everywhere")
     if not all(type(label) is int and 0 <= label < said["num_classes"] for label in classes):
         raise ValueError("it names classes that its data set has not")
-    return Description(said["num_classes"], fingerprint, classes, said["train_samples"], said["test_samples"])
+    return Description(*values)
+
+
+def check_classes(found: Description, reference: Description) -> None:
+    """Compare what the labels of a client mean with what they mean to the others.
+
+    Raises:
+        ValueError: if numbers of classes, their names or the order of the names differ.
+    """
+    if found.num_classes != reference.num_classes:
+        flaw = f"num_classes must be {reference.num_classes} as on the other nodes, got {found.num_classes}"
+    elif found.class_names != reference.class_names:
+        own, others = found.class_names[:12], reference.class_names[:12]
+        flaw = f"class_names must have the hash {others} of the other nodes, got {own}"
+    else:
+        return
+    raise ValueError(f"{flaw}: give every node the same classes under the same names, numbered in the same order")

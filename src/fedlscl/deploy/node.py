@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedlscl.cli.identity import identify_data
+from fedlscl.data.images import names_hash
 from fedlscl.deploy.federation import Federation
 from fedlscl.deploy.letters import (
     BEGIN,
@@ -67,12 +69,22 @@ class Node:
             raise ValueError(f"run {letter.run!r} is no name of a run.")
         if letter.identity != self.federation.identity:
             raise ValueError(
-                f"client {self.index} has another configuration: use the server's YAML file on every node."
+                f"client {self.index} has another configuration: use the server's YAML file and weights files on "
+                "every node."
             )
 
     def _answer(self, letter: Letter) -> Reply:
         path = self.folder / f"{letter.run}.pt"
         state = load_last_good(path, letter.identity) if path.exists() else None
+        data = self.federation.datamodule
+        identity = identify_data(data.data.fingerprint, data.splits)
+        if state is not None and state["data"] != identity:
+            if letter.acknowledged:
+                raise ValueError(
+                    f"the data of client {self.index} must not change during a run: restore its images, labels, class "
+                    "names and split, or start a new run."
+                )
+            state = None  # Nothing of it was accepted: corrected data begin again.
         done, acknowledged, kept_from = state["numbers"] if state else (0, 0, 0)
         if letter.acknowledged > done:
             what = "is gone" if state is None else "is older than what the server has of it"
@@ -88,7 +100,10 @@ class Node:
             # One letter longer than needed: the server, too, may have to go back to the checkpoint before.
             outbox = [result for result in outbox if result.number > acknowledged]
             numbers = [done, letter.acknowledged, acknowledged]
-            self._save(path, letter.identity, client, numbers, newest_uploads(outbox))
+            said = [result._asdict() for result in newest_uploads(outbox)]
+            kept = {"client": client.state_dict(), "numbers": numbers, "outbox": said}
+            # Replaced in one step: a node that is killed continues from the state before.
+            save_checkpoint(path, {"identity": letter.identity, "data": identity, **kept})
         return Reply(self.index, done, [result for result in outbox if result.number > letter.acknowledged])
 
     def _client(self, state: dict[str, Any] | None) -> Client:
@@ -131,16 +146,11 @@ class Node:
         return {
             "num_classes": data.num_classes,
             "fingerprint": data.data.fingerprint,
+            "class_names": names_hash(data.class_names),
             "classes": client.classes.tolist(),
             "train_samples": len(client.train_ids),
             "test_samples": len(client.data.test_ids(client.task)),
         }
-
-    def _save(self, path: Path, identity: str, client: Client, numbers: list[int], outbox: list[Result]) -> None:
-        """One file, replaced in one step; a node that was killed before goes on from the one before."""
-        said = [result._asdict() for result in outbox]
-        state = {"identity": identity, "client": client.state_dict(), "numbers": numbers, "outbox": said}
-        save_checkpoint(path, state)
 
 
 def newest_uploads(outbox: list[Result], number: int = 2) -> list[Result]:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-VERSION = 1
+VERSION = 2
+"""Since 2 the identity covers all pixels and the class names."""
+PARTS = {
+    "configuration": "use the config.yaml beside it and the same weights files",
+    "data set or split": "use the images, labels and class names of that run, and the config.yaml beside it",
+    "precision": "use the trainer.precision and the device that it was trained with",
+}
+"""Of an identity, separated by hyphens, with the remedy where they differ."""
 MAGIC = b"fedlscl\n"
 logger = logging.getLogger(__name__)
 
@@ -92,7 +99,7 @@ def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
 
     Raises:
         DamagedError: if the file is damaged or no checkpoint of ours.
-        ValueError: if it does not exist, is of a newer version or of another configuration.
+        ValueError: if it does not exist, or is of another version, configuration, data set, split or precision.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist: give --ckpt_path last or the path of one.")
@@ -113,14 +120,18 @@ def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
         ) from None
     if not is_ours:
         raise DamagedError(f"checkpoint {str(path)!r} does not say what it belongs to: choose another file.")
-    if state["version"] > VERSION:
+    if state["version"] != VERSION:
+        remedy = "upgrade it" if state["version"] > VERSION else "start a new run, or use the version that wrote it"
         raise ValueError(
-            f"checkpoint {str(path)!r} has version {state['version']}, this program reads up to {VERSION}: upgrade it."
+            f"checkpoint {str(path)!r} has version {state['version']}, this program reads {VERSION}: {remedy}."
         )
+    saved, wanted = state["identity"].split("-"), identity.split("-")
     if not state["identity"].startswith(identity):
+        other = (part for part, old, new in zip(PARTS, saved, wanted, strict=False) if old != new)
+        part = next(other, "configuration")
         raise ValueError(
-            f"checkpoint {str(path)!r} belongs to another configuration: use the config.yaml beside it, or start a new "
-            "run without --ckpt_path."
+            f"checkpoint {str(path)!r} belongs to another {part}: {PARTS[part]}, or start a new run without "
+            "--ckpt_path."
         )
     return state
 

@@ -1,0 +1,104 @@
+"""Paths among the options: ``~`` and variables are expanded, and weights are found below the data's folder."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+PATHS = frozenset(
+    "cache_dir ckpt_path config data data_root dataset default_root_dir images manifest method out root runs trainer "
+    "weights".split()
+)
+"""Last parts of the names of options whose text is a path, as in ``--data FILE`` for a group; an option of type
+`pathlib.Path` need not be named here."""
+SHORT = {"-c": "--config"}
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+NAMED_WEIGHTS = ("timm", "bundled", "random")
+
+
+def expanded(path: str, name: str = "path") -> str:
+    """A path with ``$NAME`` and ``${NAME}`` replaced by environment variables, and ``~`` or ``~user`` by a home.
+
+    What exists as it is written stays as it is, if it names a variable that is not set or a user that is unknown.
+
+    Args:
+        path: as given.
+        name: of the option, for messages.
+
+    Raises:
+        ValueError: if a variable is not set or empty, or a user unknown.
+
+    Example:
+        >>> os.environ["SCRATCH"] = "/scratch"
+        >>> expanded("${SCRATCH}/runs"), expanded("runs/~")
+        ('/scratch/runs', 'runs/~')
+    """
+    unset = [found for pair in VARIABLE.findall(path) for found in pair if found and not os.environ.get(found)]
+    if unset and not os.path.exists(path):
+        raise ValueError(
+            f"{name} must be a path whose variables are set, got {path!r}: set {unset[0]}, or write the path in full."
+        )
+    full = path if unset else os.path.expandvars(path)
+    home = os.path.expanduser(full)
+    if home.startswith("~") and not os.path.exists(full):
+        raise ValueError(
+            f"{name} must begin with the home of a known user, got {path!r}: write the path in full, or ./{full} "
+            "below the current directory."
+        )
+    return home
+
+
+def expand_paths(options: Any, name: str = "") -> Any:
+    """Nested options with every path `expanded`: those named in `PATHS`, and every `pathlib.Path`.
+
+    Raises:
+        ValueError: as `expanded`, naming the option.
+    """
+    if isinstance(options, argparse.Namespace):  # jsonargparse's, too
+        return type(options)(**expand_paths(vars(options), name))
+    if isinstance(options, dict):
+        names = {key: name if key == "init_args" else f"{name}.{key}".lstrip(".") for key in options}
+        return {key: expand_paths(value, names[key]) for key, value in options.items()}
+    if isinstance(options, list):
+        return [expand_paths(value, name) for value in options]
+    if isinstance(options, Path):
+        return Path(expanded(str(options), name))
+    is_path = isinstance(options, str) and name.rpartition(".")[2] in PATHS
+    return expanded(options, name) if is_path else options
+
+
+def with_expanded_paths(arguments: list[str]) -> list[str]:
+    """Expand paths on a command line, since some are needed before it is parsed and a shell expands no ``--out=~/a``.
+
+    Example:
+        >>> os.environ["SCRATCH"] = "/scratch"
+        >>> with_expanded_paths(["fit", "--config=$SCRATCH/a.yaml", "--data.root", "$SCRATCH", "--method.lr", "$1"])
+        ['fit', '--config=/scratch/a.yaml', '--data.root', '/scratch', '--method.lr', '$1']
+    """
+    changed, before = [], ""
+    for word in arguments:
+        option, is_joined, value = word.partition("=")
+        option = SHORT.get(option, option)
+        if is_joined and option.startswith("--"):
+            changed.append(f"{option}={expand_paths(value, option[2:])}")
+        else:
+            changed.append(expand_paths(word, before))
+        before = "" if is_joined or not option.startswith("--") else option[2:]
+    return changed
+
+
+def weights_found(config: Any) -> Any:
+    """Look for weights files under data.root where a relative path leads to none from the current directory."""
+    return _found(config.clone(), config.data.root)
+
+
+def _found(config: Any, root: str | None) -> Any:
+    for key, value in vars(config).items():
+        if isinstance(value, argparse.Namespace):
+            _found(value, root)
+        elif key == "weights" and isinstance(value, str) and value not in NAMED_WEIGHTS and root is not None:
+            beside = Path(root, value)
+            if not Path(value).is_file() and beside.is_file():
+                config[key] = str(beside)
+    return config

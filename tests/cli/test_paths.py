@@ -1,0 +1,186 @@
+"""Every option that is a path is known as one, and expanded wherever it can be given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+import tiny
+from fedlscl import methods
+from fedlscl.__main__ import main
+from fedlscl.cli import doctor, report
+from fedlscl.cli.app import FederatedCLI
+from fedlscl.cli.commands import Commands
+from fedlscl.cli.completion import TRAINED, _of_call, _of_fields
+from fedlscl.cli.paths import PATHS, expanded, with_expanded_paths
+from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.federated.callbacks import Callback
+from fedlscl.federated.trainer import FederatedTrainer
+
+NO_PATHS = {"accelerator", "name", "small_model", "small_models", "targets"}
+"""Options that are text, but no paths."""
+
+
+def text_options():
+    """Command, option and type of every option that takes any text."""
+    groups = {**_of_call("trainer", FederatedTrainer), **_of_call("data", SpatialTemporalDataModule)}
+    yield from (("fit", option, hint) for option, hint in groups.items())
+    yield from ((name, *item) for name in TRAINED for item in _of_call("", getattr(Commands, name)).items())
+    for name in methods.__all__:
+        yield from ((name, *item) for item in _of_fields("method", getattr(methods, name)))
+
+
+def holds(hint, kinds):
+    return hint in kinds or any(holds(part, kinds) for part in get_args(hint))
+
+
+TEXTS = [(where, option) for where, option, hint in text_options() if holds(hint, (str, Path))]
+CNN_ONLY = ("FedWeIT", "GLFC", "MFCL", "TARGET")
+"""Methods that refuse the foundation, and so its weights."""
+FOUND = [(where, option) for where, option in TEXTS if option.rpartition(".")[2] in PATHS and where not in CNN_ONLY]
+
+
+def test_every_text_option_is_a_path_or_known_to_be_none():
+    last = {option.rpartition(".")[2] for _, option in TEXTS}
+    assert last - PATHS == NO_PATHS, "name a new option in cli.paths.PATHS, or here if it is no path"
+    assert {"root", "cache_dir", "manifest", "default_root_dir", "weights", "ckpt_path", "images", "out"} <= last
+
+
+class Read(FederatedCLI):
+    """Everything is made, nothing runs."""
+
+    def _run_subcommand(self, subcommand):
+        self.run = subcommand
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "PLACE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in ("MISSING", "EMPTY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def arguments(where):
+    if where in TRAINED:
+        needed = ["--images", "x.png"] if where == "predict" else []
+        return [where, "--config", "base.yaml", *needed]
+    return ["fit", "--method", where]
+
+
+def value_of(cli, option):
+    value = cli.trainer.config if option.partition(".")[0] in ("data", "trainer", "method") else None
+    if value is None:
+        return cli.config_init[cli.command][option]
+    for part in option.split("."):
+        value = value[part] if part in value else value["init_args"][part]
+    return value
+
+
+FORMS = ["$PLACE/x.npz", "${PLACE}/x.npz"]
+
+
+@pytest.mark.parametrize(
+    ("where", "option", "form"),
+    [
+        *((*found, "~/x.npz") for found in FOUND),
+        *((*found, form) for found in FOUND for form in FORMS if found[0] in ("fit", "predict")),
+    ],
+)
+def test_path_is_expanded_on_the_command_line_and_in_a_file(where, option, form, home):
+    Path("base.yaml").write_text("method: FedAvg\n")
+    assert value_of(Read([*arguments(where), f"--{option}={form}"]), option) == str(home / "x.npz")
+    if form != "~/x.npz":
+        return
+    group, *rest = option.split(".")
+    inner = form
+    for part in reversed(rest):
+        inner = {part: inner}
+    if group == "method":
+        inner = {"class_path": where, "init_args": inner}
+    Path("base.yaml").write_text(yaml.safe_dump({group: inner}))
+    first, *others = arguments(where)
+    assert value_of(Read([first, *others, "--config", "base.yaml"]), option) == str(home / "x.npz")
+
+
+@dataclass
+class Noting(Callback):
+    """A callback of a user, with a path that no name gives away."""
+
+    diary: Path
+    log: Path | None = None
+
+
+def test_a_path_of_a_users_class_is_expanded_by_its_type(home):
+    callback = {"class_path": f"{__name__}.Noting", "init_args": {"diary": "~/d", "log": "$PLACE/l"}}
+    Path("a.yaml").write_text(yaml.safe_dump({"method": "FedAvg", "trainer": {"callbacks": [callback]}}))
+    cli = Read(["fit", "--config=~/../a.yaml"])
+    (made,) = cli.trainer.trainer.callbacks
+    assert (made.diary, made.log) == (home / "d", home / "l")
+
+
+@pytest.mark.parametrize("form", ["~/d.yaml", "$PLACE/d.yaml"])
+def test_the_file_of_a_group_is_found(form, home):
+    Path(home, "d.yaml").write_text("root: $PLACE/x.npz\n")
+    for words in ([f"--data={form}"], ["--data", form], ["--data", '{"root": "$PLACE/x.npz"}']):
+        assert value_of(Read(["fit", "--method", "FedAvg", *words]), "data.root") == str(home / "x.npz")
+
+
+def test_the_saved_configuration_keeps_what_a_file_says(home):
+    Path("a.yaml").write_text("method: FedAvg\ndata: {root: ~/d}\n")
+    cli = Read(["fit", "--config", "a.yaml"])
+    assert yaml.safe_load(cli.trainer.text)["data"]["root"] == "~/d"
+
+
+def test_no_folder_of_that_name_appears(home, capsys):
+    assert main(["fit", *tiny.FEDAVG, "--trainer.default_root_dir=~/runs"]) == 0
+    assert (home / "runs" / "FedAvg" / "version_0" / "results.json").is_file()
+    assert not Path("~").exists()
+    assert main(["test", "--ckpt_path=~/runs"]) == main(["report", "$PLACE/runs", "--out=~/page"]) == 0
+    assert (home / "page" / "index.html").is_file()
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["home"]
+
+
+@pytest.mark.parametrize("parse", [report.report, doctor.doctor])
+def test_the_other_commands_expand_theirs(parse, home, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(report, "print_comparison", given.extend)
+    monkeypatch.setattr(doctor, "findings", lambda *paths: given.extend(paths) or [])
+    parse(["~/x", "$PLACE/y"] if parse is report.report else ["--data_root=~/x", "--config=$PLACE/y"])
+    assert [str(path) for path in given] == [str(home / "x"), str(home / "y")]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("$MISSING/x", "must be a path whose variables are set, got '$MISSING/x': set MISSING, or write"),
+        ("a/${MISSING}", "got 'a/${MISSING}': set MISSING"),
+        ("$EMPTY/x", "got '$EMPTY/x': set EMPTY"),
+        ("$PLACE/$MISSING", "set MISSING"),
+        ("~nobody-here/x", "must begin with the home of a known user, got '~nobody-here/x': write the path in full"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--trainer.default_root_dir", "--data.root", "--method.foundation.weights"])
+def test_an_unset_variable_or_unknown_user_is_refused(option, path, said, home, capsys):
+    Path("a.yaml").write_text("method: FedAvg\n")
+    assert main(["fit", *tiny.FEDAVG, f"{option}={path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fedlscl: error: {option[2:]} must") and said in line
+    assert sorted(found.name for found in Path.cwd().iterdir()) == ["a.yaml", "home"]
+
+
+@pytest.mark.parametrize("name", ["a$MISSING", "cost$5", "~nobody-here", "$", "a~", "100%"])
+def test_what_exists_as_it_is_written_stays(name, home):
+    Path(name).mkdir()
+    assert expanded(name) == expanded(f"./{name}")[2:] == name
+
+
+def test_other_words_stay(home):
+    words = ["fit", "--trainer.name=~a", "--method.small_model", "$PLACE", "~", "--images"]
+    assert with_expanded_paths(words) == words
