@@ -1,6 +1,8 @@
 """What every net promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -106,3 +108,32 @@ def freeze_batch_norm(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
+
+
+@contextmanager
+def single_value_norms(module: nn.Module) -> Iterator[None]:
+    """Let normalisation layers in training mode use running statistics for one value per channel (ours).
+
+    The variance of a single value is undefined, and BatchNorm refuses an input of (1, C) or (1, C, 1, 1). Such an
+    input is normalised as in evaluation mode and leaves the running statistics as they are; the layer's weight and
+    bias still get a gradient. Any other input gives the same bits as without this context.
+    """
+
+    def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        layer.training = inputs[0].numel() > inputs[0].shape[1]
+
+    def after(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.training = True
+
+    handles = []
+    for layer in module.modules():
+        if layer.training and getattr(layer, "running_var", None) is not None:
+            handles += [
+                layer.register_forward_pre_hook(before),
+                layer.register_forward_hook(after, always_call=True),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
