@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
-from fedlscl.nets.net import Frozen, freeze_batch_norm, prepare, single_value_norms
+from fedlscl.nets.net import Frozen, SmallMapPrecision, freeze_batch_norm, prepare, single_value_norms
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.5])
 
@@ -107,3 +107,61 @@ def test_frozen_layers_stay_frozen_and_an_error_keeps_training_mode():
     with pytest.raises(RuntimeError), single_value_norms(net):
         net(torch.randn(1, 4, 1, 1))
     assert not net[0].training and net[1].training
+
+
+def weight_gradient(shape, kernel, stride, padding, groups=1, bias=False):
+    """Output and weight gradient of a convolution under bf16 autocast, where free memory is full of NaN."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(shape[1], 32, kernel, stride, padding, groups=groups, bias=bias)
+    conv, x = conv.to(memory_format=torch.channels_last), torch.randn(shape).to(memory_format=torch.channels_last)
+    exact = conv(x)
+    upstream = torch.randn_like(exact)
+    (expected,) = torch.autograd.grad(exact, conv.weight, upstream)
+    blocks = [torch.full((size,), torch.nan) for size in (64, 1024, 4096, 16384, 65536) for _ in range(6)]
+    del blocks
+    with torch.autocast("cpu", torch.bfloat16), SmallMapPrecision():
+        output = conv(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), exact, rtol=0.02, atol=0.02)
+    return torch.autograd.grad(output, conv.weight, upstream.bfloat16())[0], expected
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize(
+    ("height", "width", "kernel", "stride", "padding"),
+    [
+        (1, 1, 3, 2, 1), (1, 1, 2, 2, 1), (1, 1, 5, 2, 2), (1, 1, 7, 2, 3), (1, 1, 3, 4, 1), (2, 2, 3, 3, 1),
+        (2, 2, 7, 4, 3), (3, 3, 3, 4, 1), (3, 3, 7, 4, 3), (7, 7, 7, 8, 3), (2, 1, 3, 2, 1), (1, 2, 3, 4, 1),
+    ],
+)  # fmt: skip
+def test_the_bf16_weight_gradient_is_defined_where_the_stride_exceeds_the_width(
+    height, width, kernel, stride, padding, groups, batch
+):
+    for _ in range(3):
+        found, expected = weight_gradient((batch, 16, height, width), kernel, stride, padding, groups)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"padding": (0, 1)}, {"stride": (1, 2)}])
+def test_bias_and_unequal_strides_and_paddings_are_covered(options):
+    shape = (4, 16, 3, 1)
+    found, expected = weight_gradient(**({"shape": shape, "kernel": 3, "stride": 2, "padding": 1} | options))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kernel", "stride", "padding"),
+    [(2, 2, 3, 2, 1), (1, 8, 3, 2, 1), (1, 1, 3, 1, 1), (1, 1, 1, 2, 0), (1, 1, 3, 1, "same"), (8, 8, 3, 2, 1)],
+)
+def test_other_convolutions_keep_their_bits(height, width, kernel, stride, padding):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(16, 32, kernel, stride, padding), torch.randn(4, 16, height, width)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = conv(x)
+        with SmallMapPrecision():
+            guarded = conv(x)
+    assert torch.equal(plain, guarded)
+    upstream = torch.ones_like(plain)
+    gradients = (torch.autograd.grad(output, conv.weight, upstream)[0] for output in (plain, guarded))
+    assert torch.equal(*gradients)
