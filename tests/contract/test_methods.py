@@ -75,3 +75,16 @@ def test_batches_of_one_train(name):
         trained.fit(replace(method, batch_size=batch_size), data)
         assert {len(client.train_ids) for client in trained.clients} == {3}
         contract.learns_with_finite_numbers(trained, METHODS[name])
+
+
+CONTINUAL = {f"FedLSCL-{option}": option for option in ("ewc", "lwf", "none")}
+
+
+@pytest.mark.parametrize("case", [*fedlscl.methods.__all__, *CONTINUAL])
+def test_bf16_runs_on_a_cpu(case):
+    def make():
+        return replace(METHODS["FedLSCL"](), continual=CONTINUAL[case]) if case in CONTINUAL else METHODS[case]()
+
+    trained = contract.learn(make(), precision="bf16-mixed")
+    contract.learns_with_finite_numbers(trained, make)
+    contract.passes_the_door(trained, make)
