@@ -1,6 +1,7 @@
 """What every method promises, run for each public one on two tasks of fake data."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -60,3 +61,30 @@ def test_bytes_are_foreseen(run):
 def test_it_learns(run):
     """Fake data are easy: after the last task, on that task's classes, better than a coin for the mean client."""
     assert run.matrix.of("task")[:, 1, 1].mean() > 0.5
+
+
+@pytest.mark.parametrize("name", fedlscl.methods.__all__)
+def test_batches_of_one_train(name):
+    """Batches of two over three samples, and of one, with last feature maps of 1 x 1."""
+    data = fake_data(private_classes=2, public_classes=0, train_per_class=3)
+    for batch_size in (1, 2):
+        method = METHODS[name]()
+        if not hasattr(method, "batch_size"):
+            pytest.skip("trains nothing")
+        trained = Recorded(rounds_per_task=1, norm_factor=1e9)
+        trained.fit(replace(method, batch_size=batch_size), data)
+        assert {len(client.train_ids) for client in trained.clients} == {3}
+        contract.learns_with_finite_numbers(trained, METHODS[name])
+
+
+CONTINUAL = {f"FedLSCL-{option}": option for option in ("ewc", "lwf", "none")}
+
+
+@pytest.mark.parametrize("case", [*fedlscl.methods.__all__, *CONTINUAL])
+def test_bf16_runs_on_a_cpu(case):
+    def make():
+        return replace(METHODS["FedLSCL"](), continual=CONTINUAL[case]) if case in CONTINUAL else METHODS[case]()
+
+    trained = contract.learn(make(), precision="bf16-mixed")
+    contract.learns_with_finite_numbers(trained, make)
+    contract.passes_the_door(trained, make)

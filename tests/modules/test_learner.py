@@ -50,6 +50,17 @@ def test_a_stock_trainer_runs_every_module_on_a_plain_data_set(make_module, stoc
     assert 0 <= trainer.callback_metrics["val/accuracy"] <= 1
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_stock_trainer_runs_every_module_on_a_last_batch_of_one(make_module, stock, precision):
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.rand(5, 3, 20, 20), torch.arange(5)), batch_size=2)
+    module, trainer = make_module(), stock(precision=precision)
+    before = owned(module)
+    trainer.fit(module, loader)
+    assert trainer.global_step == 3 and not same(before, owned(module))
+    assert all(value.isfinite().all() for value in owned(module).values())
+
+
 def test_a_stock_trainer_runs_one_place_of_the_streams(make_module, data, stock):
     stock(fast_dev_run=True, max_epochs=None).fit(make_module(), datamodule=data.at(1, 0))
 

@@ -45,7 +45,7 @@ def batches(
 class EvenBatches(Sampler[Tensor]):
     """Positions 0..n-1 in ceil(n / batch_size) batches whose sizes differ by at most one.
 
-    So the last batch is never a lone sample that BatchNorm cannot use (unless batch_size is 2 or less).
+    So the last batch has a single sample only if batch_size is 2 or less, or if there is only one sample.
 
     Example:
         >>> [batch.tolist() for batch in EvenBatches(5, batch_size=4, shuffle=False)]

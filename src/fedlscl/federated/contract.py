@@ -124,17 +124,28 @@ def waits_in_a_file(run: Recorded, make: Callable[[], Method]) -> None:
     demand(torch.equal(waiting.traffic["up"], run.traffic["up"]), f"{what} differs in what is sent")
 
 
-def bears_tasks_without_samples(run: Recorded, make: Callable[[], Method]) -> None:
-    """A client that has no sample of a task takes part in it all the same, and is answered."""
-    data = fake_data(protocol="global", private_classes=0, public_classes=4, concentration=0.01)
-    uneven = Recorded(norm_factor=1e9)
-    uneven.fit(make(), data, seed=47)
-    samples = [[len(client.data.train_ids(task)) for task in range(2)] for client in uneven.clients]
-    assert samples == [[0, 16], [16, 0]]
-    learns_with_finite_numbers(uneven, make)
-    passes_the_door(uneven, make)
-    answered = [client.answered for client in uneven.clients]
-    demand(answered == [2, 2], f"clients, each without samples of one task, are answered {answered} times in the last")
+def accepts_few_samples(run: Recorded, make: Callable[[], Method]) -> None:
+    """A client that has 0, 1 or 2 samples of a task learns with finite numbers, uploads, and is answered."""
+    for concentration, per_class, classes, seed, expected in FEW:
+        data = fake_data(
+            protocol="global",
+            private_classes=0,
+            public_classes=classes,
+            concentration=concentration,
+            train_per_class=per_class,
+        )
+        uneven = Recorded(norm_factor=1e9)
+        uneven.fit(make(), data, seed=seed)
+        samples = [[len(client.data.train_ids(task)) for task in range(2)] for client in uneven.clients]
+        assert samples == expected
+        learns_with_finite_numbers(uneven, make)
+        passes_the_door(uneven, make)
+        answered = [client.answered for client in uneven.clients]
+        demand(answered == [2, 2], f"clients with {samples} samples by task are answered {answered} times in the last")
+
+
+FEW = ((0.01, 8, 4, 47, [[0, 16], [16, 0]]), (5.0, 3, 2, 2, [[1, 2], [2, 1]]))
+"""Concentration, train samples per class, classes, seed, and the samples that they give by client and task."""
 
 
 def has_plain_state(run: Recorded, make: Callable[[], Method]) -> None:
@@ -161,7 +172,7 @@ PROMISES = (
     repeats,
     resumes,
     waits_in_a_file,
-    bears_tasks_without_samples,
+    accepts_few_samples,
 )
 """Each takes a finished run and a function that builds the method anew."""
 

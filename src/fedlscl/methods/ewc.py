@@ -80,7 +80,8 @@ def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
     client.net.eval()
     for sample in ids:
         batch = client.engine.place(client.data.fetch(sample[None]), client.net)
-        logits = client.net(batch.images, batch.prefix).trained
+        prefix = None if batch.prefix is None else batch.prefix.float()  # bf16 in the cache, and no autocast here
+        logits = client.net(batch.images, prefix).trained
         loss = sample_losses(logits, batch.labels, client.classes.to(logits.device)).sum()
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for total, gradient in zip(totals.values(), gradients, strict=True):

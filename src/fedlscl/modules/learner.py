@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from fedlscl.data.batch import Batch
-from fedlscl.nets.net import Net, freeze_batch_norm
+from fedlscl.nets.net import Net, SmallMapPrecision, freeze_batch_norm, single_value_norms
 
 LR = 1e-3
 """Adam's learning rate (Sec. 5.1.3)."""
@@ -60,8 +61,12 @@ class Learner(L.LightningModule, ABC):
         self.train()
 
     def training_step(self, batch: Sequence[Any], batch_idx: int = 0) -> dict[str, Tensor]:
-        """The sum of all terms as ``loss``, and each term detached under its name."""
-        terms = self.loss(as_batch(batch))
+        """The sum of all terms as ``loss``, and each term detached under its name.
+
+        BatchNorm uses running statistics where it gets one value per channel (ours).
+        """
+        with single_value_norms(self), SmallMapPrecision() if torch.is_autocast_enabled("cpu") else nullcontext():
+            terms = self.loss(as_batch(batch))
         return {"loss": torch.stack(list(terms.values())).sum(), **{name: t.detach() for name, t in terms.items()}}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -1,11 +1,14 @@
 """What every net promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from fedlscl.nets.vit import Foundation
@@ -106,3 +109,58 @@ def freeze_batch_norm(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
+
+
+@contextmanager
+def single_value_norms(module: nn.Module) -> Iterator[None]:
+    """Let normalisation layers in training mode use running statistics for one value per channel (ours).
+
+    The variance of a single value is undefined, and BatchNorm refuses an input of (1, C) or (1, C, 1, 1). Such an
+    input is normalised as in evaluation mode and leaves the running statistics as they are; the layer's weight and
+    bias still get a gradient. Any other input gives the same bits as without this context.
+    """
+
+    def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        layer.training = inputs[0].numel() > inputs[0].shape[1]
+
+    def after(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.training = True
+
+    handles = []
+    for layer in module.modules():
+        if layer.training and getattr(layer, "running_var", None) is not None:
+            handles += [
+                layer.register_forward_pre_hook(before),
+                layer.register_forward_hook(after, always_call=True),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SmallMapPrecision(TorchFunctionMode):
+    """Run padded convolutions whose stride exceeds the width of the feature map in float32 under CPU autocast.
+
+    Their bf16 weight gradient has uninitialised entries on CPUs with AVX-512 (torch 2.15, oneDNN), which belong to
+    kernel columns that see padding alone. Other shapes and float32 gradients are not affected.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the affected convolutions."""
+        call = _convolve if func is torch.conv2d and torch.is_autocast_enabled("cpu") else func
+        return call(*args, **(kwargs or {}))
+
+
+def _convolve(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any, **kw: Any
+) -> Tensor:
+    step, pad = (value if isinstance(value, int) else value[-1] for value in (stride, padding))
+    # Padding may also be "same", which needs a stride of 1, or "valid", which is none.
+    if input.device.type != "cpu" or input.shape[-1] >= step or isinstance(padding, str) or not pad:
+        return torch.conv2d(input, weight, bias, stride, padding, *rest, **kw)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.float()
+        output = torch.conv2d(input.float(), weight.float(), bias, stride, padding, *rest, **kw)
+    return output.to(torch.get_autocast_dtype("cpu"))
