@@ -86,7 +86,7 @@ def refused(tmp_path, capsys):
         ("--method.collaborator.foundation.name deit_tinny_patch16_224", "did you mean deit_tiny_patch16_224"),
         (
             "--method.collaborator.foundation.name resnet18",
-            "'resnet18' takes no image_size: choose one of timm's vit_*",
+            "'resnet18' takes no image_size: choose a name such as vit_*",
         ),
         ("--method.collaborator.block 12", "block 12 is beyond test_vit: choose 0 to 5."),
         ("--method.collaborator.rank 0", "rank 0 makes no adapter: choose 1 or more."),

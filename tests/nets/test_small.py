@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from fedlscl import SpatialTemporalDataModule
-from fedlscl.nets.small import SmallClassifier, SmallModel, UnitFeatures
+from fedlscl.nets.small import MEAN, STD, SmallClassifier, SmallModel, UnitFeatures
 
 WIDTHS = {
     "resnet18": 512,
@@ -136,3 +137,212 @@ def test_the_spread_of_features_is_what_the_page_states(name, size, at_rest, bat
 def test_the_page_states_the_presets_small_model_and_one_whose_features_differ():
     stated = {(name, int(size)): float(at_rest) for name, size, at_rest, _ in SPREADS}
     assert stated["mobilenetv3_small_100", 32] < 0.05 < 0.3 < stated["resnet18", 32]
+
+
+QUICK = {
+    "mambaout",
+    "hieradet_sam2",
+    "sequencer",
+    "crossvit",
+    "efficientvim",
+    "resnet",
+    "xcit",
+    "mvitv2",
+    "inception_v3",
+}
+"""Families of timm with maps, channels-last maps, tokens, lists of maps and a minimum input size."""
+REFUSED = {"coat", "crossvit", "efficientvim"}
+"""Their models return a list of feature maps."""
+
+
+def smallest(family):
+    """The model with the fewest parameters among those of a family of timm whose names promise few."""
+    order = [
+        "test_",
+        "nano|femto|atto|pico|zepto|xx",
+        r"tiny|xs|_ti|_t\d*_|050|_0\d\d|_n\d?",
+        "small|mini|_s_|_s$|_s\\d",
+    ]
+    ranks = {
+        name: next((rank for rank, words in enumerate(order) if re.search(words, name)), len(order))
+        for name in timm.list_models(module=family)
+    }
+    with torch.device("meta"):
+        nets = [timm.create_model(name, num_classes=0) for name in sorted(ranks, key=lambda name: ranks[name])[:3]]
+    sizes = [sum(parameter.numel() for parameter in net.parameters()) for net in nets]
+    net = nets[sizes.index(min(sizes))]
+    return net.pretrained_cfg["architecture"], net
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_modules()]
+)
+def test_every_family_of_timm_is_pooled_as_timm_pools_it_or_refused_in_one_line(family):
+    """Shapes are found on the meta device, where no weights are computed; pooling is then compared on random maps."""
+    name, net = smallest(family)
+    size = net.pretrained_cfg["input_size"][-1]
+    shown = 64 if not net.pretrained_cfg.get("fixed_input_size") and family != "inception_v3" else size
+    with torch.device("meta"):
+        try:
+            small = SmallModel(name, shown).eval()
+        except ValueError as error:
+            assert family in REFUSED or shown != size, error
+            assert re.fullmatch(rf"small_model '{name}' .+: choose another [\w ]+\.", str(error)), error
+            return
+        shape = small.cnn.forward_features(torch.zeros(2, 3, shown, shown)).shape
+        assert small(torch.zeros(2, 3, shown, shown)).shape == (2, small.width)
+    assert family not in REFUSED and small.width == net.num_features
+    maps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    pools = [part for part in net.modules() if isinstance(part, SelectAdaptivePool2d) and part.pool_type == "avg"]
+    if maps.dim() == 4 and pools:
+        torch.testing.assert_close(small.pool(maps), pools[-1].cpu()(maps).flatten(1))
+    else:
+        channels_last = maps.dim() < 4 or getattr(net, "output_fmt", None) == "NHWC"
+        expected = maps.flatten(1, -2) if channels_last else maps.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(small.pool(maps), expected.mean(1))
+
+
+@pytest.mark.parametrize("name", ["test_mambaout", "sam2_hiera_tiny"])
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_channels_last_maps_keep_their_channels_at_every_size(name, size):
+    with torch.device("meta"):
+        small = SmallModel(name, size)
+    assert small.width == small.cnn.num_features and small.pooled_axes == (1, 2)
+
+
+def test_features_of_a_channels_last_model_are_those_that_timms_own_head_pools():
+    """test_mambaout's head takes the mean over the image and normalises it; at 64 pixels its maps are 2 x 2."""
+    torch.manual_seed(0)
+    small = SmallModel("test_mambaout", 64).eval()
+    net = timm.create_model("test_mambaout", num_classes=0).eval()
+    net.load_state_dict(small.cnn.state_dict(), strict=False)
+    images = torch.randn(3, 3, 64, 64)
+    pooled = small.pool(small.cnn.forward_features(images))
+    expected = net.forward_head(net.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(net.head.pre_logits(net.head.norm(pooled)), expected)
+
+
+class Fixed(nn.Module):
+    """A model that returns given features, whatever it sees."""
+
+    def __init__(self, features, **declared):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.features = features
+        for name, value in declared.items():
+            setattr(self, name, value)
+
+    def forward_features(self, x):
+        if isinstance(self.features, Exception):
+            raise self.features
+        if isinstance(self.features, list):
+            return self.features
+        return self.scale * self.features.expand(len(x), *self.features.shape[1:])
+
+
+def fixed(monkeypatch, features, **declared):
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: Fixed(features, **declared))
+    return SmallModel("test_resnet", 16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "declared", "axes"),
+    [
+        ((1, 5, 2, 3), {}, (2, 3)),
+        ((1, 5, 2, 3), {"num_features": 5}, (2, 3)),
+        ((1, 2, 3, 5), {"num_features": 5, "output_fmt": "NHWC"}, (1, 2)),
+        ((1, 5, 5, 5), {"num_features": 5, "output_fmt": "NHWC"}, (1, 2)),
+        ((1, 7, 5), {"num_features": 5}, (1,)),
+        ((1, 7, 5), {"num_features": 5, "output_fmt": "NHWC"}, (1,)),
+        ((1, 5, 7), {"num_features": 5, "output_fmt": "NCL"}, (2,)),
+        ((1, 5), {"num_features": 5}, ()),
+    ],
+)
+def test_features_are_averaged_over_every_axis_but_batch_and_channels(monkeypatch, shape, declared, axes):
+    features = torch.randn(shape)
+    small = fixed(monkeypatch, features, **declared)
+    assert small.width == 5
+    expected = features.mean(axes) if axes else features
+    assert torch.equal(small(torch.zeros(1, 3, 8, 8)), expected)
+
+
+@pytest.mark.parametrize(
+    ("features", "declared", "reason"),
+    [
+        (torch.ones(1, 2, 3, 5), {"num_features": 5}, r"5 channels, got shape \(1, 2, 3, 5\)"),
+        (torch.ones(1, 5, 3, 2), {"num_features": 5, "output_fmt": "NHWC"}, "5 channels, got shape"),
+        (torch.ones(1, 5, 7), {"num_features": 5}, "5 channels, got shape"),
+        (torch.ones(1, 5, 2, 2, 2), {"num_features": 5}, "5 channels, got shape"),
+        (torch.ones(1), {"num_features": 5}, "5 channels, got shape"),
+        ([torch.ones(1, 5, 2, 2)], {"num_features": 5}, "one tensor of features, got a list"),
+        (KeyError("patches"), {}, "cannot take images of 16 pixels .'patches'.: choose another small_image_size"),
+        (TypeError("2 images are needed\nor more"), {}, r"pixels \(2 images are needed\): choose"),
+        (AssertionError(), {}, r"pixels \(AssertionError\): choose"),
+    ],
+)
+def test_features_without_the_declared_channels_are_refused_in_one_line(monkeypatch, features, declared, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        fixed(monkeypatch, features, **declared)
+    assert str(error.value).startswith("small_model 'test_resnet' ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("vit_tiny_patch16_224", 64), ("inception_v3", 32), ("halonet_h1", 64), ("test_resnet", 0)]
+)
+def test_an_image_size_that_a_model_cannot_take_is_refused_in_one_line(name, size):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"^small_model '{name}' cannot take images of {size} "):
+        SmallModel(name, size)
+
+
+def test_without_pretrained_weights_the_constants_stay(monkeypatch):
+    """mobilenetv1_100's own weights want 0.5, random ones nothing."""
+    small = SmallModel("mobilenetv1_100", 32)
+    assert small.cnn.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    assert torch.equal(small.mean, torch.tensor(MEAN)) and torch.equal(small.std, torch.tensor(STD))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "test_resnet", "resnet18", "mobilenetv3_large_100.miil_in21k"])
+def test_pretrained_weights_bring_their_mean_and_std(monkeypatch, name):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
+    small = SmallModel(name, 32, pretrained=True)
+    cfg = timm.get_pretrained_cfg(name)
+    assert (
+        small.mean.tolist() == torch.tensor(cfg.mean).tolist() and small.std.tolist() == torch.tensor(cfg.std).tolist()
+    )
+    assert not {"mean", "std"} & small.state_dict().keys()
+
+
+def test_a_pretrained_model_without_a_declared_normalisation_keeps_the_constants(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: Fixed(torch.ones(1, 5, 2, 2)))
+    assert torch.equal(SmallModel("test_resnet", 16, pretrained=True).mean, torch.tensor(MEAN))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "reason"),
+    [
+        (
+            "efficientnet_b6",
+            True,
+            r"No pretrained weights exist.*\): choose a name from timm\.list_models\(pretrained=",
+        ),
+        ("resnet18.absent", True, "Invalid pretrained tag"),
+        ("resnet18.absent", False, r"Invalid pretrained tag.*\): choose another name\.$"),
+    ],
+)
+def test_weights_that_timm_does_not_have_are_refused(name, pretrained, reason):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"^small_model '{name}' could not be created .{reason}"):
+        SmallModel(name, 32, pretrained)
+
+
+def test_a_failed_download_is_refused_with_the_name_and_the_ways_out(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("Cannot reach the hub.\nmore")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(ValueError) as error:
+        SmallModel("resnet18", 32, pretrained=True)
+    assert str(error.value) == (
+        "small_model 'resnet18' could not be created (Cannot reach the hub): choose a name from "
+        "timm.list_models(pretrained=True), connect to the network, or set pretrained to false."
+    )

@@ -1,11 +1,14 @@
 import os
 import pickle
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 
 from fedlscl.nets import vit
 from fedlscl.nets.lora import LowRank
@@ -34,11 +37,80 @@ def weights_file(model, tmp_path):
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])
 def test_split_at_any_block_gives_the_features_of_timm(name, images):
     """With a class token, with average and attention pooling, and with register tokens."""
-    model = foundation(FoundationConfig(name=name, weights="random", image_size=32))
+    compare(foundation(FoundationConfig(name=name, weights="random", image_size=32)), images)
+
+
+def compare(model, images):
     expected = model.vit(images)
-    assert expected.shape == (3, model.width)
+    assert expected.shape == (len(images), model.width)
     for block in range(model.depth + 1):
         torch.testing.assert_close(model.features(model.tokens(images, block), block), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [
+        ("deit_tiny_distilled_patch16_224", 32),
+        ("deit_small_distilled_patch16_224", 32),
+        ("deit_tiny_patch16_224", 32),
+        ("deit3_small_patch16_224", 32),
+        ("vit_wee_patch16_reg1_gap_256", 32),
+        ("vit_pwee_patch16_reg1_gap_256", 32),
+        ("vit_small_patch14_reg4_dinov2", 28),
+        ("vit_tiny_r_s16_p8_224", 64),
+    ],
+)
+def test_every_kind_of_prefix_token_head_and_block_gives_the_features_of_timm(name, image_size):
+    """Distillation and register tokens, none for the class, average pooling, parallel blocks, convolutions first."""
+    compare(
+        foundation(FoundationConfig(name=name, weights="random", image_size=image_size)),
+        torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(2)),
+    )
+
+
+class LastTwo(VisionTransformer):
+    """Its head reads other tokens than the first."""
+
+    def forward_head(self, x, pre_logits=False):
+        return x[:, -2:].mean(1)
+
+
+class PooledLast(VisionTransformer):
+    """So does its pooling."""
+
+    def pool(self, x, pool_type=None):
+        return x[:, -1]
+
+
+class Doubled(VisionTransformer):
+    """Its features are not those of the blocks."""
+
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        return 2 * super().forward_features(x)
+
+
+def build(kind, monkeypatch):
+    options = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
+
+    def create(name, **given):
+        vit = kind(**options)
+        vit.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        return vit
+
+    monkeypatch.setattr(timm, "create_model", create)
+    return Foundation(FoundationConfig(name="test_vit", weights="random"))
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, LastTwo, PooledLast])
+def test_a_subclass_whose_head_reads_other_tokens_gives_its_own_features(kind, monkeypatch, images):
+    compare(build(kind, monkeypatch), images)
+
+
+def test_a_subclass_with_other_features_is_refused(monkeypatch):
+    with pytest.raises(
+        ValueError, match="must be a plain VisionTransformer, got 'test_vit', whose timm class is Doubl"
+    ):
+        build(Doubled, monkeypatch)
 
 
 @pytest.mark.parametrize("block", [0, 3, 5])
@@ -157,10 +229,27 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         foundation(FoundationConfig(name="deit_tony_patch16_224", weights="random"))
 
 
-@pytest.mark.parametrize(("image_size", "reason"), [(None, "is a ResNet"), (32, "takes no image_size")])
-def test_a_model_that_is_no_vit_is_refused(image_size, reason):
-    with pytest.raises(ValueError, match=f"foundation 'test_resnet' {reason}: choose one of timm's"):
-        foundation(FoundationConfig(name="test_resnet", weights="random", image_size=image_size))
+@pytest.mark.parametrize(
+    ("name", "image_size", "reason"),
+    [
+        ("test_resnet", None, "must be a plain VisionTransformer, got 'test_resnet', whose timm class is ResNet"),
+        ("test_resnet", 32, "'test_resnet' takes no image_size"),
+        ("vit_small_patch16_dinov3", None, "must be a plain VisionTransformer, got .* class is Eva"),
+        (
+            "vit_relpos_small_patch16_224",
+            None,
+            "must be a plain VisionTransformer, got .* class is VisionTransformerRelPos",
+        ),
+    ],
+)
+def test_a_model_of_another_class_is_refused_with_the_class_that_is_meant(name, image_size, reason):
+    with pytest.raises(ValueError, match=f"^foundation {reason}: choose a name .* whose timm class is VisionTr"):
+        foundation(FoundationConfig(name=name, weights="random", image_size=image_size))
+
+
+def test_a_tag_that_timm_does_not_have_is_refused():
+    with pytest.raises(ValueError, match=r"with weights 'random' could not be created \(Invalid pretrained tag"):
+        foundation(FoundationConfig(name="vit_tiny_patch16_224.absent", weights="random"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -186,7 +275,7 @@ def test_a_missing_weights_file_is_refused(tmp_path):
 
 def test_a_damaged_weights_file_is_refused(weights_file):
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match=r"must be a safetensors file, got .*: download it again or convert it"):
         foundation(FoundationConfig(name="test_vit", weights=str(weights_file), image_size=32))
 
 
@@ -195,5 +284,71 @@ def test_a_failed_download_names_the_ways_out(monkeypatch):
         raise OSError("We couldn't connect to the hub\nmore")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ValueError, match=r"could not be made .*hub.*: name a safetensors file in weights, or 'random'"):
+    with pytest.raises(
+        ValueError, match=r"could not be created .*hub.*: name a safetensors file in weights, or 'random'"
+    ):
         foundation(FoundationConfig(name="test_vit", image_size=48))
+
+
+def load(path):
+    return foundation(FoundationConfig(name="test_vit", weights=str(path), image_size=32))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "backbone.", "module.model.", "student.backbone.", "_orig_mod."]
+)
+def test_prefixes_of_wrappers_are_left_out(model, tmp_path, prefix):
+    state = {f"{prefix}{name}": value for name, value in model.vit.state_dict().items()}
+    save_file({**state, f"{prefix}head.weight": torch.ones(9, 64)}, tmp_path / "wrapped.safetensors")
+    assert load(tmp_path / "wrapped.safetensors").fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("prefixes", [("", "model."), ("student.backbone.", "teacher.backbone.")])
+def test_weights_of_two_models_are_refused_with_their_prefixes(model, tmp_path, prefixes):
+    state = {f"{prefix}{name}": value.clone() for prefix in prefixes for name, value in model.vit.state_dict().items()}
+    save_file(state, tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=" and ".join(repr(prefix) for prefix in prefixes)):
+        load(tmp_path / "two.safetensors")
+
+
+def test_a_tensor_outside_the_prefix_is_refused_by_name(model, tmp_path):
+    state = {f"model.{name}": value for name, value in model.vit.state_dict().items()}
+    save_file({**state, "projector.weight": torch.ones(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit 'test_vit' .*projector\.weight"):
+        load(tmp_path / "more.safetensors")
+
+
+def test_a_long_reason_ends_with_a_word(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "alien.safetensors")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "alien.safetensors")
+    assert re.search(
+        r'\(Missing key\(s\) in state_dict: ("[\w.]+", )*"[\w.]+", \.\.\.\): choose the timm name', str(error.value)
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_file_is_refused_with_the_way_to_convert_it(model, tmp_path, legacy):
+    torch.save(model.vit.state_dict(), tmp_path / "vit.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"vit\.pth' in the format of torch\.save .*convert it to safetensors"):
+        load(tmp_path / "vit.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_with_the_tensors_name(model, tmp_path, value, dtype):
+    state = {name: weight.to(dtype, copy=True) for name, weight in model.vit.state_dict().items()}
+    state["blocks.4.norm2.bias"][3] = value
+    save_file(state, tmp_path / "diverged.safetensors")
+    with pytest.raises(ValueError, match=r"must be finite, got NaN or infinity in blocks\.4\.norm2\.bias of "):
+        load(tmp_path / "diverged.safetensors")
+
+
+def test_the_command_in_the_docs_converts_a_pickled_file(model, tmp_path, monkeypatch):
+    """The Python of docs/own_models.md, run as it stands."""
+    page = (Path(__file__).parents[2] / "docs/own_models.md").read_text()
+    (code,) = re.findall(r'^python -c "(.*save_file.*)"$', page, re.M)
+    monkeypatch.chdir(tmp_path)
+    torch.save(model.vit.state_dict(), "vit.pth")
+    exec(code, {})
+    assert load(tmp_path / "vit.safetensors").fingerprint == model.fingerprint

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from fedlscl.nets.small import SmallModel
+
 if TYPE_CHECKING:
     from fedlscl.federated.trainer import FederatedTrainer
 
@@ -20,10 +24,25 @@ def parameter_counts(trainer: "FederatedTrainer") -> dict[str, Any]:
     }
 
 
-def describe_foundation(trainer: "FederatedTrainer") -> dict[str, str] | None:
-    """Which frozen ViT, by name and hash of its weights; None where the method has none."""
+def describe_foundation(trainer: "FederatedTrainer") -> dict[str, Any] | None:
+    """The frozen ViT's name, SHA-256 of its weights, and mean and std of its input; None where the method has none."""
     foundation = trainer.clients[0].net.foundation
-    return None if foundation is None else {"name": foundation.config.name, "fingerprint": foundation.fingerprint}
+    if foundation is None:
+        return None
+    named = {"name": foundation.config.name, "fingerprint": foundation.fingerprint}
+    return named | normalisation(foundation.mean, foundation.std)
+
+
+def describe_small_models(trainer: "FederatedTrainer") -> list[dict[str, Any]]:
+    """Name, mean and std of every small model, without repetition."""
+    models = [part for client in trainer.clients for part in client.net.modules() if isinstance(part, SmallModel)]
+    found = [{"name": model.name} | normalisation(model.mean, model.std) for model in models]
+    return [model for place, model in enumerate(found) if model not in found[:place]]
+
+
+def normalisation(mean: Tensor, std: Tensor) -> dict[str, list[float]]:
+    """Mean and std (3,) of images in 0..1, to six decimals: without float32's rounding."""
+    return {"mean": [round(x, 6) for x in mean.tolist()], "std": [round(x, 6) for x in std.tolist()]}
 
 
 def describe_data(trainer: "FederatedTrainer") -> dict[str, Any]:

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.costs import CostLog, Timed
-from fedlscl.federated.description import describe_data, describe_foundation, parameter_counts, plain
+from fedlscl.federated.description import (
+    describe_data,
+    describe_foundation,
+    describe_small_models,
+    parameter_counts,
+    plain,
+)
 from fedlscl.federated.export import matrix_rows, round_rows, to_csv, to_json
 from fedlscl.federated.flops import flops_by_client
 from fedlscl.federated.metrics import MASKS, average_accuracy, summary, to_lists
@@ -95,6 +101,7 @@ def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> 
         "trainer": {name: getattr(trainer, name) for name in ("rounds_per_task", "server_every", "precision")},
         "data": describe_data(trainer) if data is None else data,
         "foundation": describe_foundation(trainer),
+        "small_models": describe_small_models(trainer),
         "parameters": {
             **parameter_counts(trainer),
             "uploaded_per_round": [int(client.max()) if done else 0 for client in values["up_values"]],

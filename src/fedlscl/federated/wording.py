@@ -27,7 +27,9 @@ def introduction(trainer: "FederatedTrainer") -> list[str]:
         f"  parameters  {parameter_line(parameter_counts(trainer))}, per client",
     ]
     if foundation is not None:
-        lines.append(f"  foundation  {foundation['name']}, weights {foundation['fingerprint'][:12]}")
+        mean, std = (" ".join(f"{value:g}" for value in foundation[name]) for name in ("mean", "std"))
+        weights = foundation["fingerprint"][:12]
+        lines.append(f"  foundation  {foundation['name']}, weights {weights}, mean {mean}, std {std}")
     if data.augment != "none":
         alone = "" if foundation is None else ": no cached ViT tokens in training"
         lines.append(f"  augment     {data.augment}{alone}")

@@ -71,7 +71,7 @@ class MFCL(DataFree):
             module = MimickingModule(
                 client.net,
                 client.previous,
-                self._build_synthesizer(weights),
+                self._build_synthesizer(client.net, weights),
                 client.memory[CLASSES],
                 client.classes,
                 self.replay_size,
@@ -83,7 +83,7 @@ class MFCL(DataFree):
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train the synthesizer on, against the new global net."""
-        synthesizer = self._build_synthesizer(self.synthesizer)
+        synthesizer = self._build_synthesizer(teacher, self.synthesizer)
         module = SynthesisModule(
             Dreamer(synthesizer, teacher),
             classes,
@@ -106,9 +106,10 @@ class MFCL(DataFree):
         super().load_state_dict(state)
         self.synthesizer = dict(state["synthesizer"])
 
-    def _build_synthesizer(self, weights: Payload) -> Synthesizer:
-        """One with given weights, or a fresh one where there are none."""
-        net = Synthesizer(self.noise_dim, self.synthesis_channels, self.synthesis_size, standardise=True)
+    def _build_synthesizer(self, classifier: Net, weights: Payload) -> Synthesizer:
+        """One for a classifier's mean and std, with given weights, or a fresh one where there are none."""
+        mean, std = classifier.small.mean.tolist(), classifier.small.std.tolist()
+        net = Synthesizer(self.noise_dim, self.synthesis_channels, self.synthesis_size, True, mean, std)
         if weights:
             net.load_state_dict(weights)
         return net

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fedlscl.data.batch import Batch
 from fedlscl.modules.learner import Learner
 from fedlscl.nets.net import Frozen, Net
-from fedlscl.nets.small import STD
 from fedlscl.nets.synthesizer import Dreamer
 from fedlscl.objectives import cross_entropy, distillation
 from fedlscl.synthesis import Averages, disagreement, norm_distance, norm_divergence, roughness, unevenness, updated
@@ -118,7 +117,7 @@ class SynthesisModule(Learner):
         self.temperature = temperature
         self.lambda_even, self.lambda_norm, self.lambda_smooth = lambda_even, lambda_norm, lambda_smooth
         self.register_buffer("classes", classes, persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", net.teacher.net.small.std.view(3, 1, 1), persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE(f(x) / tau, argmax f(x)) + w_ie IE + w_bn L_BN + w_noise L_smooth for noise (B, noise_dim)."""

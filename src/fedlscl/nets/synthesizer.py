@@ -21,8 +21,14 @@ class Synthesizer(nn.Module):
     weights, and MFCL takes (64,) * 6.
     """
 
-    def __init__(self, noise_dim: int, channels: Sequence[int], size: int, standardise: bool = False) -> None:
-        """``standardise`` ends in tanh and a BatchNorm without weights (MFCL), else a sigmoid does (TARGET)."""
+    def __init__(
+        self, noise_dim: int, channels: Sequence[int], size: int, standardise: bool = False,
+        mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
+    ) -> None:  # fmt: skip
+        """``standardise`` ends in tanh and a BatchNorm without weights (MFCL), else a sigmoid does (TARGET).
+
+        Standardised images are turned into pixels with the classifier's ``mean`` and ``std``.
+        """
         super().__init__()
         self.start = start_size(channels, size)
         self.noise_dim, self.width = noise_dim, channels[0]
@@ -32,7 +38,7 @@ class Synthesizer(nn.Module):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         layers.append(nn.Conv2d(channels[-1], 3, 3, padding=1))
-        layers += [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Shown()] if standardise else [nn.Sigmoid()]
+        layers += [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Shown(mean, std)] if standardise else [nn.Sigmoid()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -43,9 +49,13 @@ class Synthesizer(nn.Module):
 class Shown(nn.Module):
     """Standardised images as pixels in 0..1: the classifier's own normalisation gives back what came in."""
 
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) to the same shape."""
-        mean, std = images.new_tensor(MEAN).view(3, 1, 1), images.new_tensor(STD).view(3, 1, 1)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
 

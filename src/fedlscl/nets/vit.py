@@ -2,6 +2,8 @@
 
 import difflib
 import hashlib
+import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +17,19 @@ from fedlscl.nets.blocks import first_token_only, is_plain, run_block
 from fedlscl.nets.glyph_vit import GLYPH_WEIGHTS
 from fedlscl.nets.lora import LowRank, low_rank_hook
 
+PICKLED = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")
+"""First two bytes of what torch.save and numpy.savez write."""
+WRAPPED = re.compile(r"((?:(?:\w+\.)*(?:module|model|backbone|encoder|_orig_mod|vit)\.)?)patch_embed\.proj\.weight")
+"""A tensor of every ViT, with the prefixes of what wrapped it in training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FoundationConfig:
     """Which frozen ViT all clients share."""
 
     name: str = "vit_base_patch16_224.augreg_in21k"
-    """Any VisionTransformer of timm by name; vit_glyph_patch4_32 comes with the package."""
+    """Any VisionTransformer of timm by name, which decides the mean and std of its input, too; vit_glyph_patch4_32
+    comes with the package."""
     weights: str = "timm"
     """'timm' (its own download), 'bundled' (the packaged glyph model), 'random', or the path of a safetensors file."""
     image_size: int | None = None
@@ -89,8 +97,7 @@ class Foundation:
             return self.vit.forward_head(self.vit.norm(x))
         for layer in rest[:-1]:
             x = run_block(layer, x)
-        short = is_plain(rest[-1]) and self.vit.global_pool == "token" and self.vit.cls_token is not None
-        x = first_token_only(rest[-1], x) if short else rest[-1](x)
+        x = first_token_only(rest[-1], x) if is_plain(rest[-1]) and _reads_first_token(self.vit) else rest[-1](x)
         return self.vit.forward_head(self.vit.norm(x))
 
     @contextmanager
@@ -127,30 +134,46 @@ def foundation(config: FoundationConfig) -> Foundation:
     return _shared[key]
 
 
+def _reads_first_token(vit: Any) -> bool:
+    """Whether the head reads nothing but the class token; a subclass may read others, as DeiT's distilled models do."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    plain = all(getattr(type(vit), name) is getattr(VisionTransformer, name) for name in ("forward_head", "pool"))
+    return plain and vit.global_pool == "token" and vit.cls_token is not None
+
+
 def _create(config: FoundationConfig) -> nn.Module:
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
     check_timm_name(config.name, "foundation")
     size: dict[str, Any] = {} if config.image_size is None else {"img_size": config.image_size}
+    suitable = "choose a name such as vit_* or deit_* whose timm class is VisionTransformer"
     try:
         vit = timm.create_model(config.name, pretrained=config.weights == "timm", num_classes=0, **size)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"foundation {config.name!r} with weights 'timm' could not be made ({_first_line(error)}): "
-            "name a safetensors file in weights, or 'random'."
-        ) from error
     except TypeError as error:
+        raise ValueError(f"foundation {config.name!r} takes no image_size: {suitable}.") from error
+    except Exception as error:  # failed downloads raise whatever the client library raises
+        fix = "name a safetensors file in weights, or 'random'" if config.weights == "timm" else suitable
         raise ValueError(
-            f"foundation {config.name!r} takes no image_size: choose one of timm's vit_* or deit_*."
+            f"foundation {config.name!r} with weights {config.weights!r} could not be created ({first_line(error)}): "
+            f"{fix}."
         ) from error
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"foundation {config.name!r} is a {type(vit).__name__}: choose one of timm's vit_* or deit_*.")
+    if not isinstance(vit, VisionTransformer) or type(vit).forward_features is not VisionTransformer.forward_features:
+        raise ValueError(
+            f"foundation must be a plain VisionTransformer, got {config.name!r}, whose timm class is "
+            f"{type(vit).__name__}: {suitable}."
+        )
     patch = vit.patch_embed.patch_size[0]
     if config.image_size is not None and config.image_size % patch:
         raise ValueError(f"image_size {config.image_size} is no multiple of the {patch} pixels of a patch: choose one.")
     if config.weights not in ("timm", "random"):
         _load(vit, GLYPH_WEIGHTS if config.weights == "bundled" else Path(config.weights), config)
+    for name, value in vit.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"weights must be finite, got NaN or infinity in {name} of {config.weights!r}: choose another file."
+            )
     return vit
 
 
@@ -164,15 +187,39 @@ def _load(vit: Any, path: Path, config: FoundationConfig) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"weights {str(path)!r} is no safetensors file ({error}): download it again.") from error
-    state = {name: value.float() for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
+        with path.open("rb") as file:
+            pickled = file.read(2) in PICKLED
+        raise ValueError(
+            f"weights must be a safetensors file, got {str(path)!r} "
+            + (
+                "in the format of torch.save or numpy.savez: convert it to safetensors, as docs/own_models.md shows."
+                if pickled
+                else f"({first_line(error)}): download it again or convert it."
+            )
+        ) from error
+    state = {
+        name: value.float()
+        for name, value in _without_prefix(state, path).items()
+        if not name.startswith(("head.", "head_dist."))
+    }
     try:
         vit.load_state_dict(checkpoint_filter_fn(state, vit), strict=True)
-    except (RuntimeError, KeyError) as error:
+    except Exception as error:  # timm's conversion of a file in another layout may fail in any way
         raise ValueError(
-            f"weights {str(path)!r} do not fit {config.name!r} ({_first_line(error)}): "
+            f"weights {str(path)!r} do not fit {config.name!r} ({first_line(error)}): "
             "choose the timm name that they were saved from."
         ) from error
+
+
+def _without_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names as the ViT itself has them, where wrappers such as DistributedDataParallel put theirs before them."""
+    found = sorted({match[1] for name in state if (match := WRAPPED.fullmatch(name))})
+    if len(found) > 1:
+        raise ValueError(
+            f"weights must hold one model, got {str(path)!r} with {' and '.join(map(repr, found))} before the names of "
+            "tensors: keep one model's."
+        )
+    return {name.removeprefix(found[0]): value for name, value in state.items()} if found else state
 
 
 def check_timm_name(name: str, field: str) -> None:
@@ -186,8 +233,8 @@ def check_timm_name(name: str, field: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0] if lines else type(error).__name__)[
-        :160
-    ]
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in at most 160 characters that end with a word and without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    return textwrap.shorten(line.rstrip("."), 160, placeholder=" ...")
