@@ -67,9 +67,40 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_run_is_one_line_and_nothing_is_written(copied, message, tmp_path, capsys):
+@pytest.mark.parametrize("has_out", [False, True])
+def test_a_damaged_run_is_one_line_and_nothing_is_written(copied, message, has_out, tmp_path, capsys):
     DAMAGES[message](copied)
-    assert main(["report", str(copied), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert main(["report", str(copied), *(["--out", str(tmp_path / "out")] if has_out else [])]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def places(value, at=()):
+    """Every place in a results.json down to four names deep."""
+    if isinstance(value, dict) and len(at) < 4:
+        for name, entry in value.items():
+            yield (*at, name)
+            yield from places(entry, (*at, name))
+
+
+def test_whatever_is_wrong_in_results_a_report_is_whole_or_one_line(copied, tmp_path, capsys):
+    """Every entry in turn is absent or of another type, as in files of other tools and of other versions."""
+    (copied / "matrix.csv").unlink()
+    file, out = copied / "results.json", tmp_path / "out"
+    text = file.read_text()
+    for place in places(json.loads(text)):
+        for wrong in (None, "absent", [], {}, "text", -1, 1e400):
+            results = json.loads(text)
+            inner = results
+            for name in place[:-1]:
+                inner = inner[name]
+            if wrong == "absent":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = wrong
+            file.write_text(json.dumps(results))
+            status = main(["report", str(copied)])
+            captured = capsys.readouterr()
+            assert (status, captured.out == "", captured.err.count("\n")) in [(0, False, 0), (2, True, 1)], place
+    assert not out.exists()
