@@ -37,7 +37,7 @@ def two(runs, tmp_path):
 
 
 def outputs(folder, out, capsys, monkeypatch):
-    """Rows of every output as (section, name), by the output: section headings, names and order as a reader sees them."""
+    """Section headings and names of groups in their order, by the output."""
     assert main(["report", str(folder)]) == 0
     printed = capsys.readouterr().out
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

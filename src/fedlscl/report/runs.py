@@ -182,8 +182,27 @@ def _faults(results: dict[str, Any]) -> Iterator[str]:
             shape = ()
         if len(shape) != 3 or shape[0] != clients or min(shape[1:]) < done:
             yield f"accuracy.{phase}.{mask} must be (clients, tasks, tasks) for {clients} clients, got shape {shape}"
-    if len(sent) != clients or not all(isinstance(client, list) and len(client) >= done for client in sent):
-        yield f"traffic.up must have {done} tasks of each of {clients} clients, got {_short(sent)}"
+    if len(sent) != clients or not all(_has_lists(client) and len(client) >= done for client in sent):
+        yield f"traffic.up must have lists for {done} tasks of each of {clients} clients, got {_short(sent)}"
+    # Files of the first versions have neither.
+    counts, refusals = results.get("parameters", {"foundation": 0}), results.get("quarantined", [])
+    names = ("trainable", "total") if "parameters" in results else ()
+    if not isinstance(counts, dict) or not all(_has_ints(counts.get(name)) for name in names):
+        yield f"parameters must have trainable and total of each client, got {_short(counts)}"
+    if not isinstance(counts.get("foundation"), int):
+        yield f"parameters.foundation must be int, got {_short(counts.get('foundation'))}"
+    for refusal in refusals if isinstance(refusals, list) else [refusals]:
+        named = refusal if isinstance(refusal, dict) else {}
+        if not {"client", "reason"} <= named.keys() or not _has_ints([named.get("task"), named.get("round")]):
+            yield f"quarantined must have client, task, round and reason, got {_short(refusal)}"
+
+
+def _has_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and (not row or _has_ints(row)) for row in value)
+
+
+def _has_ints(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(entry, int) for entry in value)
 
 
 def _cost_faults(costs: dict[str, Any]) -> Iterator[str]:
