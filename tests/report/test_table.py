@@ -77,7 +77,7 @@ def outputs(folder, out, capsys, monkeypatch):
     return {name: [row.strip("*") for row in rows] for name, rows in lines.items()}
 
 
-UNFINISHED, ORACLES = "unfinished runs, not ranked", "oracles: all data in one place, not ranked"
+UNFINISHED, ORACLES = "unfinished runs, not ranked", "oracles, not ranked"
 
 
 @pytest.mark.parametrize(

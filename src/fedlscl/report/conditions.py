@@ -7,6 +7,8 @@ from typing import Any
 from fedlscl.report.groups import Group, split_hash
 from fedlscl.report.runs import Run
 
+SETS = "Sets differ in data, clients, tasks, rounds per task or split: rank runs only within one set."
+
 
 def inequalities(groups: Sequence[Group]) -> list[str]:
     """One sentence for each condition that is not the same in all groups, and for runs of identical results."""
@@ -15,7 +17,9 @@ def inequalities(groups: Sequence[Group]) -> list[str]:
         for what, value in (entry for run in group.runs for entry in _conditions(group, run)):
             names = found.setdefault(what, {}).setdefault(str(value), [])
             names += [] if group.name in names else [group.name]
-    return [_sentence(what, values) for what, values in found.items() if len(values) > 1] + _copies(groups)
+    different = [_sentence(what, values) for what, values in found.items() if len(values) > 1]
+    is_split = any(group.comparable for group in groups)
+    return [SETS] * is_split + different + _copies(groups)
 
 
 def _copies(groups: Sequence[Group]) -> list[str]:

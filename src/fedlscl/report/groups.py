@@ -21,7 +21,7 @@ MOST_NAMED = 3
 """Differing options that a group's name holds."""
 ORACLES = ("Joint", "JointLSCL")
 """Methods that pool all data: upper bounds, which are not ranked. By name, as imports take seconds."""
-ORACLE, UNFINISHED = "oracles: all data in one place, not ranked", "unfinished runs, not ranked"
+ORACLE, UNFINISHED = "oracles, not ranked", "unfinished runs, not ranked"
 
 
 class Spread(NamedTuple):

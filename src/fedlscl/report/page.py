@@ -78,7 +78,7 @@ def _findings(groups: Sequence[Group]) -> list[str]:
     if not finished:
         return ["No run is finished: nothing is ranked."]
     return [
-        (f"{name.capitalize()}: " if name else "") + _finding([g for g in finished if g.heading == name], mask)
+        f"{name}. ".capitalize() * bool(name) + _finding([g for g in finished if g.heading == name], mask)
         for name in dict.fromkeys(group.heading for group in finished)
         for mask in AMONG
     ]
