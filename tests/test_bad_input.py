@@ -62,7 +62,10 @@ def refused(tmp_path, capsys):
             "--trainer.precision 8",
             "trainer.precision='8' does not fit: give 'auto' or '32-true' or 'bf16-mixed' or '16-mixed'.",
         ),
-        ("--seed_everything -1", "seed_everything='-1' does not fit: give a number >=0"),
+        *(
+            (f"--seed_everything={value}", f"seed_everything must be a whole number from 0 to 4294967295, got {value}.")
+            for value in ("-1", "true", "null", "1.0", "4294967296", "x", "1e3")
+        ),
         ("--trainer.rounds_per_task", "argument --trainer.rounds_per_task: expected one argument"),
         ("--trainer.rounds_per_task 0", "rounds_per_task 0 trains nothing: choose 1 or more."),
         ("--method.lr 0", "lr 0.0 trains nothing: choose more than 0."),
@@ -134,6 +137,19 @@ def test_option_is_refused(options, said, refused):
         ("method: {class_path: FedAvg, init_args: {batch_size: x}}", "method.batch_size='x' does not fit: give int."),
         ("method: {class_path: FedAvg, lr: 3}", "class_path is unknown beside options: put these under init_args."),
         ("trainer: [\n", "is no valid YAML"),
+        *(
+            (f"seed_everything: {value}", "seed_everything must be a whole number from 0 to 4294967295, got ")
+            for value in ("-1", "true", "null", "1.0", "4294967296", "x")
+        ),
+        ("seed_everything: 1\nseed_everything: 2", "must have seed_everything once, got it 2 times"),
+        ("trainer: {rounds_per_task: 1}\ndata: {}\ntrainer: {}", "must have trainer once"),
+        ("trainer:\n  rounds_per_task: 1\n  rounds_per_task: 1", "must have trainer.rounds_per_task once"),
+        ("trainer: {rounds_per_task: 1}\ntrainer.rounds_per_task: 2", "must have trainer.rounds_per_task once"),
+        ('{"data": {"root": "a", "root": "b"}}', "must have data.root once"),
+        ("method: {class_path: FedAvg, init_args: {lr: 1, lr: 2}}", "must have method.init_args.lr once"),
+        ("method: {init_args: {collaborator: {foundation: {name: a, name: b}}}}", "foundation.name once"),
+        ("method: {class_path: fedavgg}", "did you mean FedAvg?"),
+        ("method: fedavgg", "did you mean FedAvg?"),
         ("just words", "holds str: give groups such as 'trainer:' and 'data:'."),
         ("", "holds NoneType"),
     ],
@@ -149,6 +165,46 @@ def test_nothing_else_is_said_by_a_process_of_its_own(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fedlscl: error: block 12 is beyond test_vit: choose 0 to 5.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_configuration_files_may_set_the_same_key(tmp_path, capsys):
+    for number in (1, 2):
+        (tmp_path / f"{number}.yaml").write_text(f"trainer: {{rounds_per_task: {number}}}")
+    files = [word for number in (1, 2) for word in ("--config", str(tmp_path / f"{number}.yaml"))]
+    assert main(["fit", *files, "--print_config"]) == 0
+    assert "rounds_per_task: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["method: fedprox", "method: {class_path: FEDPROX}", "method: {class_path: FedProx}"])
+def test_a_method_in_a_file_is_found_in_any_case_as_on_the_command_line(text, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(text)
+    assert main(["fit", "--config", str(tmp_path / "a.yaml"), "--method.mu", "0.5", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert "FedProx" in printed and "mu: 0.5" in printed
+
+
+@pytest.mark.parametrize("options", [["--data.batch_size", "2"], ["--data.batch_size=32"], []])
+def test_a_batch_size_without_effect_is_said(options, tmp_path, capsys):
+    assert main(["fit", "--dry_run", *tiny.FEDAVG, *tiny.inside(tmp_path), *options]) == 0
+    said = "data.batch_size has no effect on fit: set method.batch_size.\n" if options else ""
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("command", [["methods"], ["--help"]])
+def test_a_closed_pipe_ends_silently_with_the_status_of_sigpipe(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "fedlscl", *command], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_what_standard_output_cannot_encode_is_escaped():
+    program = "import sys; from fedlscl import __main__ as m; m.HELP = 'été'; sys.exit(m.main([]))"
+    for encoding, expected in (("ascii", b"\\xe9t\\xe9"), ("utf-8", "été".encode())):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
 
 
 def test_command_is_refused(capsys):

@@ -1,6 +1,11 @@
 """The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning wait until a command needs them."""
 
+import contextlib
 import difflib
+import io
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,8 +34,35 @@ options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted, 141 on a closed pipe."""
+    _prepare_output()
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _closed_pipe()
+    except OSError as error:
+        return fail(f"standard output cannot be written ({error.strerror}): free some space or write to another file.")
+    return status
+
+
+def _prepare_output() -> None:
+    """Characters that the terminal cannot show are printed as escapes; without standard output nothing is printed."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _closed_pipe() -> int:
+    """The status of a process that SIGPIPE ended; what is left to print goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _run(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0
@@ -56,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"\nfedlscl: interrupted{''.join(f': {hint}' for hint in stopped.args)}", file=sys.stderr)
         return 130
+    except BrokenPipeError as error:
+        if not _is_output_closed():
+            return fail(f"{error.strerror}.")
+        raise
     except Exception as error:
         from fedlscl.cli.errors import explain
 
@@ -64,6 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return fail(message)
     return 0
+
+
+def _is_output_closed() -> bool:
+    poll = select.poll()
+    with contextlib.suppress(OSError, ValueError):
+        poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def fail(message: str) -> int:

@@ -9,9 +9,8 @@ import pytest
 
 from chromium import browser, find_browser
 from fedlscl import methods
-from fedlscl.report.groups import grouped
+from fedlscl.report.groups import ORACLES, grouped
 from fedlscl.report.numbers import table_latex
-from fedlscl.report.page import ORACLES
 from fedlscl.report.page import page as page_of
 from fedlscl.report.runs import read_runs
 

@@ -5,6 +5,11 @@ import numpy as np
 import pytest
 
 from fedlscl.__main__ import main
+from fedlscl.cli.errors import raised_here
+from fedlscl.report.conditions import inequalities
+from fedlscl.report.groups import grouped
+from fedlscl.report.numbers import per_task_rows, table_latex, table_rows
+from fedlscl.report.page import page
 from fedlscl.report.runs import read_run, read_runs
 
 
@@ -67,9 +72,46 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_run_is_one_line_and_nothing_is_written(copied, message, tmp_path, capsys):
+@pytest.mark.parametrize("has_out", [False, True])
+def test_a_damaged_run_is_one_line_and_nothing_is_written(copied, message, has_out, tmp_path, capsys):
     DAMAGES[message](copied)
-    assert main(["report", str(copied), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert main(["report", str(copied), *(["--out", str(tmp_path / "out")] if has_out else [])]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def places(value, at=()):
+    """Every place in a results.json down to four names deep."""
+    if isinstance(value, dict) and len(at) < 4:
+        for name, entry in value.items():
+            yield (*at, name)
+            yield from places(entry, (*at, name))
+
+
+@pytest.mark.parametrize("name", ["results.json", "costs.json"])
+def test_any_wrong_entry_is_harmless_or_refused_when_it_is_read(copied, name, tmp_path):
+    """Every entry in turn is absent or of another type, as in files of other tools and of other versions."""
+    (copied / "matrix.csv").unlink()
+    text = (copied / name).read_text()
+    refusals = 0
+    for place in places(json.loads(text)):
+        for wrong in (None, "absent", [], {}, "text", -1, 1e400, [{}]):
+            values = json.loads(text)
+            inner = values
+            for part in place[:-1]:
+                inner = inner[part]
+            if wrong == "absent":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = wrong
+            (copied / name).write_text(json.dumps(values))
+            try:
+                groups = grouped(read_runs([copied]))
+            except ValueError as error:
+                assert raised_here(error) and name in str(error), place
+                refusals += 1
+                continue
+            assert page(groups, [], [], tmp_path) and table_latex(groups, inequalities(groups))
+            assert list(per_task_rows(groups)) and list(table_rows(groups))
+    assert refusals > 10

@@ -5,15 +5,18 @@ import os
 import sys
 from typing import Any, cast
 
-from jsonargparse import Namespace, set_parsing_settings
-from jsonargparse.typing import restricted_number_type
+import yaml
+from jsonargparse import Namespace, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlscl import __version__
 from fedlscl.cli.commands import Commands
 from fedlscl.cli.completion import print_completion
 from fedlscl.cli.configuration import (
+    load_yaml,
     named_method,
+    seed,
+    unused_batch_size,
     usable_method,
     with_flags,
     with_method_names,
@@ -28,7 +31,6 @@ from fedlscl.federated.method import Method
 from fedlscl.federated.trainer import FederatedTrainer
 
 DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 HEADER = [f"fedlscl=={__version__}"]
 OF_ONE_CALL = ("config", "ckpt_path", "dry_run")
 """Options that a saved configuration leaves out."""
@@ -45,6 +47,7 @@ def run(arguments: list[str]) -> None:
     for chatty in ("lightning.fabric", "lightning.pytorch", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
     # Where ``python -m`` looks too: a method of one's own lies beside its configuration.
     sys.path.append(os.getcwd())
     try:
@@ -85,7 +88,7 @@ class FederatedCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything."""
-        parser.add_argument("--seed_everything", type=Seed, default=42, help="of the split and of training.")
+        parser.add_argument("--seed_everything", type=seed, default=42, help="of the split and of training.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The three groups."""
@@ -102,6 +105,8 @@ class FederatedCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read configuration files and options."""
         self.config = parser.parse_args(args)
+        if unused_batch_size(args, self.config[self.command].data.batch_size):
+            print(f"data.batch_size has no effect on {self.command}: set method.batch_size.", file=sys.stderr)
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI looks for hyper-parameters in the checkpoint here; ours are in config.yaml."""

@@ -2,13 +2,21 @@
 
 import argparse
 import importlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from jsonargparse import get_loader
 
 from fedlscl import methods
 from fedlscl.cli.runs import CONFIG, find_checkpoint
+from fedlscl.data import SpatialTemporalDataModule
 
+SEED_RULE = "seed_everything must be a whole number from 0 to 4294967295, got {}."
+YAML = get_loader("yaml")
+BATCH_SIZE = inspect.signature(SpatialTemporalDataModule).parameters["batch_size"].default
 METHOD_OPTIONS = ("--method", "--method.class_path", "--method.help")
 
 
@@ -42,16 +50,46 @@ def with_method_names(arguments: list[str]) -> list[str]:
         >>> with_method_names(["fit", "--method", "fedavg", "--method=LWF", "--method.lr", "1"])
         ['fit', '--method', 'FedAvg', '--method=LwF', '--method.lr', '1']
     """
-    names = {name.casefold(): name for name in methods.__all__}
     changed = list(arguments)
     for place, word in enumerate(arguments):
         option, is_joined, value = word.partition("=")
         if option in METHOD_OPTIONS and is_joined:
-            changed[place] = f"{option}={names.get(value.casefold(), value)}"
+            changed[place] = f"{option}={method_name(value)}"
         elif option in METHOD_OPTIONS and place + 1 < len(arguments):
-            value = arguments[place + 1]
-            changed[place + 1] = names.get(value.casefold(), value)
+            changed[place + 1] = method_name(arguments[place + 1])
     return changed
+
+
+def method_name(given: str) -> str:
+    """A public method's name in its own case; any other text as it is."""
+    return {name.casefold(): name for name in methods.__all__}.get(given.casefold(), given)
+
+
+def load_yaml(text: str) -> Any:
+    """Load YAML as jsonargparse does, with names of public methods in any case."""
+    value = YAML(text)
+    group = value.get("method") if isinstance(value, dict) else None
+    for holder, key in ((value, "method"), (group, "class_path"), (value, "class_path")):
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            holder[key] = method_name(holder[key])
+    return value
+
+
+def seed(given: Any) -> int:
+    """A seed of NumPy and torch.
+
+    Raises:
+        ValueError: if it is not a whole number from 0 to 2^32 - 1.
+    """
+    text = str(given)
+    if not text.isdecimal() or not text.isascii() or int(text) >= 2**32:
+        raise ValueError(SEED_RULE.format(text))
+    return int(text)
+
+
+def unused_batch_size(arguments: list[str], batch_size: int) -> bool:
+    """Whether data.batch_size was set, which only the plain dataloaders of the Python API use."""
+    return batch_size != BATCH_SIZE or any(word.partition("=")[0] == "--data.batch_size" for word in arguments)
 
 
 def with_flags(arguments: list[str]) -> list[str]:
@@ -88,8 +126,8 @@ def named_method(arguments: list[str]) -> str | None:
 
 def usable_method(name: str | None) -> str | None:
     """The import path of a method by its short or full name; None where there is no such thing."""
-    if name in methods.__all__:
-        return f"fedlscl.methods.{name}"
+    if (public := method_name(name or "")) in methods.__all__:
+        return f"fedlscl.methods.{public}"
     module, _, attribute = (name or "").rpartition(".")
     try:
         return name if hasattr(importlib.import_module(module), attribute) else None
@@ -104,7 +142,9 @@ def check_config(file: str) -> None:
         ValueError: naming the file, and the line where there is one.
     """
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        text = Path(file).read_text()
+        content = yaml.safe_load(text)
+        keys = list(_keys(yaml.compose(text, yaml.SafeLoader)))
     except OSError as error:
         raise ValueError(f"config {file!r} cannot be read ({error.strerror}): give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,3 +154,21 @@ def check_config(file: str) -> None:
         raise ValueError(f"config {file!r} is no valid YAML ({problem}{where}): correct it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"config {file!r} holds {type(content).__name__}: give groups such as 'trainer:' and 'data:'.")
+    for name, times in Counter(keys).items():
+        if times > 1:
+            raise ValueError(f"config {file!r} must have {name} once, got it {times} times: remove all but one.")
+    if content.get("seed_everything", 0) is None:
+        raise ValueError(SEED_RULE.format("null"))
+
+
+def _keys(node: yaml.Node | None, name: str = "") -> Iterator[str]:
+    """Dotted names of all keys; a group is no duplicate of its own dotted options, ``a: {b: 1}`` beside ``a.c: 2``."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = f"{name}.{key.value}" if name else str(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                yield path
+                yield from _keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield from _keys(value, f"{name}[{number}]")

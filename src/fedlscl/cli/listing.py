@@ -4,7 +4,7 @@ import sys
 
 from fedlscl import methods
 from fedlscl.federated.method import MethodCard
-from fedlscl.report.table import markdown
+from fedlscl.report.numbers import markdown
 
 HEADER = ("method", "source", "what a client trains", "what it uploads")
 

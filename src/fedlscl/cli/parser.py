@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fedlscl import methods
+from fedlscl.cli.configuration import SEED_RULE
 
 REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?([\w.]+)")
 KEY = re.compile(r'Parser key "([^"]+)"')
@@ -17,6 +18,8 @@ UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<key>[^\s=]+)")
 INNER = re.compile(r"given class_path '([^']+)':\n(.+?)\s*(?:\n\s*- Expected|\n\s*Given value|$)", re.DOTALL)
 NO_CLASS = re.compile(r"Expected a dot import path string|Import path .*does not correspond")
 EXPECTED = re.compile(r"Expected an? (.+?)(?=\. Got value|\s*$)", re.MULTILINE)
+CLASS_PATH = re.compile(r"'class_path': '([^']+)'")
+NO_SEED = re.compile(r"invalid seed value: '(.*)'$")
 RESTRICTED = re.compile(r"(\S+) does not conform to restriction (.+)")
 VALUE = re.compile(r"(?:Got value|Given value): (.+)")
 NESTED_VALUE = re.compile(r"NestedArg\(key='([^']+)', val='?(.*?)'?\)$")
@@ -44,6 +47,8 @@ def one_line(message: str, options: Iterable[str]) -> str:
     if found := UNRECOGNIZED.search(message) or UNKNOWN.search(message):
         groups = found.groupdict()
         return _unknown(".".join(filter(None, (groups.get("group"), groups["key"]))), options)
+    if found := NO_SEED.search(message):
+        return SEED_RULE.format(found[1])
     if found := REQUIRED.search(message):
         return f"option {found[1]} is missing: add --{found[1]} VALUE."
     if not (key := KEY.search(message)):
@@ -58,13 +63,15 @@ def one_line(message: str, options: Iterable[str]) -> str:
     value = VALUE.findall(message)
     given = value[-1] if value else ""
     if NO_CLASS.search(message):
+        given = named[1] if (named := CLASS_PATH.search(given)) else given
         return f"{key[1]}={given!r} is unknown: {_classes(given)}"
     expected = [_plain(kind) for kind in EXPECTED.findall(message) if "NoneType" not in kind and "path but" not in kind]
     if nested := NESTED_VALUE.match(given):
         return f"{key[1]}.{nested[1]}={nested[2]!r} does not fit: give {' or '.join(expected)}."
     if expected and value:
         return f"{key[1]}={given!r} does not fit: give {' or '.join(expected)}."
-    return f"{key[1]}: {' '.join(message.split(':', 1)[1].split())}"
+    reason = " ".join(message.split(":", 1)[1].split())
+    return reason if reason.startswith(f"{key[1]} must be ") else f"{key[1]}: {reason}"
 
 
 def _unknown(name: str, options: Iterable[str]) -> str:

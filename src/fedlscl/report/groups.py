@@ -1,7 +1,8 @@
-"""Runs that differ in nothing but the seed, and their means and deviations."""
+"""Runs that differ in nothing but the seed, their means and deviations, and which groups may be ranked together."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,15 @@ NOT_A_SETTING = {
     "seed_everything",
     "method.class_path",
     *(f"trainer.{name}" for name in ("accelerator", "devices", "cache_gb", "cache_dir", "compile")),
-    *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks", "precision")),
+    *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks", "precision", "max_tasks")),
     *(f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")),
 }
 """Options that change where, when and how exactly something is computed, or which repetition it is."""
 MOST_NAMED = 3
 """Differing options that a group's name holds."""
+ORACLES = ("Joint", "JointLSCL")
+"""Methods that pool all data: upper bounds, which are not ranked. By name, as imports take seconds."""
+ORACLE, UNFINISHED = "oracles, not ranked", "unfinished runs, not ranked"
 
 
 class Spread(NamedTuple):
@@ -35,6 +39,8 @@ class Group:
     name: str
     runs: tuple[Run, ...]
     """By seed."""
+    comparable: str = ""
+    """Which set of groups of equal conditions it belongs to; empty where there is one set."""
 
     @property
     def seeds(self) -> list[int]:
@@ -45,6 +51,34 @@ class Group:
     def tasks(self) -> int:
         """Tasks that every run has finished."""
         return self.runs[0].tasks
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the runs have learned all tasks that they were to learn."""
+        return self.tasks >= self.runs[0].goal
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether the method pools all data."""
+        return self.runs[0].results["method"]["name"] in ORACLES
+
+    @property
+    def heading(self) -> str:
+        """Of its set: which one of several, and how many tasks where trainer.max_tasks left some out."""
+        planned = self.runs[0].planned
+        return ", ".join(filter(None, (self.comparable, _progress(self.runs[0]) if self.tasks < planned else "")))
+
+    @property
+    def section(self) -> str:
+        """Heading of its rows in tables; groups are ranked only against those of the same section."""
+        if not self.is_finished:
+            return UNFINISHED
+        return ", ".join(filter(None, (self.heading, ORACLE * self.is_oracle)))
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether it is compared with the others of its section."""
+        return self.is_finished and not self.is_oracle
 
     def final(self, figure: str) -> Spread | None:
         """A figure after the last task, as in results.json's summary, or a cost; None where a run does not have it."""
@@ -90,22 +124,62 @@ def spread(values: np.ndarray) -> Spread:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Groups by name and setting, best final ``seen`` accuracy first.
+    """Groups by name and setting in the order of every table.
+
+    Groups are ranked by final ``seen`` accuracy within a set of equal conditions (ours): data, clients, tasks, learned
+    tasks, rounds per task, and at least one common split. Oracles follow their set; unfinished runs come last.
 
     Raises:
         ValueError: if two runs differ in nothing.
     """
     groups: list[Group] = []
+    is_mixed = len({(run.tasks, run.planned) for run in runs}) > 1
     for name in dict.fromkeys(run.name for run in runs):
         settings: dict[tuple[tuple[str, str], ...], list[Run]] = {}
         for run in runs:
             if run.name == name:
                 settings.setdefault(tuple(sorted(setting(run).items())), []).append(run)
-        labels = _labels(name, [dict(entries) for entries in settings])
+        labels = _labels(name, list(settings.values()), is_mixed)
         for label, alike in zip(labels, settings.values(), strict=True):
             _check_seeds(alike)
             groups.append(Group(label, tuple(sorted(alike, key=lambda run: run.seed))))
-    return sorted(groups, key=lambda group: (-group.known("seen/average").mean, group.name))
+    finished = sorted((group for group in groups if group.is_finished), key=_merit)
+    unfinished = sorted((group for group in groups if not group.is_finished), key=_merit)
+    sets = sorted(_comparable(finished), key=lambda alike: (-alike[0].tasks, -len(alike), _merit(alike[0])))
+    ordered = [
+        replace(group, comparable=f"set {number}" if len(sets) > 1 else "")
+        for number, alike in enumerate(sets, start=1)
+        for group in sorted(alike, key=lambda group: group.is_oracle)
+    ]
+    return ordered + unfinished
+
+
+def _merit(group: Group) -> tuple[int, float, str]:
+    return -group.tasks, -group.known("seen/average").mean, group.name
+
+
+def _comparable(groups: Sequence[Group]) -> list[list[Group]]:
+    sets: list[tuple[set[tuple[object, ...]], list[Group]]] = []
+    for group in groups:
+        keys = {_terms(run) for run in group.runs}
+        joined = [entry for entry in sets if entry[0] & keys]
+        sets = [entry for entry in sets if not entry[0] & keys]
+        sets.append((keys.union(*(k for k, _ in joined)), [*(g for _, found in joined for g in found), group]))
+    return [sorted(found, key=_merit) for _, found in sets]
+
+
+def _terms(run: Run) -> tuple[object, ...]:
+    """What two runs must share to be ranked against each other."""
+    data = run.results["data"]
+    rounds = run.results["trainer"]["rounds_per_task"]
+    return data["fingerprint"], data["num_clients"], run.planned, run.tasks, rounds, split_hash(run)
+
+
+def split_hash(run: Run) -> str:
+    """Of who has which classes and how many samples of them in each finished task."""
+    data = run.results["data"]
+    parts = [data["classes"], data.get("train_samples"), data.get("test_samples")]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def setting(run: Run) -> dict[str, str]:
@@ -115,17 +189,29 @@ def setting(run: Run) -> dict[str, str]:
     options = {name: value for name, value in options.items() if name.split(".")[-1] != "weights"}
     data, foundation = run.results["data"], run.results.get("foundation") or {}
     hashes = {"data_hash": data.get("fingerprint"), "weights_hash": foundation.get("fingerprint")}
-    found = {**options, "method": run.results["method"]["name"], **hashes, "tasks_done": run.tasks}
+    found = {**options, "method": run.results["method"]["name"], **hashes, "tasks_done": f"{run.tasks} of {run.goal}"}
     return {name: str(value) for name, value in found.items()}
 
 
-def _labels(name: str, settings: list[dict[str, str]]) -> list[str]:
-    """The name alone, or with the options in which its settings differ."""
-    if len(settings) == 1:
-        return [name]
-    keys = sorted({key for one in settings for key in one if any(other.get(key) != one[key] for other in settings)})
-    texts = [", ".join(f"{key.split('.')[-1]}={one.get(key)}" for key in keys[:MOST_NAMED]) for one in settings]
-    return [f"{name} ({text}{f'; {n}' if texts.count(text) > 1 else ''})" for n, text in enumerate(texts, start=1)]
+def _labels(name: str, settings: list[list[Run]], is_mixed: bool) -> list[str]:
+    """The name alone, or with the number of tasks where that is not obvious, and the options that differ."""
+    firsts = [runs[0] for runs in settings]
+    known = [setting(run) for run in firsts]
+    keys = sorted({key for one in known for key in one if any(other.get(key) != one[key] for other in known)})
+    named = [key for key in keys if key not in ("tasks_done", "data.num_tasks")][:MOST_NAMED]
+    is_several = len({(run.tasks, run.planned) for run in firsts}) > 1
+    texts = []
+    for run, one in zip(firsts, known, strict=True):
+        is_partial = run.tasks < run.goal or (is_mixed and run.tasks < run.planned)
+        parts = [_progress(run)] if is_partial or is_several else []
+        parts += [", ".join(f"{key.split('.')[-1]}={one.get(key)}" for key in named)] if named else []
+        texts.append("; ".join(parts))
+    texts = [f"{text}; {n}".lstrip("; ") if texts.count(text) > 1 else text for n, text in enumerate(texts, start=1)]
+    return [f"{name} ({text})" if text else name for text in texts]
+
+
+def _progress(run: Run) -> str:
+    return f"{run.tasks} of {run.planned} tasks"
 
 
 def _check_seeds(runs: list[Run]) -> None:

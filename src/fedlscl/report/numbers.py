@@ -1,11 +1,12 @@
 """The comparison as Markdown, CSV and LaTeX, and every run's figures after every task."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from fedlscl.federated.metrics import MASKS
 from fedlscl.report.groups import Group, Spread
-from fedlscl.report.table import markdown
+from fedlscl.report.runs import PER_TASK
 
 
 class Column(NamedTuple):
@@ -29,16 +30,41 @@ COLUMNS = (
 )
 """Accuracies are means over clients; bytes are those of all clients in all rounds."""
 UNKNOWN = "–"
-PER_TASK = ("average", "worst_client", "current", "forgetting", "backward_transfer", "average_before_aggregation")
 TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 
 
-def table_markdown(groups: Sequence[Group]) -> str:
-    """One row per group; mean ± standard deviation over n seeds."""
-    names = [group.name.replace("\\", "\\\\").replace("|", "\\|") for group in groups]
-    rows = [[name, *cells(group)] for name, group in zip(names, groups, strict=True)]
-    return markdown([["run", "n", *(column.title for column in COLUMNS)], *rows]) + "\n"
+def header() -> list[str]:
+    """Titles of the columns of the comparison."""
+    return ["run", "n", *(column.title for column in COLUMNS)]
+
+
+def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """Groups under the headings of their sections, in their order; one section without a heading is the usual case."""
+    return [(title, list(found)) for title, found in groupby(groups, key=lambda group: group.section)]
+
+
+def table_markdown(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
+    """One row per group; mean ± standard deviation over n seeds; a row in italics begins a section with a heading."""
+    rows = [header()]
+    for title, found in sections(groups):
+        rows += [[f"*{title}*", *[""] * (len(rows[0]) - 1)]] if title else []
+        rows += [[group.name.replace("\\", "\\\\").replace("|", "\\|"), *cells(group)] for group in found]
+    return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"
+
+
+def markdown(rows: list[list[str]], rule: str = "---:") -> str:
+    """A Markdown table whose first row is the header; ``rule`` aligns all columns but the first.
+
+    Example:
+        >>> print(markdown([["run", "seen %"], ["FedAvg", "41.0"]]))
+        | run | seen % |
+        |---|---:|
+        | FedAvg | 41.0 |
+    """
+    rules = ["---", *[rule] * (len(rows[0]) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join(rules) + "|", *lines[1:]])
 
 
 def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
@@ -46,22 +72,28 @@ def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     for group in groups:
         row: dict[str, Any] = {"run": group.name, "method": group.runs[0].results["method"]["name"]}
         row |= {"n": len(group.runs), "seeds": " ".join(map(str, group.seeds)), "tasks": group.tasks}
+        row |= {"tasks of data": group.runs[0].planned, "section": group.section}
         for figure in (*(column.figure for column in COLUMNS), "images"):
             found = group.final(figure)
             row[f"{figure} mean"], row[f"{figure} std"] = (None, None) if found is None else found
         yield row
 
 
-def table_latex(groups: Sequence[Group]) -> str:
+def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """The same for a paper; needs the package booktabs."""
-    header = ["run", "n", *(column.title for column in COLUMNS)]
+    titles, rows = header(), []
+    for number, (title, found) in enumerate(sections(groups)):
+        rows += ["\\midrule"] if number else []
+        rows += [f"\\multicolumn{{{len(titles)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
+        rows += [" & ".join([tex(group.name), *map(_tex_cell, cells(group))]) + " \\\\" for group in found]
     lines = [
         "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
-        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        *(f"% {' '.join(note.split())}" for note in notes),
+        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
         "\\toprule",
-        " & ".join(map(tex, header)) + " \\\\",
+        " & ".join(map(tex, titles)) + " \\\\",
         "\\midrule",
-        *(" & ".join([tex(group.name), *(_tex_cell(cell) for cell in cells(group))]) + " \\\\" for group in groups),
+        *rows,
         "\\bottomrule",
         "\\end{tabular}",
     ]

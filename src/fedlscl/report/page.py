@@ -11,12 +11,11 @@ from fedlscl.report.conditions import inequalities
 from fedlscl.report.finding import RESULTS
 from fedlscl.report.groups import Group
 from fedlscl.report.numbers import COLUMNS, cell
+from fedlscl.report.numbers import sections as in_sections
 from fedlscl.report.runs import CONFIG, COSTS, MATRIX, Run
 from fedlscl.report.style import AMONG, Picture, for_page, looks
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-ORACLES = ("Joint", "JointLSCL")
-"""Methods that pool all data: what others are measured by, and never first. By name, as imports take seconds."""
 BESIDE = (CONFIG, COSTS, MATRIX, "rounds.csv", "manifest.json")
 
 
@@ -38,18 +37,24 @@ class Source(NamedTuple):
     config: str | None
 
 
-def page(groups: Sequence[Group], sections: Sequence[Section], files: Sequence[str], out: Path) -> str:
-    """HTML with all figures inside; only links lead to other files, by paths relative to ``out``."""
+def page(
+    groups: Sequence[Group], sections: Sequence[Section], files: Sequence[str], out: Path, unshown: Sequence[str] = ()
+) -> str:
+    """HTML with all figures inside; only links lead to other files, by paths relative to ``out``.
+
+    ``unshown`` are sentences about runs that were left out.
+    """
     # Takes a tenth of a second, which only a report has to spend.
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(
         title=_title(groups),
-        findings=[_finding(groups, mask) for mask in AMONG],
+        findings=_findings(groups),
+        unshown=unshown,
         inequalities=inequalities(groups),
         columns=COLUMNS,
-        rows=[_row(group) for group in groups],
+        tables=[(title, [_row(group) for group in found]) for title, found in in_sections(groups)],
         colours={name: look.colour for name, look in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),
@@ -67,15 +72,27 @@ def _title(groups: Sequence[Group]) -> str:
     return f"{count}{settings} on {', '.join(dict.fromkeys(run.results['data']['dataset'] for run in runs))}"
 
 
+def _findings(groups: Sequence[Group]) -> list[str]:
+    """For each set of comparable groups and each mask what `_finding` says; unfinished groups are in none."""
+    finished = [group for group in groups if group.is_finished]
+    if not finished:
+        return ["No run is finished: nothing is ranked."]
+    return [
+        f"{name}. ".capitalize() * bool(name) + _finding([g for g in finished if g.heading == name], mask)
+        for name in dict.fromkeys(group.heading for group in finished)
+        for mask in AMONG
+    ]
+
+
 def _finding(groups: Sequence[Group], mask: str) -> str:
     """Who is first under a mask, by how much, at what cost, and what that is worth; and what oracles reach."""
-    ranked = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
-    oracles = [group for group in ranked if group.runs[0].results["method"]["name"] in ORACLES]
-    racing = [group for group in ranked if group not in oracles]
-    if not racing or not oracles:
-        return _lead(ranked, mask)
+    ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
+    oracles = [group for group in ordered if group.is_oracle]
+    ranked = [group for group in ordered if group.is_ranked]
+    if not ranked or not oracles:
+        return _lead(ordered, mask)
     best = oracles[0].known(f"{mask}/average").mean
-    return f"{_lead(racing, mask)} With all data in one place {oracles[0].name} has {percent(best)} %."
+    return f"{_lead(ranked, mask)} With all data in one place {oracles[0].name} has {percent(best)} %."
 
 
 def _lead(ranked: Sequence[Group], mask: str) -> str:
@@ -105,7 +122,7 @@ def _source(group: Group, run: Run, out: Path) -> Source:
     results, costs = run.results, run.costs or {}
     data, foundation = results["data"], results["foundation"]
     trainer = results["trainer"]
-    split = f"{data['num_clients']} clients, {run.tasks} of {data['num_tasks']} tasks finished"
+    split = f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished"
     rounds = f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}"
     sessions = [f"{session['started']} to {session['ended']}" for session in costs.get("sessions", [])]
     facts = {

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.export import to_csv
+from fedlscl.report.conditions import inequalities
 from fedlscl.report.curves import against_cost, over_tasks
 from fedlscl.report.groups import Group, grouped
 from fedlscl.report.numbers import per_task_rows, table_latex, table_markdown, table_rows
 from fedlscl.report.page import Section, page
 from fedlscl.report.panels import clients, matrices
-from fedlscl.report.runs import read_runs
+from fedlscl.report.runs import left_out, read_runs
 from fedlscl.report.style import AMONG
 
 PAGE = "index.html"
@@ -23,16 +24,18 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         ValueError: if a run cannot be read, or the folder not be written.
     """
-    groups = grouped(read_runs(paths))
+    runs = read_runs(paths)
+    groups, unshown = grouped(runs), left_out(paths, runs)
+    notes = inequalities(groups) + unshown
     _check_writable(out)
     tables = {
-        "table.md": table_markdown(groups),
+        "table.md": table_markdown(groups, notes),
         "table.csv": to_csv(table_rows(groups)),
-        "table.tex": table_latex(groups),
+        "table.tex": table_latex(groups, notes),
         "per_task.csv": to_csv(per_task_rows(groups)),
     }
     sections = figures(groups)
-    html = page(groups, sections, list(tables), out)
+    html = page(groups, sections, list(tables), out, unshown)
     files = {name: text.encode() for name, text in tables.items()}
     for picture in (picture for section in sections for picture in section.pictures):
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
