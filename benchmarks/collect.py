@@ -11,10 +11,8 @@ import sys
 from pathlib import Path
 
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.report.finding import find_results
-from fedlscl.report.groups import grouped
-from fedlscl.report.numbers import table_markdown
-from fedlscl.report.runs import read_runs
+from fedlscl.report.runs import find_results, grouped, read_runs
+from fedlscl.report.table import table_markdown
 
 KEPT = ("results.json", "matrix.csv", "config.yaml", "costs.json")
 ROOT = re.compile(r"(?<=\s|\")/[^\s\"]*?/(?=(\w+\.safetensors|\w+\.npz))")

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedlscl.federated.wording import percent
-from fedlscl.report.groups import Group
-from fedlscl.report.style import AMONG, COLOURS, Picture, legend, legend_height, percent_axis, picture
+from fedlscl.callbacks.formatting import percent
+from fedlscl.report.plots import AMONG, COLOURS, Picture, legend, legend_height, percent_axis, picture
+from fedlscl.report.runs import Group
 
 LOOKS = {"seen": (COLOURS[0], "o"), "task": (COLOURS[1], "s")}
 TITLES = {

@@ -11,7 +11,7 @@ import sys
 from presets import CONFIGS, Run, parse
 from sweep import place, planned, sweep
 
-from fedlscl.report.finding import find_results
+from fedlscl.report.runs import find_results
 
 ON_VIT, FROM_SCRATCH = 0.85, 0.6
 """Floors of methods on the frozen ViT and of CNNs from scratch (ours: FedNCM stands at 94 %)."""

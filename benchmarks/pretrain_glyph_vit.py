@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import build_sincos2d_pos_embed, set_fused_attn
 from torch import Generator, Tensor, nn
 
-from fedlscl.nets.glyph_vit import GLYPH_WEIGHTS
+from fedlscl.nets.vit import GLYPH_WEIGHTS
 
 SIZE = 32
 MAX_STROKES = 4

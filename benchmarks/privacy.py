@@ -22,7 +22,7 @@ from privacy_sections.page import PAGE, filled, readme
 from privacy_sections.plots import draw, draw_strip
 from privacy_sections.world import KNOWLEDGE, World, pools
 
-from fedlscl.data.npz import load_npz
+from fedlscl.data.datasets import load_npz
 
 OUT = Path(__file__).parent / "results" / "privacy"
 SETS = {1: 90, 8: 24, 32: 9, 128: 9, 512: 6, 2048: 3}

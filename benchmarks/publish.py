@@ -15,11 +15,9 @@ from pathlib import Path
 from figures import figure
 
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.report.groups import Group, grouped
-from fedlscl.report.numbers import table_markdown
-from fedlscl.report.page import Section, page
-from fedlscl.report.runs import read_runs
-from fedlscl.report.write import figures
+from fedlscl.report.page import Section, figures, page
+from fedlscl.report.runs import Group, grouped, read_runs
+from fedlscl.report.table import table_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/costs.md")

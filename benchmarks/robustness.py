@@ -51,7 +51,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     # Thousands of lines otherwise; the section counts them.
-    logging.getLogger("fedlscl.federated.door").setLevel(logging.ERROR)
+    logging.getLogger("fedlscl.federated.validation").setLevel(logging.ERROR)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         began, notes = time.perf_counter(), Notes(options.out / f"{name}.partial")

@@ -29,8 +29,8 @@ DATA = {
 
 def federation(trainer: dict, method: dict, data: dict) -> dict:
     """Fit Fed-LSCL once in this process; resident memory in MB and seconds after every round."""
+    from fedlscl.callbacks import Callback
     from fedlscl.data import SpatialTemporalDataModule
-    from fedlscl.federated.callbacks import Callback
     from fedlscl.federated.trainer import FederatedTrainer
     from fedlscl.methods import FedLSCL
     from fedlscl.nets.collaborator import CollaboratorConfig
@@ -160,7 +160,7 @@ def processes() -> list[dict]:
 
 def distillation() -> list[dict]:
     """One-by-One Distillation for many clients: the sums are shared, so seconds grow with clients, not their square."""
-    from fedlscl.distillation import one_by_one_distill, second_moment
+    from fedlscl.functional.distillation import one_by_one_distill, second_moment
 
     torch.set_num_threads(1)
     rows = []

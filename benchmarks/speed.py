@@ -19,7 +19,7 @@ import torch
 from speed_sections import cnn, machine, memory, o2d, start, step, vit, whole
 from speed_sections.page import publish
 
-from fedlscl.federated.allocator import keep_freed_memory
+from fedlscl.federated.engine import keep_freed_memory
 
 OUT = Path(__file__).parent / "results/speed"
 SECTIONS = {

@@ -8,9 +8,9 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fedlscl import Collaborator, CollaboratorConfig, FoundationConfig, SpatialTemporalDataModule, one_by_one_distill
-from fedlscl.distillation import second_moment
+from fedlscl.functional.distillation import second_moment
+from fedlscl.functional.objectives import cross_entropy
 from fedlscl.nets.net import freeze_batch_norm
-from fedlscl.objectives import cross_entropy
 
 CONFIG = CollaboratorConfig(
     foundation=FoundationConfig(name="vit_glyph_patch4_32", weights="bundled"),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from fedlscl import FederatedTrainer, FoundationConfig, Method, SpatialTemporalDataModule
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.contract import check
 from fedlscl.federated.metrics import summary
 from fedlscl.methods import FedAvg
-from fedlscl.nets.classifier import FoundationClassifier
+from fedlscl.nets.heads import FoundationClassifier
+from fedlscl.testing import check
 
 
 @dataclass(kw_only=True)

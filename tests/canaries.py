@@ -11,14 +11,14 @@ import numpy as np
 import torch
 import yaml
 
-from fedlscl.cli.configuration import check_config
+from fedlscl.cli.app import check_config
 from fedlscl.data.datasets import load_images
-from fedlscl.data.decode import decode_one
+from fedlscl.data.images import decode_one
 from fedlscl.data.manifest import read_manifest
-from fedlscl.deploy.letters import read_letter, read_reply
 from fedlscl.federated.checkpoint import MAGIC, load_checkpoint, load_last_good, previous, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.payload import read_payload
+from fedlscl.flower.messages import read_letter, read_reply
 from fedlscl.nets.vit import FoundationConfig, foundation
 from fedlscl.report.runs import read_run
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fedlscl.federated.callbacks import Callback
+from fedlscl.callbacks import Callback
 from fedlscl.federated.payload import Upload, read_payload, write_payload
 
 

@@ -21,9 +21,10 @@ import torch
 
 from fedlscl import methods
 from fedlscl.__main__ import main
+from fedlscl.callbacks.results import Results
 from fedlscl.cli import commands
-from fedlscl.federated import checkpoint, server, trainer
-from fedlscl.federated.results import Results
+from fedlscl.federated import checkpoint, trainer
+from fedlscl.federated import trainer as server
 from fedlscl.modules.learner import Learner
 
 EVENTS: list[str] = []

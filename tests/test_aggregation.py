@@ -3,7 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.aggregation import (
+from fedlscl.federated.method import federated_average
+from fedlscl.federated.payload import Upload
+from fedlscl.functional.aggregation import (
     classwise_average,
     coordinate_median,
     norm_clipped,
@@ -13,8 +15,6 @@ from fedlscl.aggregation import (
     trimmed_mean,
     weighted_average,
 )
-from fedlscl.federated.method import federated_average
-from fedlscl.federated.payload import Upload
 from reference import aggregation as reference
 
 EPS = torch.finfo(torch.float32).eps

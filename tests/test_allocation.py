@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.allocation import allocate, kl_divergence
+from fedlscl.methods.fedbe import allocate, kl_divergence
 
 
 @st.composite

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
-from fedlscl.analytic import ABSENT, MomentSums, discriminant_solution, moment_sums, ridge_solution
+from fedlscl.functional.analytic import ABSENT, MomentSums, discriminant_solution, moment_sums, ridge_solution
 
 WIDTH, CLASSES = 5, 4
 

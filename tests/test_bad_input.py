@@ -226,7 +226,7 @@ def test_bf16_is_refused_where_it_is_unsupported(refused, monkeypatch):
         def __init__(self, **options): ...
         def launch(self): ...
 
-    monkeypatch.setattr("fedlscl.federated.device.Fabric", OldGPU)
+    monkeypatch.setattr("fedlscl.federated.engine.Fabric", OldGPU)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
     line = refused("fit", *tiny.FEDLSCL, "--trainer.precision", "bf16-mixed")
     assert line == "precision 'bf16-mixed' is not supported by this GPU: choose 16-mixed or 32-true."
@@ -450,7 +450,7 @@ def some_pictures(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 2, 64])
 def test_prediction_answers_for_good_images_and_names_the_bad_ones(chunk, trained, some_pictures, capsys, monkeypatch):
-    monkeypatch.setattr("fedlscl.cli.predict.CHUNK", chunk)
+    monkeypatch.setattr("fedlscl.cli.commands.CHUNK", chunk)
     out = some_pictures.parent / "out.csv"
     options = ["--images", str(some_pictures), "--top", "1", "--out", str(out)]
     with pytest.warns(UserWarning, match=r"pictures: left out 2 files \(f.heic, notes.txt\); images end in"):

@@ -15,7 +15,7 @@ from PIL import Image
 import tiny
 from fedlscl import __version__, methods
 from fedlscl.__main__ import main
-from fedlscl.cli.listing import method_rows
+from fedlscl.cli.app import method_rows
 from fedlscl.cli.runs import lock, versions
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.methods import FedAvg

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.distillation import (
+from fedlscl.functional.distillation import (
     Sums,
     add_terms,
     client_terms,

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.herding import herding
+from fedlscl.methods.glfc import herding
 from reference import glfc
 
 

@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedlscl.inversion import infer_labels, perturbed, prototype_gradients, reconstruct
-from fedlscl.nets.prototype_encoder import PrototypeEncoder
+from fedlscl.methods.glfc import PrototypeEncoder, infer_labels, perturbed, prototype_gradients, reconstruct
 
 NUM_CLASSES = 7
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlscl import methods
-from fedlscl.cli.listing import HEADER, method_rows
+from fedlscl.cli.app import HEADER, method_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

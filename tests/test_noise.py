@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.distillation import second_moment
-from fedlscl.noise import MOMENT_BOUND, clipped, epsilon, gaussian, noised, noisy_moment
+from fedlscl.functional.distillation import second_moment
+from fedlscl.functional.privacy import MOMENT_BOUND, clipped, epsilon, gaussian, noised, noisy_moment
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1e-3, 1.0, 50.0]), st.sampled_from([0.0, 1e-8, 1.0, 1e6]))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.objectives import (
+from fedlscl.functional.objectives import (
     consistency,
     consolidation,
     cross_entropy,

@@ -20,8 +20,8 @@ from privacy_sections.moments import closest, guesses  # noqa: E402
 from privacy_sections.noise import budgets, on_noisy  # noqa: E402
 from privacy_sections.reconstruction import quality, ridge_decoder  # noqa: E402
 
-from fedlscl.distillation import add_terms, client_terms, second_moment, subtract_terms  # noqa: E402
-from fedlscl.noise import epsilon, noisy_moment  # noqa: E402
+from fedlscl.functional.distillation import add_terms, client_terms, second_moment, subtract_terms  # noqa: E402
+from fedlscl.functional.privacy import epsilon, noisy_moment  # noqa: E402
 
 DIM = 12
 

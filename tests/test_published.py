@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import publish  # noqa: E402
 from figures import figure  # noqa: E402
 
-from fedlscl.report.numbers import cells  # noqa: E402
+from fedlscl.report.table import cells  # noqa: E402
 
 
 @pytest.mark.parametrize("page", publish.PAGES, ids=lambda page: page.stem)

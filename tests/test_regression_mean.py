@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedlscl.regression_mean import (
+from fedlscl.methods.lorm import (
     diagonal,
     input_grams,
     pack,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.secure_sum import decode, encode, masked, new_private_key, pair_mask, public_key, unmasked_sum
+from fedlscl.functional.privacy import decode, encode, masked, new_private_key, pair_mask, public_key, unmasked_sum
 
 PRIVATE = {member: torch.full((32,), 7 * member + 1, dtype=torch.uint8) for member in (0, 2, 3, 7)}
 KEYS = {member: public_key(private) for member, private in PRIVATE.items()}

@@ -5,8 +5,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from fedlscl.nets.synthesizer import norm_statistics
-from fedlscl.synthesis import disagreement, norm_distance, norm_divergence, roughness, unevenness, updated
+from fedlscl.methods.data_free import (
+    disagreement,
+    norm_distance,
+    norm_divergence,
+    norm_statistics,
+    roughness,
+    unevenness,
+    updated,
+)
 from reference import synthesis as literal
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import second_moment
+from fedlscl.functional.distillation import second_moment
 from privacy_sections.moments import closest, guesses
 from privacy_sections.reconstruction import Decoder, aligned, conv_decoder, quality, ridge_decoder
 from privacy_sections.world import KNOWLEDGE, World

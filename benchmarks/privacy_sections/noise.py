@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.noise import MOMENT_BOUND, epsilon, noisy_moment
+from fedlscl.functional.privacy import MOMENT_BOUND, epsilon, noisy_moment
 from privacy_sections.inversion import Attacker, Change, reconstructed
 from privacy_sections.membership import SHARES, Population, Score, Scores, attack, likelihood, of_moment, with_one
 from privacy_sections.world import KNOWLEDGE, World

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.data.images import ImageData
-from fedlscl.federated.rehearsal import Recorded
 from fedlscl.federated.seeding import Turn, seed_turn
 from fedlscl.methods import FedLSCL
-from fedlscl.nets.classifier import FoundationClassifier
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
+from fedlscl.nets.heads import FoundationClassifier
 from fedlscl.nets.vit import FoundationConfig
+from fedlscl.testing import Recorded
 
 KNOWLEDGE = {
     "untrained": ("start", "start"),

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from fedlscl.federated.callbacks import Callback
-from fedlscl.federated.rehearsal import fake_data
-from fedlscl.federated.results import Results
-from fedlscl.federated.tensorboard import TensorBoard
+from fedlscl.callbacks import Callback
+from fedlscl.callbacks.results import Results
+from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.testing import fake_data
 from tiny_methods import METHODS
 
 

@@ -11,11 +11,10 @@ import torch
 import malformed
 from fedlscl import methods
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.contract import tensors
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.federated.rehearsal import Recorded
-from fedlscl.federated.server import Server
+from fedlscl.federated.trainer import Server
+from fedlscl.testing import Recorded, tensors
 from robustness_sections.notes import Notes
 from tiny_methods import METHODS
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.net import prepare
-from fedlscl.nets.small import SmallModel
 from fedlscl.nets.vit import Foundation
 
 

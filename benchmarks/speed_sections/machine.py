@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedlscl.federated.device import fast_bf16
+from fedlscl.federated.engine import fast_bf16
 
 from .clock import side_by_side
 

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import add_terms, client_terms, one_by_one_distill, second_moment, subtract_terms
+from fedlscl.functional.distillation import add_terms, client_terms, one_by_one_distill, second_moment, subtract_terms
 
 from .clock import side_by_side
 

@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedlscl.data import SpatialTemporalDataModule
-    from fedlscl.distillation import one_by_one_distill
     from fedlscl.federated.method import Method
     from fedlscl.federated.trainer import FederatedTrainer
+    from fedlscl.functional.distillation import one_by_one_distill
     from fedlscl.methods.fedlscl import FedLSCL
     from fedlscl.modules.collaborative import CollaborativeModule
     from fedlscl.modules.continual import ContinualFineTuningModule
@@ -26,7 +26,7 @@ _PLACES = {
     "FoundationConfig": "fedlscl.nets.vit",
     "Method": "fedlscl.federated.method",
     "SpatialTemporalDataModule": "fedlscl.data",
-    "one_by_one_distill": "fedlscl.distillation",
+    "one_by_one_distill": "fedlscl.functional.distillation",
 }
 
 __all__ = [

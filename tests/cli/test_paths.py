@@ -10,13 +10,13 @@ import yaml
 import tiny
 from fedlscl import methods
 from fedlscl.__main__ import main
+from fedlscl.callbacks import Callback
 from fedlscl.cli import doctor, report
 from fedlscl.cli.app import FederatedCLI
 from fedlscl.cli.commands import Commands
 from fedlscl.cli.completion import TRAINED, _of_call, _of_fields
 from fedlscl.cli.paths import PATHS, expanded, with_expanded_paths
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.callbacks import Callback
 from fedlscl.federated.trainer import FederatedTrainer
 
 NO_PATHS = {"accelerator", "name", "small_model", "small_models", "targets"}

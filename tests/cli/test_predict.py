@@ -8,7 +8,7 @@ from PIL import Image
 
 import tiny
 from fedlscl.__main__ import main
-from fedlscl.cli.predict import Predictor
+from fedlscl.cli.commands import Predictor
 from fedlscl.data import load_images
 from fedlscl.data.manifest import read_manifest, save_manifest
 

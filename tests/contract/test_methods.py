@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 import fedlscl.methods
-from fedlscl.federated import contract
-from fedlscl.federated.forecast import forecast
-from fedlscl.federated.rehearsal import Recorded, fake_data
+from fedlscl import testing as contract
+from fedlscl.callbacks.forecast import forecast
+from fedlscl.testing import Recorded, fake_data
 from tiny_methods import METHODS
 
 

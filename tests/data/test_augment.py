@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedlscl.data import batches, load_images
-from fedlscl.data.augment import standard
+from fedlscl.data.loader import standard
 
 
 @pytest.fixture(scope="module")

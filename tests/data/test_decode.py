@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedlscl.data import decode as decoding
-from fedlscl.data.decode import ALPHA, GREY16, MODES, OPAQUE, REFUSED, centre_crop, decode, decode_one, read_image
+from fedlscl.data import images as decoding
+from fedlscl.data.images import ALPHA, GREY16, MODES, OPAQUE, REFUSED, centre_crop, decode, decode_one, read_image
 
 RANDOM = np.random.default_rng(0)
 ORIENTED = {

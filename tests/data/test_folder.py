@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fedlscl.data import load_images
-from fedlscl.data.folder import find_images
+from fedlscl.data.datasets import find_images
 
 
 @pytest.fixture

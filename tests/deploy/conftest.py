@@ -11,11 +11,11 @@ from flwr.app.error import Error
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlscl.deploy import apps
-from fedlscl.deploy.coordinator import Coordinator
-from fedlscl.deploy.federation import Federation
-from fedlscl.deploy.flower import FlowerPost
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.flower import apps
+from fedlscl.flower.apps import FlowerPost
+from fedlscl.flower.federation import Federation
+from fedlscl.flower.server import Coordinator
 
 
 class LocalGrid(Grid):
@@ -65,7 +65,7 @@ def network(make_data, tmp_path, monkeypatch):
             trainer = FederatedTrainer(rounds_per_task=rounds_per_task, accelerator="cpu", **options)
             return Federation(method, data(**own), trainer, seed, "same")
 
-        monkeypatch.setattr("fedlscl.deploy.federation.read_federation", lambda *path, **own: federation(**own))
+        monkeypatch.setattr("fedlscl.flower.federation.read_federation", lambda *path, **own: federation(**own))
         for name in ("_run_id", "_node_id", "_task_id"):
             monkeypatch.setattr(TaskIdentity, name, 1)
         places = range(federation().num_clients)

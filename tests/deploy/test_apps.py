@@ -5,11 +5,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlscl.deploy import apps
-from fedlscl.deploy.federation import read_federation
-from fedlscl.deploy.flower import carried, carried_by
-from fedlscl.deploy.letters import Letter, read_reply
-from fedlscl.federated.results import write_results
+from fedlscl.callbacks.results import write_results
+from fedlscl.flower import apps
+from fedlscl.flower.apps import carried, carried_by
+from fedlscl.flower.federation import read_federation
+from fedlscl.flower.messages import Letter, read_reply
 from flower_network import EXAMPLE, ROOT, Network, missing
 
 

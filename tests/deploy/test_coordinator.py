@@ -8,13 +8,13 @@ import pytest
 import torch
 from flwr.app import Message
 
+from fedlscl.callbacks.results import write_results
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.deploy.coordinator import Coordinator
-from fedlscl.deploy.flower import carried
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress
-from fedlscl.federated.results import write_results
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.flower.apps import carried
+from fedlscl.flower.server import Coordinator
 from tiny_methods import METHODS
 
 ALL = sorted(set(METHODS) - {"Joint", "JointLSCL"})

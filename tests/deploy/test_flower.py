@@ -1,6 +1,6 @@
 from flwr.app import Context, RecordDict
 
-from fedlscl.deploy.flower import FlowerPost
+from fedlscl.flower.apps import FlowerPost
 from tiny_methods import METHODS
 
 

@@ -1,9 +1,9 @@
 import pytest
 
 from fedlscl.data.images import names_hash
-from fedlscl.deploy.federation import Federation
-from fedlscl.deploy.knowledge import Description, Knowledge, check_classes, described
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.flower.federation import Federation
+from fedlscl.flower.server import Description, Knowledge, check_classes, described
 from tiny_methods import METHODS
 
 

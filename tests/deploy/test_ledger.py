@@ -2,9 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.deploy.ledger import OF_A_ROUND, Ledger
-from fedlscl.deploy.letters import TRAIN, UPLOAD, Reply, Result
 from fedlscl.federated.method import Progress
+from fedlscl.flower.messages import OF_A_ROUND, TRAIN, UPLOAD, Ledger, Reply, Result
 
 ROUNDS = 2
 

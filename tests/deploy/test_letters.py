@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from fedlscl.deploy.letters import Command, Letter, Reply, Result, pack, read_letter, read_reply
+from fedlscl.flower.messages import Command, Letter, Reply, Result, pack, read_letter, read_reply
 
 PAYLOAD = {"head.weight": torch.randn(3, 2), "head/odd": torch.tensor(2.5), "counts": torch.tensor([1, 2])}
 

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from fedlscl.deploy.federation import Federation
-from fedlscl.deploy.letters import Command, Letter, pack, read_reply, unpack
-from fedlscl.deploy.node import Node
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.flower.federation import Federation
+from fedlscl.flower.messages import Command, Letter, pack, read_reply, unpack
+from fedlscl.flower.node import Node
 from tiny_methods import METHODS
 
 BEGIN, TRAIN, UPLOAD = (Command(n, kind, 0, 0) for n, kind in enumerate(("begin_task", "train", "upload"), start=1))

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import pytest
 from rich.console import Console
 
-from fedlscl.federated.callbacks import Callback
-from fedlscl.federated.progress import ProgressDisplay
-from fedlscl.federated.results import Results
-from fedlscl.federated.tensorboard import TensorBoard
+from fedlscl.callbacks import Callback
+from fedlscl.callbacks.progress import ProgressDisplay
+from fedlscl.callbacks.results import Results
+from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.methods import FedLSCL
 

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.federated.attendance import Attendance
-from fedlscl.federated.callbacks import Callback
+from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress
-from fedlscl.federated.rehearsal import Recorded, fake_data
+from fedlscl.federated.trainer import Attendance
+from fedlscl.testing import Recorded, fake_data
 from tiny_methods import METHODS
 
 ORACLES = {"Joint", "JointLSCL"}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from fedlscl.data import Batch
 from fedlscl.federated import cache as module
 from fedlscl.federated.cache import PrefixCache
+from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
-from fedlscl.nets.small import SmallClassifier
 
 ROW_BYTES = 5 * 64 * 4
 """Five tokens of width 64 in single precision."""

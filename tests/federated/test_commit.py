@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 import fedlscl
-from fedlscl.federated.commit import package_commit
+from fedlscl.callbacks.results import package_commit
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlscl.federated.compilation import compile_small_models
-from fedlscl.nets.small import SmallClassifier
+from fedlscl.nets.cnn import SmallClassifier
 
 
 @pytest.fixture

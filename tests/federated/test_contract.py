@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from fedlscl.federated import contract
+from fedlscl import testing as contract
 from fedlscl.federated.method import federated_average
 from fedlscl.federated.payload import outgoing
 from fedlscl.methods import FedAvg

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fedlscl.federated import device
-from fedlscl.federated.device import chosen_precision, fast_bf16
+from fedlscl.federated import engine as device
+from fedlscl.federated.engine import chosen_precision, fast_bf16
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, "bf16-mixed"), (False, "32-true")])

@@ -12,15 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import malformed
 from fedlscl import methods
-from fedlscl.federated import door as doors
-from fedlscl.federated.attendance import Attendance
-from fedlscl.federated.contract import same_tensors
-from fedlscl.federated.door import Door, Limits, Refusal
+from fedlscl.callbacks.results import Results
+from fedlscl.callbacks.tensorboard import TensorBoard
+from fedlscl.federated import validation as doors
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.rehearsal import Recorded, Stop, Stopped, fake_data, learn
-from fedlscl.federated.results import Results
-from fedlscl.federated.tensorboard import TensorBoard
+from fedlscl.federated.trainer import Attendance
+from fedlscl.federated.validation import Door, Limits, Refusal
+from fedlscl.testing import Recorded, Stop, Stopped, fake_data, learn, same_tensors
 from tiny_methods import METHODS, SMALL, VIT
 
 ORACLES = {"Joint", "JointLSCL"}

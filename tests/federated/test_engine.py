@@ -8,10 +8,9 @@ from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.client import Client
 from fedlscl.federated.engine import Engine
 from fedlscl.federated.method import Stage
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.learner import Learner
+from fedlscl.modules.learner import ClassificationModule, Learner
+from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
-from fedlscl.nets.small import SmallClassifier
 
 
 @pytest.fixture

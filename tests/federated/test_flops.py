@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlscl.federated.flops import Flops, flops_by_client, flops_per_image
+from fedlscl.callbacks.results import Flops, flops_by_client, flops_per_image
+from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
-from fedlscl.nets.small import SmallClassifier
 
 TOKENS, WIDTH, DEPTH, PATCH = 5, 64, 6, 16
 """Of the tiny ViT: a class token and four patches of 16 pixels."""

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from fedlscl.federated.client import Client
-from fedlscl.federated.parking import Parking
+from fedlscl.federated.client import Client, Parking
 from fedlscl.federated.trainer import FederatedTrainer
 
 

@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from fedlscl.federated.progress import MANY_CLIENTS
-from fedlscl.federated.wording import in_bytes
+from fedlscl.callbacks.formatting import in_bytes
+from fedlscl.callbacks.progress import MANY_CLIENTS
 from fedlscl.methods import FedAvg, FedNCM
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"

@@ -6,9 +6,9 @@ from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 
 import tiny
 from fedlscl.__main__ import main
-from fedlscl.federated.projector import FeatureProjector
+from fedlscl.callbacks.tensorboard import FeatureProjector
 
-CALLBACK = "[{class_path: fedlscl.federated.projector.FeatureProjector, init_args: {per_class: 2}}]"
+CALLBACK = "[{class_path: fedlscl.callbacks.tensorboard.FeatureProjector, init_args: {per_class: 2}}]"
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedlscl.federated.description import plain
-from fedlscl.federated.export import round_rows, to_csv, to_json
-from fedlscl.federated.results import results
-from fedlscl.federated.table import aligned, print_table, results_table
+from fedlscl.callbacks.formatting import aligned, print_table, results_table
+from fedlscl.callbacks.results import plain, results
+from fedlscl.federated.metrics import round_rows, to_csv, to_json
 from fedlscl.methods import FedAvg, FedNCM
 
 FILES = ("results.json", "matrix.csv", "rounds.csv")

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.distillation import Sums, solve, symmetric, upper_triangle
-from fedlscl.federated.door import Door
 from fedlscl.federated.method import Progress
-from fedlscl.federated.rehearsal import learn
-from fedlscl.federated.statistics import is_semidefinite
+from fedlscl.federated.validation import Door
+from fedlscl.functional.analytic import is_semidefinite
+from fedlscl.functional.distillation import Sums, solve, symmetric, upper_triangle
+from fedlscl.testing import learn
 from tiny_methods import METHODS
 
 FIRST = Progress(0, 0)

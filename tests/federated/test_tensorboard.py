@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from fedlscl.federated.heatmap import matrix_pixels
+from fedlscl.callbacks.tensorboard import matrix_pixels
 from fedlscl.federated.metrics import AccuracyMatrix
 from tiny_methods import METHODS
 

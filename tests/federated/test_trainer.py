@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from fedlscl.federated.callbacks import AT_SERVER, Callback
+from fedlscl.callbacks import AT_SERVER, Callback
+from fedlscl.callbacks.formatting import introduction
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress, Stage
 from fedlscl.federated.payload import num_bytes
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.federated.wording import introduction
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
-from fedlscl.modules.classification import ClassificationModule
+from fedlscl.modules.learner import ClassificationModule
 from tiny_methods import METHODS
 
 TASKS, ROUNDS = 2, 2

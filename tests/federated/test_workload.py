@@ -1,6 +1,6 @@
 import numpy as np
 
-from fedlscl.federated.workload import Workload
+from fedlscl.callbacks.progress import Workload
 
 
 def turn(work, client, task, round_, *stages):

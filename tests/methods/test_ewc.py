@@ -3,11 +3,11 @@ import torch
 
 from fedlscl.federated.client import Client
 from fedlscl.methods import EWC, FedAvg
-from fedlscl.methods.ewc import ANCHOR, FISHER, consolidate, consolidated, fisher_diagonal
-from fedlscl.modules.classification import ClassificationModule, ConsolidationModule
+from fedlscl.methods.fedavg import ANCHOR, FISHER, consolidate, consolidated, fisher_diagonal
+from fedlscl.modules.learner import ClassificationModule, ConsolidationModule
+from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Classification, Net
-from fedlscl.nets.small import SmallClassifier
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_importances_add_up_and_decay_and_the_anchor_moves_on(client, gamma):
 
 def test_at_most_so_many_samples_are_used(client, monkeypatch):
     used = []
-    monkeypatch.setattr("fedlscl.methods.ewc.fisher_diagonal", lambda client, ids: used.append(ids) or {})
+    monkeypatch.setattr("fedlscl.methods.fedavg.fisher_diagonal", lambda client, ids: used.append(ids) or {})
     consolidate(client, 3, 1.0)
     consolidate(client, 10_000, 1.0)
     assert len(used[0]) == 3 and set(used[0].tolist()) < set(client.train_ids.tolist())

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlscl.federated.callbacks import Callback
+from fedlscl.callbacks import Callback
 from fedlscl.methods import EWC, FedAvg, FedProx, Local, LwF
-from fedlscl.nets.classifier import FoundationClassifier
-from fedlscl.nets.small import SmallClassifier
+from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.nets.heads import FoundationClassifier
 
 
 @pytest.fixture(scope="module")

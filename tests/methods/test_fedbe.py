@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlscl.aggregation import weighted_average
+from fedlscl.functional.aggregation import weighted_average
 from fedlscl.methods.fedbe import FedBE
 from fedlscl.nets.vit import fingerprint
 

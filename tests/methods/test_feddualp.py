@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.methods.feddualp import FedDualP
+from fedlscl.methods.prompts import FedDualP
 from fedlscl.nets.vit import fingerprint
 
 TINY = {"general_length": 2, "expert_length": 2, "num_tasks": 3, "local_epochs": 2, "batch_size": 8}

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.methods.fedl2p import FedL2P
-from fedlscl.modules.prompting import PromptingModule
+from fedlscl.methods.prompts import FedL2P, PromptingModule
 from fedlscl.nets.prompts import PromptPool
 from fedlscl.nets.vit import fingerprint
 

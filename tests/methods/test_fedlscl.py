@@ -4,18 +4,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedlscl.analytic import discriminant_solution, moment_sums
-from fedlscl.distillation import one_by_one_distill, second_moment
-from fedlscl.federated.callbacks import Callback
+from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress
+from fedlscl.functional.analytic import discriminant_solution, moment_sums
+from fedlscl.functional.distillation import one_by_one_distill, second_moment
+from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
-from fedlscl.methods.fedlscl import symmetric
-from fedlscl.methods.selection import draw_per_class, feature_moment, scored_buffer
-from fedlscl.modules.classification import ConsolidationModule, DistillationModule
+from fedlscl.methods.fedlscl import draw_per_class, feature_moment, scored_buffer, symmetric
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
-from fedlscl.modules.learner import LR
-from fedlscl.objectives import sample_losses
+from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
 
 M = 3
 

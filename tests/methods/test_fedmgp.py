@@ -3,7 +3,7 @@ import torch
 
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.methods.fedmgp import FedMGP
+from fedlscl.methods.prompts import FedMGP
 from fedlscl.nets.vit import FoundationConfig
 
 TINY = {"length": 3, "fine_length": 2, "hidden": 8, "num_tasks": 2, "local_epochs": 2, "batch_size": 8}

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from fedlscl.aggregation import masked_average
+from fedlscl.functional.aggregation import masked_average
 from fedlscl.methods import FedWeIT
-from fedlscl.methods.fedweit import BASE, BITS, SENT, VALUES
-from fedlscl.nets.sparsity import unpack
+from fedlscl.methods.fedweit import BASE, BITS, SENT, VALUES, unpack
 from fedlscl.nets.vit import FoundationConfig
 
 

@@ -3,13 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlscl.aggregation import weighted_average
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
+from fedlscl.functional.aggregation import weighted_average
 from fedlscl.methods import GLFC
-from fedlscl.methods.glfc import GRADIENTS, without_proxy
-from fedlscl.methods.glfc_client import best_model, extended_memory, herded, mean_entropy
-from fedlscl.methods.glfc_proxy import Proxy
+from fedlscl.methods.glfc import GRADIENTS, Proxy, best_model, extended_memory, herded, mean_entropy, without_proxy
 from fedlscl.nets.net import Classification, Net
 from fedlscl.nets.vit import FoundationConfig
 

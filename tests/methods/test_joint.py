@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.analytic import discriminant_solution, moment_sums
+from fedlscl.functional.analytic import discriminant_solution, moment_sums
 from fedlscl.methods.fedavg import Local
 from fedlscl.methods.joint import Joint, JointLSCL
 

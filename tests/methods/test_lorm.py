@@ -5,8 +5,7 @@ import torch
 
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.methods.lorm import LoRM, merge_head
-from fedlscl.regression_mean import pack, regression_mean, shares
+from fedlscl.methods.lorm import LoRM, merge_head, pack, regression_mean, shares
 
 TINY = {"local_epochs": 1, "batch_size": 8, "num_tasks": 2, "rank": 2, "lr": 0.01}
 LAYERS = 24

@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from fedlscl.methods import MFCL, FedAvg
-from fedlscl.methods.data_free import CLASSES
+from fedlscl.methods.data_free import CLASSES, MimickingModule
 from fedlscl.methods.mfcl import NET
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.replay import MimickingModule
+from fedlscl.modules.learner import ClassificationModule
 from tiny_methods import SMALL, SYNTHESIS
 
 TINY = {"synthesis_steps": 3, "replay_size": 8, **SYNTHESIS}

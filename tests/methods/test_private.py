@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlscl.federated.rehearsal import learn
+from fedlscl.functional.privacy import epsilon
 from fedlscl.methods import FedLSCL
-from fedlscl.noise import epsilon
+from fedlscl.testing import learn
 from tiny_methods import COLLABORATOR, LOCAL
 
 BARE = replace(COLLABORATOR, analytic_weight=0.0, adapted_weight=0.0)

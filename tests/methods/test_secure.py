@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedlscl.federated import contract
+from fedlscl import testing as contract
 from fedlscl.federated.method import Progress
-from fedlscl.federated.rehearsal import learn
 from fedlscl.methods import FedLSCL
+from fedlscl.testing import learn
 from tiny_methods import COLLABORATOR, LOCAL
 
 

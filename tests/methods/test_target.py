@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from fedlscl.methods import TARGET, FedAvg
-from fedlscl.methods.data_free import CLASSES
+from fedlscl.methods.data_free import CLASSES, ImitationModule, InversionModule
 from fedlscl.methods.target import IMAGES
-from fedlscl.modules.synthesis import ImitationModule, InversionModule
 from tiny_methods import SMALL, SYNTHESIS
 
 SYNTHESIZED = {"synthesis_rounds": 3, "synthesis_steps": 2, "warmup_rounds": 1, "student_steps": 2, **SYNTHESIS}

@@ -7,18 +7,18 @@ from lightning.fabric import Fabric
 
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.engine import Engine
-from fedlscl.modules.classification import (
+from fedlscl.modules.collaborative import CollaborativeModule
+from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.modules.learner import (
     ClassificationModule,
     ConsolidationModule,
     DistillationModule,
     ProximalModule,
     trainable,
 )
-from fedlscl.modules.collaborative import CollaborativeModule
-from fedlscl.modules.continual import ContinualFineTuningModule
-from fedlscl.nets.classifier import FoundationClassifier
+from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
-from fedlscl.nets.small import SmallClassifier
+from fedlscl.nets.heads import FoundationClassifier
 
 NUM_CLASSES = 6
 

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.data.batch import Batch
-from fedlscl.modules.compensation import CompensationModule
+from fedlscl.data.images import Batch
+from fedlscl.functional.objectives import compensation_weights
+from fedlscl.methods.glfc import CompensationModule
 from fedlscl.nets.net import Classification, Net
-from fedlscl.objectives import compensation_weights
 from reference import glfc
 
 

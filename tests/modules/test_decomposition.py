@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from fedlscl.data.batch import Batch
-from fedlscl.modules.decomposition import DecompositionModule
-from fedlscl.nets.decomposed import DecomposedClassifier
-from fedlscl.objectives import cross_entropy, retention
+from fedlscl.data.images import Batch
+from fedlscl.functional.objectives import cross_entropy, retention
+from fedlscl.methods.fedweit import DecomposedClassifier, DecompositionModule
 from reference import fedweit
 
 WEIGHTS = {"lambda_sparse": 1e-3, "lambda_mask": 1e-2, "lambda_retain": 100.0, "decay": 1e-4}

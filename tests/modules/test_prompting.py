@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from fedlscl.modules.prompting import PromptingModule
-from fedlscl.nets.granularity import MultiGranularityViT
-from fedlscl.nets.prefix import PrefixedViT
-from fedlscl.nets.prompts import PromptedViT, PromptPool
+from fedlscl.methods.prompts import MultiGranularityViT, PromptingModule
+from fedlscl.nets.prompts import PrefixedViT, PromptedViT, PromptPool
 
 NUM_CLASSES = 6
 

@@ -5,9 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedlscl.federated.method import Stage
-from fedlscl.modules.prototypes import PrototypeModule, overlap
+from fedlscl.methods.pilora import PrototypeHead, PrototypeModule, overlap
 from fedlscl.nets.lora_vit import LoraViT
-from fedlscl.nets.prototypes import PrototypeHead
 from fedlscl.nets.vit import foundation
 
 CLASSES = torch.tensor([1, 3, 4])

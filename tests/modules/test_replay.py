@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from fedlscl.federated.method import Stage
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.replay import MimickingModule, SyntheticDistillationModule
-from fedlscl.nets.synthesizer import Synthesizer
+from fedlscl.methods.data_free import MimickingModule, Synthesizer, SyntheticDistillationModule
+from fedlscl.modules.learner import ClassificationModule
 
 OLD, NEW = torch.tensor([0, 2]), torch.tensor([1, 4])
 NEITHER = [3, 5]

@@ -5,8 +5,7 @@ import torch
 
 from fedlscl.data import Batch
 from fedlscl.federated.method import Stage
-from fedlscl.modules.synthesis import ImitationModule, InversionModule, SynthesisModule
-from fedlscl.nets.synthesizer import Dreamer, Synthesizer
+from fedlscl.methods.data_free import Dreamer, ImitationModule, InversionModule, SynthesisModule, Synthesizer
 
 CLASSES = torch.tensor([1, 4])
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from fedlscl.nets import blocks
-from fedlscl.nets.blocks import first_token_only, is_plain, run_block
+from fedlscl.nets import vit as blocks
+from fedlscl.nets.vit import first_token_only, is_plain, run_block
 
 OPTIONS = [
     {"qkv_bias": True},

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.nets.classifier import CosineHead, FoundationClassifier, LinearHead, make_head
+from fedlscl.nets.heads import CosineHead, FoundationClassifier, LinearHead, make_head
 from fedlscl.nets.net import prepare
 
 

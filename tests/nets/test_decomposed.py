@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fedlscl.nets.decomposed import UNKNOWN, DecomposedClassifier, DecomposedConv
-from fedlscl.nets.small import SmallClassifier
+from fedlscl.methods.fedweit import UNKNOWN, DecomposedClassifier, DecomposedConv
+from fedlscl.nets.cnn import SmallClassifier
 from reference import fedweit
 
 SHAPE = {"num_tasks": 3, "num_clients": 2, "threshold": 1e-3}

@@ -5,11 +5,10 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
-from fedlscl.nets.blocks import run_block
-from fedlscl.nets.classifier import LinearHead
-from fedlscl.nets.expanded import ExpandedViT, expansion_places, identity_copy
+from fedlscl.methods.fedbe import ExpandedViT, expansion_places, identity_copy
+from fedlscl.nets.heads import LinearHead
 from fedlscl.nets.net import prepare
-from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation
+from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation, run_block
 
 
 def make(config, num_expanded=3, awake=False):

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.nets.generator import ParameterGenerator
+from fedlscl.nets.collaborator import ParameterGenerator
 from fedlscl.nets.lora import LowRankShape, split_lora
 
 SHAPES = [LowRankShape(6, 9, 2), LowRankShape(5, 4, 2)]

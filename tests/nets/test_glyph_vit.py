@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fedlscl.nets.glyph_vit import GLYPH_WEIGHTS
+from fedlscl.nets.vit import GLYPH_WEIGHTS
 
 FLOOR = 0.78
 """Below the measured 0.845, far above the 0.225 of random weights."""

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from fedlscl.nets.granularity import MultiGranularityViT
-from fedlscl.nets.prefix import run_blocks
-from fedlscl.nets.prompts import PromptedViT, PromptPool
+from fedlscl.methods.prompts import MultiGranularityViT
+from fedlscl.nets.prompts import PromptedViT, PromptPool, run_blocks
 from fedlscl.nets.vit import foundation
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlscl.nets.classifier import LinearHead
+from fedlscl.nets.heads import LinearHead
 from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.net import prepare
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation

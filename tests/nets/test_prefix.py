@@ -6,10 +6,8 @@ import torch
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
-from fedlscl.nets.blocks import attend, run_block
-from fedlscl.nets.prefix import PrefixedViT, Prefixes, check_plain, run_blocks
-from fedlscl.nets.prompts import embed
-from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation
+from fedlscl.nets.prompts import PrefixedViT, Prefixes, check_plain, embed, run_blocks
+from fedlscl.nets.vit import FoundationConfig, attend, fingerprint, foundation, run_block
 from reference import prompts as literal
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

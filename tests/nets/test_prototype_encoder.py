@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.nets.prototype_encoder import PrototypeEncoder
+from fedlscl.methods.glfc import PrototypeEncoder
 
 
 def test_clients_and_proxy_build_the_same_weights_whatever_was_drawn_before():

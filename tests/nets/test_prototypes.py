@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.nets.prototypes import PrototypeHead, prototype_distances
+from fedlscl.methods.pilora import PrototypeHead, prototype_distances
 
 
 def random(*shape, seed=0):

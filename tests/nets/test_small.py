@@ -9,7 +9,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from fedlscl import SpatialTemporalDataModule
-from fedlscl.nets.small import MEAN, STD, SmallClassifier, SmallModel, UnitFeatures
+from fedlscl.nets.cnn import MEAN, STD, SmallClassifier, SmallModel, UnitFeatures
 
 WIDTHS = {
     "resnet18": 512,

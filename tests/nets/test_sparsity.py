@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.nets.sparsity import hard_threshold, largest, pack, unpack
+from fedlscl.methods.fedweit import hard_threshold, largest, pack, unpack
 
 
 def values(seed, *shape):

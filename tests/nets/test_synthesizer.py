@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fedlscl.nets.small import MEAN, STD, SmallClassifier
-from fedlscl.nets.synthesizer import Dreamer, Synthesizer, jitter
+from fedlscl.methods.data_free import Dreamer, Synthesizer, jitter
+from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@ import dataclasses
 
 import pytest
 
-from fedlscl.report.conditions import SETS, inequalities
-from fedlscl.report.groups import grouped
-from fedlscl.report.runs import read_runs
+from fedlscl.report.runs import SETS, grouped, inequalities, read_runs
 
 
 def test_runs_under_equal_conditions_need_no_notice(groups):

@@ -2,10 +2,9 @@ import dataclasses
 
 import pytest
 
-from fedlscl.federated.wording import percent
-from fedlscl.report.curves import against_cost, over_tasks
-from fedlscl.report.groups import grouped
-from fedlscl.report.runs import read_runs
+from fedlscl.callbacks.formatting import percent
+from fedlscl.report.plots import against_cost, over_tasks
+from fedlscl.report.runs import grouped, read_runs
 
 
 @pytest.mark.parametrize("course", ["average", "forgetting"])

@@ -1,6 +1,6 @@
 import pytest
 
-from fedlscl.report.finding import find_results, run_folder
+from fedlscl.report.runs import find_results, run_folder
 
 
 @pytest.fixture

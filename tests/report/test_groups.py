@@ -4,8 +4,7 @@ import statistics
 import numpy as np
 import pytest
 
-from fedlscl.report.groups import final, grouped
-from fedlscl.report.runs import read_runs
+from fedlscl.report.runs import final, grouped, read_runs
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from fedlscl.report.numbers import COLUMNS, tex
+from fedlscl.report.table import COLUMNS, tex
 
 
 def rows(path):

@@ -9,10 +9,9 @@ import pytest
 
 from chromium import browser, find_browser
 from fedlscl import methods
-from fedlscl.report.groups import ORACLES, grouped
-from fedlscl.report.numbers import table_latex
 from fedlscl.report.page import page as page_of
-from fedlscl.report.runs import read_runs
+from fedlscl.report.runs import ORACLES, grouped, read_runs
+from fedlscl.report.table import table_latex
 
 HOSTILE = '<img src=x onerror="alert(1)">&amp; {{ 1 + 1 }} $\\frac$'
 CHECK = """

@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fedlscl.federated.wording import percent
-from fedlscl.report.groups import Group
-from fedlscl.report.panels import clients, matrices
+from fedlscl.callbacks.formatting import percent
+from fedlscl.report.plots import clients, matrices
+from fedlscl.report.runs import Group
 
 
 class Shaped(Group):

@@ -6,11 +6,9 @@ import pytest
 
 from fedlscl.__main__ import main
 from fedlscl.cli.errors import raised_here
-from fedlscl.report.conditions import inequalities
-from fedlscl.report.groups import grouped
-from fedlscl.report.numbers import per_task_rows, table_latex, table_rows
 from fedlscl.report.page import page
-from fedlscl.report.runs import read_run, read_runs
+from fedlscl.report.runs import grouped, inequalities, read_run, read_runs
+from fedlscl.report.table import per_task_rows, table_latex, table_rows
 
 
 @pytest.fixture

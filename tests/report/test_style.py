@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from fedlscl.report.style import COLOURS, INK, PAPER, for_page, looks, picture, shown
+from fedlscl.report.plots import COLOURS, INK, PAPER, for_page, looks, picture, shown
 
 
 class Named:

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
-from fedlscl.report.finding import find_results
-from fedlscl.report.numbers import table_markdown
+from fedlscl.report.runs import find_results
+from fedlscl.report.table import table_markdown
 
 
 def change(version, seen=None, tasks=None, goal=None, **places):

@@ -3,10 +3,9 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
-from fedlscl.report.curves import against_cost
-from fedlscl.report.groups import grouped
-from fedlscl.report.numbers import table_markdown
-from fedlscl.report.runs import read_runs
+from fedlscl.report.plots import against_cost
+from fedlscl.report.runs import grouped, read_runs
+from fedlscl.report.table import table_markdown
 
 FIGURES = ("accuracy", "forgetting", "clients", "bytes", "seconds", "matrix")
 TABLES = {"index.html", "table.md", "table.csv", "table.tex", "per_task.csv"}

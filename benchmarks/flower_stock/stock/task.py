@@ -4,7 +4,7 @@ import torch
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.methods import FedAvg
-from fedlscl.modules.classification import ClassificationModule
+from fedlscl.modules.learner import ClassificationModule
 
 
 def build():

@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from fedlscl.deploy.apps import client_app
+from fedlscl.flower.apps import client_app
 
 app = client_app(Path(__file__).parent)

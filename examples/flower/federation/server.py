@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-from fedlscl.deploy.apps import server_app
+from fedlscl.flower.apps import server_app
 
 app = server_app(Path(__file__).parent)

@@ -39,7 +39,7 @@ def report(arguments: list[str]) -> None:
         print_comparison(given.runs)
         return
     # Here, since matplotlib takes a second to load.
-    from fedlscl.report.write import write_report
+    from fedlscl.report.page import write_report
 
     for path in write_report(given.runs, given.out):
         print(path)

@@ -1,15 +1,12 @@
 """Data sets, their split into clients and tasks, batches and the replay buffer."""
 
-from fedlscl.data.batch import Batch
 from fedlscl.data.buffer import Buffer, lowest_loss
-from fedlscl.data.datamodule import SpatialTemporalDataModule
+from fedlscl.data.datamodule import ClientStream, PlaceDataModule, SpatialTemporalDataModule
 from fedlscl.data.datasets import load_images
-from fedlscl.data.images import ImageData
+from fedlscl.data.images import Batch, ImageData
 from fedlscl.data.loader import EvenBatches, batches
 from fedlscl.data.manifest import load_manifest, save_manifest
-from fedlscl.data.place import PlaceDataModule
 from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
-from fedlscl.data.stream import ClientStream
 
 __all__ = [
     "Batch",

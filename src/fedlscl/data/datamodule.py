@@ -1,5 +1,6 @@
-"""Every client's stream of tasks as a LightningDataModule."""
+"""SpatialTemporalDataModule: every client's stream of tasks as a LightningDataModule."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import lightning as L
@@ -8,12 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedlscl.data import manifest as manifests
-from fedlscl.data.augment import Augment
-from fedlscl.data.batch import Batch
 from fedlscl.data.datasets import CROPPED, check_sizes, load_images
-from fedlscl.data.images import ImageData
-from fedlscl.data.loader import batches
-from fedlscl.data.place import PlaceDataModule
+from fedlscl.data.images import Batch, ImageData
+from fedlscl.data.loader import Augment, batches
 from fedlscl.data.split import (
     MAX_CLIENTS,
     ClientSplit,
@@ -22,7 +20,92 @@ from fedlscl.data.split import (
     dirichlet_split,
     spatial_temporal_split,
 )
-from fedlscl.data.stream import ClientStream
+
+# One client's stream of tasks.
+
+
+@dataclass(frozen=True, eq=False)
+class ClientStream:
+    """What one client meets, task by task; tasks count from 0."""
+
+    client: int
+    split: ClientSplit
+    data: ImageData
+    num_workers: int = 0
+    augment: Augment = "none"
+    """What is done at random to shuffled images, which are those that a net is trained on."""
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of the stream."""
+        return len(self.split.classes)
+
+    @property
+    def num_samples(self) -> int:
+        """Train samples of all tasks."""
+        return sum(len(ids) for ids in self.split.train)
+
+    def classes(self, task: int) -> Tensor:
+        """Sorted classes of the task, int64."""
+        return torch.tensor(self.split.classes[task], dtype=torch.int64)
+
+    def seen(self, task: int) -> Tensor:
+        """Sorted classes of tasks 0 to ``task``, int64."""
+        return torch.cat([self.classes(earlier) for earlier in range(task + 1)]).unique()
+
+    def train_ids(self, task: int) -> Tensor:
+        """Ids (n,) of the client's own train samples of the task."""
+        return torch.from_numpy(self.split.train[task])
+
+    def test_ids(self, task: int) -> Tensor:
+        """Ids (n,) of all test samples of the task's classes."""
+        return torch.from_numpy(self.split.test[task])
+
+    def class_counts(self, task: int) -> Tensor:
+        """Train samples per class, (num_classes,) int64."""
+        return torch.bincount(self.data.labels(self.train_ids(task)), minlength=self.data.num_classes)
+
+    def fetch(self, ids: Tensor) -> Batch:
+        """The samples of ids (B,), in that order."""
+        return self.data.fetch(ids)
+
+    def loader(
+        self, ids: Tensor, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
+    ) -> DataLoader:
+        """Loader of even batches over ids (n,), see `fedlscl.data.batches`."""
+        augment = self.augment if shuffle else "none"
+        return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers, augment)
+
+
+# One place in the streams as a plain datamodule.
+
+
+class PlaceDataModule(L.LightningDataModule):
+    """One place in the streams, for a stock ``lightning.Trainer``."""
+
+    def __init__(self, streams: "SpatialTemporalDataModule", client: int | None, task: int | None) -> None:
+        super().__init__()
+        self.streams = streams
+        self.client = client
+        self.task = task
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split, if that was not done yet."""
+        self.streams.setup(stage)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled train samples of this place."""
+        return self.streams.train_dataloader(self.client, self.task)
+
+    def test_dataloader(self) -> DataLoader:
+        """Test samples of this place."""
+        return self.streams.test_dataloader(self.client, self.task)
+
+    val_dataloader = test_dataloader
+    predict_dataloader = test_dataloader
+
+
+# Every client's stream of tasks as a LightningDataModule.
 
 Protocol = Literal["local", "global"]
 MAX_WORKERS = 256

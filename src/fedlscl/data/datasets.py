@@ -1,17 +1,304 @@
-"""The data sets by name."""
+"""Data sets by name: torchvision, digits, fake, .npz files and image folders."""
 
+import re
+import zipfile
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
-from fedlscl.data.folder import imagenet_r_folder, load_folder
-from fedlscl.data.images import ImageData
-from fedlscl.data.npz import load_npz
-from fedlscl.data.per_class import split_per_class
+from fedlscl.data.images import ImageData, decode, first_per_class, split_per_class
 from fedlscl.data.split import check_integers
+
+# MedMNIST's file layout: one .npz with train_images, train_labels, test_images and test_labels.
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def load_npz(path: Path) -> ImageData:
+    """Load uint8 images (N, H, W), (N, H, W, 1) or (N, H, W, 3) and labels (N,) or (N, 1); never unpickles.
+
+    An optional ``class_names`` gives the names in label order; ``val_images`` and ``val_labels`` are not used.
+
+    Raises:
+        ValueError: if the file is missing or broken, or an array has another name, shape or type.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: set root to its folder and dataset to its name")
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with stored:
+            arrays = {key: stored[key] for key in (*KEYS, "class_names") if key in stored.files}
+            found = ", ".join(stored.files)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable .npz ({reason}): save it with numpy.savez, no objects") from None
+    missing = [key for key in KEYS if key not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} (it has {found}): use MedMNIST's array names")
+
+    train_images, test_images = (_images(arrays[key], f"{key} of {path}") for key in ("train_images", "test_images"))
+    if train_images.shape[1:] != test_images.shape[1:]:
+        shapes = f"{tuple(train_images.shape[1:])} and {tuple(test_images.shape[1:])}"
+        raise ValueError(f"train and test images of {path} are {shapes}: save them in one size")
+    train_labels = _npz_labels(arrays["train_labels"], len(train_images), f"train_labels of {path}")
+    test_labels = _npz_labels(arrays["test_labels"], len(test_images), f"test_labels of {path}")
+    found = np.unique(train_labels)
+    names = arrays.get("class_names", np.arange(len(found)))
+    if names.ndim != 1 or names.dtype.kind not in "Uiu":
+        raise ValueError(f"class_names of {path} is {names.dtype} {names.shape}: save one string per class")
+    if len(found) == len(names) and found[-1] >= len(found):
+        shown = ", ".join(map(str, found[:6])) + ", ..." * (len(found) > 6)
+        raise ValueError(
+            f"train_labels of {path} must be 0 to {len(found) - 1} without gaps, got {shown}: renumber them and "
+            "test_labels, such as with numpy.unique(labels, return_inverse=True)"
+        )
+    for part, labels in (("train", train_labels), ("test", test_labels)):
+        if (largest := int(labels.max())) >= len(names):
+            remedy = "name every class" if "class_names" in arrays else "add train images of that class"
+            raise ValueError(
+                f"{part}_npz_labels of {path} must be below {len(names)}, got {largest}: {remedy} or correct the labels"
+            )
+    class_names = tuple(str(name) for name in names)
+    return ImageData(
+        path.name, train_images, torch.from_numpy(train_labels), test_images, torch.from_numpy(test_labels), class_names
+    )
+
+
+def _images(array: np.ndarray, what: str) -> Tensor:
+    """Turn (N, H, W[, 1 or 3]) into (N, 3, H, W)."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"{what} is {array.dtype}: save uint8 in 0..255")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+        raise ValueError(f"{what} has shape {array.shape}: save (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
+    return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+
+
+def _npz_labels(array: np.ndarray, num_images: int, what: str) -> np.ndarray:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} is {array.dtype}: save integers")
+    if array.shape not in ((num_images,), (num_images, 1)):
+        raise ValueError(f"{what} has shape {array.shape} for {num_images} images: save one label per image, (N,)")
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
+        worst = array.min() if array.min() < 0 else array.max()
+        raise ValueError(f"{what} must be numbered from 0, got {worst}: correct the labels")
+    return array.reshape(-1).astype(np.int64)
+
+
+# Image folders with one folder per class.
+
+IMAGE_SIZE = 224
+TRAIN_FRACTION = 0.8
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+ENDINGS = ", ".join(sorted(SUFFIXES))
+SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information"),
+    *("lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+"""What operating systems and network storage put beside images, in lower case; hidden names begin with a dot."""
+TEST_PARTS = ("test", "val", "valid", "validation")
+"""Names of the folder of test images; the first that exists is used."""
+PART = re.compile(r"(train|test|val)(s|ing|id|idation)?([-_ ]?(set|data|images))?[-_ ]?\d*")
+IMAGENET_R_CLASSES = 200
+
+Files = list[tuple[Path, int]]
+"""Images with their labels."""
+
+
+class Contents(NamedTuple):
+    """What is directly in a folder, each sorted, without hidden names and `SYSTEM_NAMES`."""
+
+    images: list[Path]
+    folders: list[Path]
+    others: list[Path]
+
+
+def contents(folder: Path) -> Contents:
+    """List a folder; an image is a file that ends in one of `SUFFIXES`, in any case."""
+    found = Contents([], [], [])
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.casefold() in SYSTEM_NAMES:
+            continue
+        if path.is_dir():
+            found.folders.append(path)
+        else:
+            (found.images if path.suffix.lower() in SUFFIXES else found.others).append(path)
+    return found
+
+
+def find_images(root: Path) -> list[Path]:
+    """All images below a folder, sorted; each folder is read once, also where symbolic links lead to it again."""
+    images, others, pending, seen = [], [], [root], set()
+    while pending:
+        folder = pending.pop()
+        if (real := folder.resolve()) not in seen:
+            seen.add(real)
+            found = contents(folder)
+            images += found.images
+            others += found.others
+            pending += reversed(found.folders)
+    _warn_left_out(root, others, "")
+    return sorted(images)
+
+
+def load_folder(
+    name: str,
+    root: Path,
+    image_size: int | None,
+    cache_dir: str | None,
+    train_per_class: int | None,
+    test_per_class: int | None,
+    seed: int,
+) -> ImageData:
+    """Load ``root/train/<class>/*`` with one of `TEST_PARTS` beside it, else ``root/<class>/*`` split 80/20.
+
+    Classes are numbered by their sorted folder names. Hidden files and `SYSTEM_NAMES` are skipped. Images are resized
+    (shorter side) and centre-cropped.
+
+    Raises:
+        ValueError: if a folder is missing or empty, or an image cannot be read.
+    """
+    classes, train, test = list_folder(root, seed)
+
+    def load(files: Files, limit: int | None) -> tuple[Tensor, Tensor]:
+        # Chosen before they are decoded.
+        chosen = _choose(files, first_per_class(_folder_labels(files), limit, seed))
+        images = decode([path for path, _ in chosen], image_size or IMAGE_SIZE, cache_dir)
+        return images, torch.from_numpy(_folder_labels(chosen))
+
+    return ImageData(name, *load(train, train_per_class), *load(test, test_per_class), tuple(classes))
+
+
+def list_folder(root: Path, seed: int) -> tuple[list[str], Files, Files]:
+    """Class names, train images and test images as `load_folder` takes them, before anything is decoded.
+
+    Warns in one line of what is left out: other files and folders beside the images.
+
+    Raises:
+        ValueError: if a folder is missing or has too few images.
+    """
+    if not (root / "train").is_dir():
+        return _list_split(root, seed)
+    # Images directly in it, and no other part beside it: a class of that name, as CIFAR-100 has one.
+    images, folders, _ = contents(root / "train")
+    is_class = images and not folders and not any(part_meant(path.name, "test", "val") for path in root.iterdir())
+    return _list_split(root, seed) if is_class else _list_parts(root)
+
+
+def imagenet_r_folder(root: Path) -> Path:
+    """ImageNet-R (Hendrycks et al., ICCV 2021) as unpacked: root, or root/imagenet-r, with 200 class folders."""
+    root = root / "imagenet-r" if (root / "imagenet-r").is_dir() else root
+    found = len(_class_folders(root))
+    if found != IMAGENET_R_CLASSES:
+        raise ValueError(
+            f"{root} has {found} class folders, but ImageNet-R has {IMAGENET_R_CLASSES}: unpack imagenet-r.tar there, "
+            "or use dataset 'folder' for a part of it"
+        )
+    return root
+
+
+def _list_parts(root: Path) -> tuple[list[str], Files, Files]:
+    train = root / "train"
+    test = next((root / part for part in TEST_PARTS if (root / part).is_dir()), None)
+    images, folders, _ = contents(root)
+    beside = [*images, *(path for path in folders if path not in (train, test))]
+    if test is None:
+        meant = [(path.name, part) for path in folders if (part := part_meant(path.name, "test", "val"))]
+        hint = f"did you mean {meant[0][1]}? rename {meant[0][0]}" if meant else f"add one, or set root to {train}"
+        raise ValueError(f"{root} has train but neither test nor val: {hint}")
+    classes = _class_folders(train)
+    unknown = sorted(set(_class_folders(test)) - set(classes))
+    if unknown:
+        raise ValueError(f"{test / unknown[0]} has no counterpart in {train}: add it or remove the class")
+    parts = [_list_images(part, classes, at_least=1) for part in (train, test)]
+    _warn_left_out(root, [*beside, *parts[0][1], *parts[1][1]])
+    return classes, parts[0][0], parts[1][0]
+
+
+def _list_split(root: Path, seed: int) -> tuple[list[str], Files, Files]:
+    classes = _class_folders(root)
+    files, left_out = _list_images(root, classes, at_least=2)
+    if len(classes) > 1 and all(map(part_meant, classes)):
+        raise ValueError(
+            f"{root} must hold one folder of images per class, got {', '.join(classes)}: name these folders train and "
+            "test, and put one folder of images per class into each"
+        )
+    _warn_left_out(root, left_out)
+    train, test = split_per_class(_folder_labels(files), TRAIN_FRACTION, seed)
+    return classes, _choose(files, train), _choose(files, test)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "is missing"
+        raise ValueError(f"image folder {folder} {state}: set root to a folder with one folder of images per class")
+    found = contents(folder)
+    if not found.folders:
+        state = f"has {len(found.images)} images but no folder" if found.images else "is empty"
+        raise ValueError(f"image folder {folder} {state}: put one folder of images per class into it")
+    return [path.name for path in found.folders]
+
+
+def _list_images(folder: Path, classes: list[str], at_least: int) -> tuple[Files, list[Path]]:
+    """Images of all classes with their labels, and what is left out."""
+    files, left_out = [], contents(folder).images
+    for label, name in enumerate(classes):
+        place = folder / name
+        if not place.is_dir():
+            raise ValueError(f"image folder {place} is missing: add it, or remove the class from train")
+        images, folders, others = contents(place)
+        if len(images) < at_least:
+            beside = f" beside {_named(place, [*folders, *others])}" if folders or others else ""
+            meant = part_meant(name) if folders and not images else None
+            remedy = f"did you mean {meant}? rename it" if meant else "add images, or remove the class"
+            raise ValueError(
+                f"image folder {place} must hold {at_least} or more images ({ENDINGS}), got {len(images)}{beside}: "
+                f"{remedy}"
+            )
+        files += [(path, label) for path in images]
+        left_out += [*folders, *others]
+    return files, left_out
+
+
+def part_meant(name: str, *parts: str) -> str | None:
+    """The part that a folder called Train, testing or val_images was meant to be, if it is one of ``parts`` (all)."""
+    found = PART.fullmatch(name.casefold())
+    return found[1] if found and (not parts or found[1] in parts) else None
+
+
+def _warn_left_out(
+    root: Path, left_out: list[Path], where: str = " and lie directly in the folder of their class"
+) -> None:
+    if left_out:
+        rank_zero_warn(f"{root}: left out {_named(root, left_out)}; images end in {ENDINGS}{where}")
+
+
+def _named(root: Path, paths: list[Path]) -> str:
+    """How many files and folders, and the first three by name."""
+    folders = sum(path.is_dir() for path in paths)
+    counts = [(len(paths) - folders, "file"), (folders, "folder")]
+    total = " and ".join(f"{count:,} {word}{'s' * (count > 1)}" for count, word in counts if count)
+    names = ", ".join(f"{path.relative_to(root)}{'/' * path.is_dir()}" for path in paths[:3])
+    return f"{total} ({names}{', ...' * (len(paths) > 3)})"
+
+
+def _folder_labels(files: Files) -> np.ndarray:
+    return np.array([label for _, label in files], dtype=np.int64)
+
+
+def _choose(files: Files, positions: np.ndarray) -> Files:
+    return [files[position] for position in positions]
+
+
+# The data sets by name.
 
 NAMES = "'cifar100', 'imagenet-r', 'folder', 'digits', 'fake' or a file name that ends in .npz"
 CROPPED = ("folder", "imagenet-r")

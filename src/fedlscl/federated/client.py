@@ -1,5 +1,7 @@
-"""A client A_i: its net, its stream of tasks, and what it keeps private."""
+"""Client A_i: its net, its stream of tasks and its private state; idle clients are offloaded to disk."""
 
+import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from torch.utils.data import DataLoader
 from fedlscl.data import Batch, Buffer, ClientStream
 from fedlscl.federated.seeding import turn_generator
 from fedlscl.nets.net import Net
+
+# A client A_i: its net, its stream of tasks, and what it keeps private.
 
 
 class Inference(Protocol):
@@ -157,3 +161,39 @@ def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Te
     if not classes:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, client.net.head.weight.shape[1])
     return torch.tensor(classes), torch.stack([sums[label] / counts[label] for label in classes]).float()
+
+
+# Idle clients beyond a budget wait in files.
+
+
+class Parking:
+    """Keeps the clients that worked last in memory, and the others on disk, in a folder that ends with the process.
+
+    Args:
+        budget_bytes: for nets, predecessors, buffers and memories of idle clients.
+    """
+
+    def __init__(self, budget_bytes: float) -> None:
+        self.budget_bytes = budget_bytes
+        self.resident: OrderedDict[int, tuple[Client, int]] = OrderedDict()
+        """Idle clients in memory and their bytes, the longest idle first."""
+        self.folder: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def resident_bytes(self) -> int:
+        """What idle clients take of the memory."""
+        return sum(size for _, size in self.resident.values())
+
+    def take(self, client: Client) -> None:
+        """A client's turn begins: it is in memory, and not counted as idle."""
+        self.resident.pop(client.id, None)
+        client.unpark()
+
+    def leave(self, client: Client) -> None:
+        """A client's turn is over; whoever has been idle longest makes room."""
+        self.resident[client.id] = client, client.num_bytes
+        while self.resident and self.resident_bytes > self.budget_bytes:
+            index, (idle, _) = self.resident.popitem(last=False)
+            if self.folder is None:
+                self.folder = tempfile.TemporaryDirectory(prefix="fedlscl-clients-")
+            idle.park(Path(self.folder.name, f"{index}.pt"))

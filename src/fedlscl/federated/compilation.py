@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.net import Net
-from fedlscl.nets.small import SmallModel
 
 Compile = Literal["auto", "on", "off"]
 """'on' compiles small models; 'off' and 'auto' do not.

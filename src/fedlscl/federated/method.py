@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from fedlscl.aggregation import (
+from fedlscl.data import Batch
+from fedlscl.federated.client import Client
+from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.functional.aggregation import (
     classwise_average,
     coordinate_median,
     norm_clipped,
@@ -15,11 +18,7 @@ from fedlscl.aggregation import (
     trimmed_mean,
     weighted_average,
 )
-from fedlscl.data import Batch
-from fedlscl.federated.client import Client
-from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.learner import LR, Learner
+from fedlscl.modules.learner import LR, ClassificationModule, Learner
 from fedlscl.nets.net import Net
 
 Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]

@@ -1,32 +1,261 @@
 """FederatedTrainer: Algorithm 1 from top to bottom, on Lightning Fabric."""
 
 import time
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedlscl.callbacks import AT_SERVER, Callback
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.attendance import Attendance
 from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.callbacks import AT_SERVER, Callback
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
-from fedlscl.federated.client import Client
-from fedlscl.federated.device import Precision, chosen_precision, connect
-from fedlscl.federated.door import Door, Limits
-from fedlscl.federated.engine import Engine
-from fedlscl.federated.gathering import gather_accuracies, gather_clients, gather_history
-from fedlscl.federated.local import LocalWork
+from fedlscl.federated.client import Client, Parking
+from fedlscl.federated.distributed import Ranks, gather_accuracies, gather_clients, gather_history
+from fedlscl.federated.engine import Engine, Precision, chosen_precision, connect
 from fedlscl.federated.method import Method, Progress, Stage
-from fedlscl.federated.metrics import AccuracyMatrix
-from fedlscl.federated.parking import Parking
-from fedlscl.federated.payload import Upload
-from fedlscl.federated.ranks import Ranks
-from fedlscl.federated.server import Server
-from fedlscl.federated.state import state_of, take_up
-from fedlscl.federated.traffic import count, no_traffic
+from fedlscl.federated.metrics import MASKS, AccuracyMatrix, correct
+from fedlscl.federated.payload import Payload, Upload, num_bytes
+from fedlscl.federated.seeding import Turn, seed_turn
+from fedlscl.federated.validation import Door, Limits
+from fedlscl.nets.net import Net
+
+# Bytes and numbers sent, by client, task and round.
+
+Traffic = dict[str, Tensor]
+"""``up`` and ``down`` in bytes, ``up_values`` and ``down_values`` in numbers, (clients, tasks, rounds) each."""
+
+
+def no_traffic(num_clients: int, num_tasks: int, rounds_per_task: int) -> Traffic:
+    """Of a run that has not begun."""
+    shape = (num_clients, num_tasks, rounds_per_task)
+    return {name: torch.zeros(shape, dtype=torch.int64) for name in ("up", "down", "up_values", "down_values")}
+
+
+def count(traffic: Traffic, direction: str, client: int, progress: Progress, payload: Payload) -> None:
+    """Enter one message, 'up' or 'down'."""
+    place = client, *progress
+    traffic[direction][place] = num_bytes(payload)
+    traffic[f"{direction}_values"][place] = sum(value.numel() for value in payload.values())
+
+
+def extrapolated(traffic: Traffic, direction: str, rounds_done: int) -> float:
+    """Bytes of a whole run whose first task has had so many rounds, the last of which stands for all after it.
+
+    Example:
+        >>> traffic = no_traffic(num_clients=1, num_tasks=2, rounds_per_task=3)
+        >>> traffic["up"][0, 0] = torch.tensor([10, 4, 0])
+        >>> extrapolated(traffic, "up", rounds_done=2)
+        36.0
+    """
+    _, tasks, rounds = traffic[direction].shape
+    by_round = traffic[direction][:, 0].sum(0)[:rounds_done].tolist()
+    return float(tasks * (sum(by_round) + (rounds - rounds_done) * by_round[-1]))
+
+
+# Who takes part in a round: sampled clients, less those that fail.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attendance:
+    """Draws the participants of every round anew from the run's seed; nothing has to be saved."""
+
+    participation: float = 1.0
+    """Share of the clients that are asked in a round; at least one is."""
+    failure_rate: float = 0.0
+    """Probability that a client that was asked fails: it does not train and gets no answer."""
+    quorum: int = 1
+    """Uploads without which a round cannot be aggregated."""
+    absences: frozenset[tuple[int, int, int]] = frozenset()
+    """Clients that fail besides, as (client, task, round)."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        if not 0 < self.participation <= 1:
+            raise ValueError(f"participation {self.participation} is no share: choose more than 0, up to 1.")
+        if not 0 <= self.failure_rate < 1:
+            raise ValueError(f"failure_rate {self.failure_rate} is no share: choose 0 or more, below 1.")
+        if self.quorum < 0:
+            raise ValueError(f"quorum {self.quorum} cannot be counted: choose 0 or more.")
+
+    def present(self, num_clients: int, seed: int, progress: Progress) -> list[int]:
+        """Clients that take part in a round, in order.
+
+        Example:
+            >>> Attendance(participation=0.5).present(4, 42, Progress(0, 0))
+            [1, 2]
+        """
+        generator = np.random.default_rng(np.random.SeedSequence([seed, Turn.ATTENDANCE, *progress]))
+        asked = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
+        fails = generator.random(num_clients) < self.failure_rate
+        named = {client for client, *place in self.absences if place == [*progress]}
+        return sorted(int(client) for client in asked if not fails[client] and client not in named)
+
+    def check_quorum(self, num_uploads: int, num_clients: int, progress: Progress) -> None:
+        """Refuse to aggregate too few uploads.
+
+        Raises:
+            ValueError: if there are fewer than the quorum.
+        """
+        if num_uploads < self.quorum:
+            raise ValueError(
+                f"quorum {self.quorum} is not met: {num_uploads} of {num_clients} clients answered in task "
+                f"{progress.task + 1}, round {progress.round + 1}; lower --trainer.quorum, or go on from the last "
+                "checkpoint when more of them are there."
+            )
+
+
+# What a client does in its turn; the same in a simulation and on a node of a network.
+
+TrainStage = Callable[[Client | None, Stage], Any]
+"""Goes through one stage of a client, or of the server (None)."""
+
+
+class LocalWork:
+    """Calls a method's hooks for one client at a time, each from a seed of its own.
+
+    Args:
+        method: whose hooks.
+        engine: trains and infers.
+        seed: of the run.
+    """
+
+    def __init__(self, method: Method, engine: Engine, seed: int) -> None:
+        self.method, self.engine, self.seed = method, engine, seed
+
+    def build(self, index: int, num_classes: int) -> Net:
+        """The net of a client; all clients are seeded alike."""
+        seed_turn(self.seed, Turn.BUILD)
+        return self.method.build_net(index, num_classes)
+
+    def begin_task(self, client: Client) -> None:
+        """Before the first round of ``client.task``."""
+        self._seed(Turn.BEGIN, client)
+        with self.engine.on_device(client):
+            client.answered = 0
+            self.method.begin_task(client)
+
+    def train(self, client: Client, train: TrainStage) -> None:
+        """All stages of ``client.round``."""
+        with self.engine.on_device(client):
+            stages = self.method.stages(client)
+            seeded_stages(stages, client, train, lambda number: self._seed(Turn.TRAIN, client, number))
+
+    def upload(self, client: Client) -> Upload:
+        """What the client sends after it has trained."""
+        self._seed(Turn.UPLOAD, client)
+        with self.engine.on_device(client):
+            payload = self.method.upload(client)
+        counts = client.data.class_counts(client.task)
+        return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
+
+    def download(self, client: Client, answer: Payload) -> None:
+        """Take over the server's answer of ``client.round``."""
+        self._seed(Turn.DOWNLOAD, client)
+        with self.engine.on_device(client):
+            self.method.download(client, answer)
+            client.answered += 1
+
+    def end_task(self, client: Client) -> None:
+        """After the last download of ``client.task``."""
+        self._seed(Turn.END, client)
+        with self.engine.on_device(client):
+            self.method.end_task(client)
+
+    def evaluate(self, client: Client) -> Tensor:
+        """Accuracies (masks, tasks so far) of the client's net on its own test images."""
+        rows = torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64)
+        with self.engine.on_device(client):
+            for task in range(client.task + 1):
+                ids = client.data.test_ids(task)
+                for batch, output in client.infer(ids):
+                    for mask, classes in enumerate((client.data.classes(task), client.seen)):
+                        rows[mask, task] += correct(output.logits, batch.labels, classes).sum().item() / len(ids)
+        return rows
+
+    def _seed(self, kind: Turn, client: Client, number: int = 0) -> None:
+        seed_turn(self.seed, kind, client.task, client.round, client.id, number)
+
+
+def seeded_stages(
+    stages: Iterator[Stage], client: Client | None, train: TrainStage, seed: Callable[[int], None]
+) -> None:
+    """Go through stages; one is built, and trained, from a seed that no other stage's work has touched."""
+    seed(0)
+    for number, stage in enumerate(stages):
+        train(client, stage)
+        seed(number + 1)
+
+
+# What the server does in a round; the same in a simulation and over a network.
+
+
+class Server:
+    """Turns the uploads of a round into one answer for each sender.
+
+    Args:
+        method: whose hooks.
+        seed: of the run.
+        door: what uploads have to pass.
+    """
+
+    def __init__(self, method: Method, seed: int, door: Door) -> None:
+        self.method, self.seed, self.door = method, seed, door
+
+    def admit(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
+        """The uploads that count; no other may be trained on or aggregated."""
+        return self.door.admit(uploads, progress)
+
+    def train(self, uploads: list[Upload], progress: Progress, train: TrainStage) -> None:
+        """What the method trains at the server."""
+
+        def seed(number: int) -> None:
+            place = (*progress, number) if number else tuple(progress)
+            seed_turn(self.seed, Turn.SERVER_TRAIN, *place)
+
+        seeded_stages(self.method.server_stages(uploads, progress), None, train, seed)
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
+        """One answer for each sender, by client."""
+        seed_turn(self.seed, Turn.SERVER, *progress)
+        answers = self.method.aggregate(uploads, progress)
+        return {upload.client: answer for upload, answer in zip(uploads, answers, strict=True)}
+
+
+# The whole federation between two rounds: what a checkpoint holds, and how it is taken up.
+
+
+def state_of(trainer: "FederatedTrainer", progress: Progress) -> dict[str, Any]:
+    """Tensors and plain values, as they are before the round of ``progress``."""
+    return {
+        "identity": trainer.identity,
+        "progress": list(progress),
+        "method": trainer.method.state_dict(),
+        "door": trainer.server.door.state_dict(),
+        "clients": [client.state_dict() for client in trainer.clients],
+        "matrix": trainer.matrix.values,
+        "traffic": trainer.traffic,
+        "history": trainer.history,
+    }
+
+
+def take_up(trainer: "FederatedTrainer", state: dict[str, Any]) -> Progress:
+    """Put a trainer whose clients are built where ``state_of`` found one; returns the round that comes next."""
+    trainer.method.load_state_dict(state["method"])
+    trainer.server.door.load_state_dict(state["door"])
+    progress = Progress(*state["progress"])
+    for client, values in zip(trainer.clients, state["clients"], strict=True):
+        with trainer.engine.on_device(client):
+            client.load_state_dict(values)
+        client.task, client.round = min(progress.task, trainer.num_tasks - 1), progress.round
+    trainer.matrix.values = state["matrix"]
+    trainer.traffic, trainer.history = state["traffic"], state["history"]
+    return progress
 
 
 class FederatedTrainer:

@@ -5,22 +5,160 @@ some of them by its data and capacity, anew in every round. Block expansion is L
 allocation rule, the blocks' places and all numbers are our reconstruction, not the authors'.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedlscl.allocation import allocate
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.nets.classifier import make_head
-from fedlscl.nets.expanded import ExpandedViT
-from fedlscl.nets.net import Net
-from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.modules.learner import ClassificationModule
+from fedlscl.nets.heads import make_head
+from fedlscl.nets.net import Classification, Net, prepare
+from fedlscl.nets.vit import Block, Foundation, FoundationConfig, foundation, is_plain, run_block
+
+# Who trains which part of a model: blocks for clients by importance and label balance (FedBE).
+
+
+def allocate(
+    importance: Sequence[Sequence[float]], counts: Sequence[Sequence[int]], capacities: Sequence[int], beta: float
+) -> list[list[int]]:
+    """Give every client as many distinct blocks as its capacity says (our reconstruction).
+
+    Slot by slot, clients of large capacity first, each takes a block that nobody has, or else the one of highest
+    importance - beta KL(labels of the block's clients || labels of all); ties go to the lowest index.
+
+    Args:
+        importance: of each block to each client.
+        counts: samples by class of each client; whole numbers, so that equal shares diverge by exactly zero.
+        capacities: blocks per client, at most as many as there are.
+        beta: weight of the divergence.
+
+    Example:
+        >>> allocate([[1.0, 1.0], [1.0, 1.0]], [[5, 0], [0, 5]], [1, 1], beta=0.1)
+        [[0], [1]]
+    """
+    blocks = range(len(importance[0]))
+    everybody = [sum(column) for column in zip(*counts, strict=True)]
+    pooled = [[0] * len(everybody) for _ in blocks]
+    chosen: list[list[int]] = [[] for _ in capacities]
+
+    def rank(client: int, block: int) -> tuple[bool, float, int]:
+        is_free = not any(block in taken for taken in chosen)
+        divergence = kl_divergence([a + b for a, b in zip(pooled[block], counts[client], strict=True)], everybody)
+        return is_free, importance[client][block] - beta * divergence, -block
+
+    for slot in range(max(capacities)):
+        for client in sorted(range(len(capacities)), key=lambda i: (-capacities[i], i)):
+            if slot < capacities[client]:
+                block = max((b for b in blocks if b not in chosen[client]), key=lambda b: rank(client, b))
+                chosen[client].append(block)
+                pooled[block] = [a + b for a, b in zip(pooled[block], counts[client], strict=True)]
+    return [sorted(taken) for taken in chosen]
+
+
+def kl_divergence(counts: Sequence[int], reference: Sequence[int]) -> float:
+    """KL(p || q) of two histograms of whole numbers, the first within the second; 0 for an empty one.
+
+    Example:
+        >>> kl_divergence([3, 6], [1, 2]), round(kl_divergence([4, 0], [4, 4]), 4)
+        (0.0, 0.6931)
+    """
+    total, whole = sum(counts), sum(reference)
+    return math.fsum(
+        n / total * math.log((n * whole) / (q * total)) for n, q in zip(counts, reference, strict=True) if n
+    )
+
+
+# Block expansion (LLaMA Pro; Wu et al., ACL 2024, arXiv 2401.02415): new ViT blocks between frozen ones.
+
+
+class ExpandedViT(Net):
+    """A frozen ViT whose blocks form groups of even size, each followed by a trainable copy of its last block.
+
+    The copies' output layers begin at zero, weights and biases, so that each is the identity bit for bit.
+
+    Args:
+        config: the frozen ViT.
+        head: features (B, width) to logits; has ``weight`` with one row per class.
+        num_expanded: groups, and so new blocks.
+    """
+
+    foundation: Foundation
+
+    def __init__(self, config: FoundationConfig, head: nn.Module, num_expanded: int) -> None:
+        super().__init__()
+        self.foundation = foundation(config)
+        self.places = expansion_places(self.foundation.depth, num_expanded)
+        """Each new block stands behind so many frozen ones."""
+        self.expanded = nn.ModuleList([identity_copy(self.foundation.block(place - 1)) for place in self.places])
+        # Tokens at the depth would be features already.
+        self.entry = min(self.places[0], self.foundation.depth - 1)
+        self.head = head
+
+    @property
+    def prefix_key(self) -> str:
+        """The ViT's weights, its input size and the block before which the first new one stands."""
+        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.entry}"
+
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """Tokens (B, N, width) behind the first group."""
+        model = self.foundation.to(images.device)
+        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self.entry)
+
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+        """Classify stored images (B, 3, h, w)."""
+        vit, depth = self.foundation.to(images.device).vit, self.foundation.depth
+        tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
+        new: dict[int, Block] = dict(zip(self.places, self.expanded, strict=True))
+        for place in range(self.entry, depth + 1):
+            if place in new:
+                tokens = run_block(new[place], tokens)
+            if place < depth:
+                tokens = run_block(vit.blocks[place], tokens)
+        features = vit.forward_head(vit.norm(tokens))
+        return Classification(features, self.head(features))
+
+    def learn(self, blocks: Collection[int]) -> None:
+        """Train these of the new blocks; the others stay as they are."""
+        for number, block in enumerate(self.expanded):
+            block.requires_grad_(number in blocks)
+
+
+def expansion_places(depth: int, num_expanded: int) -> list[int]:
+    """Behind how many of ``depth`` blocks each new one stands.
+
+    Example:
+        >>> expansion_places(12, 4), expansion_places(5, 2)
+        ([3, 6, 9, 12], [2, 5])
+    """
+    if not 1 <= num_expanded <= depth:
+        raise ValueError(f"num_expanded {num_expanded} does not fit a ViT of {depth} blocks: choose 1 to {depth}.")
+    return [(number + 1) * depth // num_expanded for number in range(num_expanded)]
+
+
+@torch.no_grad()
+def identity_copy(block: Block) -> Block:
+    """A trainable copy of a pre-norm block that adds nothing yet: its two output layers are zero.
+
+    Raises:
+        ValueError: if the block is no plain timm Block; in a post-norm one zeros would not be the identity.
+    """
+    if not is_plain(block):
+        raise ValueError(
+            f"a {type(block).__name__} cannot be expanded: choose a foundation with plain pre-norm blocks."
+        )
+    copy = deepcopy(block).requires_grad_(True)
+    for layer in (copy.attn.proj, copy.mlp.fc2):
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return copy
+
 
 BLOCKS, CHANGES = "blocks", "changes"
 """What a client remembers: its blocks (capacity,), and how far each of them moved in the last training."""

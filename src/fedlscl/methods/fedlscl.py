@@ -5,29 +5,135 @@ beside the buffer in Stage 2, a balanced softmax, BatchNorm at rest, analytic he
 path, second moments instead of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedlscl.distillation import one_by_one_distill, symmetric
+from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.methods import secure
-from fedlscl.methods.controls import empty_sums
-from fedlscl.methods.ewc import consolidate, consolidated
-from fedlscl.methods.pooling import heads_flaw, solved_heads, sums_of, with_sums
-from fedlscl.methods.private import PrivateSums
-from fedlscl.methods.selection import draw_per_class, feature_moment, predecessor_features, scored_buffer, survey
-from fedlscl.modules.classification import ConsolidationModule, DistillationModule
+from fedlscl.functional.analytic import MomentSums, added, discriminant_solution, moment_sums, sums_flaw
+from fedlscl.functional.distillation import one_by_one_distill, second_moment, symmetric
+from fedlscl.functional.objectives import sample_losses
+from fedlscl.methods import privacy as secure
+from fedlscl.methods.fedavg import consolidate, consolidated
+from fedlscl.methods.privacy import PrivateSums
+from fedlscl.methods.training_free import add_sums, empty_sums
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
-from fedlscl.modules.learner import Learner
+from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
 from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
+
+# Which samples Stage 2 replays (Sec. 4.3): those of lowest loss, kept in a buffer, and some of the current task.
+
+
+class Survey(NamedTuple):
+    """What one pass of the client's net over its task's samples tells."""
+
+    buffer: Buffer
+    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
+    sums: dict[str, MomentSums]
+    """Behind each analytic head that was asked for; none for a client without samples."""
+
+
+def scored_buffer(client: Client, per_class: int) -> Buffer:
+    """B^n as the net is now."""
+    return survey(client, per_class).buffer
+
+
+@torch.no_grad()
+def survey(client: Client, per_class: int, heads: Sequence[str] = ()) -> Survey:
+    """Score the task's samples, and sum up what the given heads read of them."""
+    ids, labels, losses = [], [], []
+    sums: dict[str, MomentSums] = {}
+    for batch, output in client.infer(client.train_ids):
+        ids.append(batch.ids.cpu())
+        labels.append(batch.labels.cpu())
+        losses.append(sample_losses(output.trained, batch.labels, client.classes.to(batch.labels.device)).cpu())
+        for head in heads:
+            part = moment_sums(getattr(output, HEADS[head]), batch.labels, output.logits.shape[1])
+            sums[head] = added(sums[head], part) if head in sums else part
+    if not ids:
+        return Survey(client.buffer, sums)
+    return Survey(client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class), sums)
+
+
+def feature_moment(client: Client, ids: Tensor) -> Tensor:
+    """C_i of the samples' features; of the task's where there are none, and zero of a client without data (ours)."""
+    ids = ids if len(ids) else client.train_ids
+    if not len(ids):
+        size = len(client.net.generator.matrix)
+        return torch.zeros(size, size, dtype=torch.float64)
+    return second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
+
+
+def predecessor_features(client: Client) -> Tensor:
+    """E' of the buffer's samples, (n, feature_dim), on the host: the predecessor stays as it is for a whole task.
+
+    W' = phi'(E') is one product away and would be some thousand numbers per sample.
+    """
+    net = client.previous
+    found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
+    return torch.cat(found) if found else torch.empty(0, net.config.feature_dim)
+
+
+def draw_per_class(client: Client, per_class: int) -> Tensor:
+    """Ids of up to ``per_class`` random training samples of each class of the current task."""
+    ids = client.train_ids[torch.randperm(len(client.train_ids))]
+    labels = client.data.data.labels(ids)
+    return torch.cat([ids[labels == label][:per_class] for label in client.classes])
+
+
+# The closed-form heads of a collaborator, from sums over all clients and tasks.
+
+
+def sums_of(found: Mapping[str, MomentSums], heads: Sequence[str], net: Net, or_zeros: bool = False) -> Payload:
+    """What a client adds to the sums behind its heads for its task; without samples nothing, or zeros."""
+    payload: Payload = {}
+    for head in heads:
+        sums = found.get(head)
+        if sums is None and or_zeros:
+            sums = MomentSums(*(torch.zeros(part.shape) for part in empty_sums(net)))
+        if sums is not None:
+            payload |= {f"{head}.{name}": value for name, value in sums._asdict().items()}
+    return payload
+
+
+def heads_flaw(payload: Payload, counts: Tensor) -> str:
+    """What shows that the sums behind a head are not of as many samples of each class as counted, (num_classes,)."""
+    for head in HEADS:
+        if f"{head}.gram" in payload:
+            flaw = sums_flaw(MomentSums(*(payload[name] for name in _names(head))), counts)
+            if flaw:
+                return f"{head}.{flaw}"
+    return ""
+
+
+def with_sums(sums: Mapping[str, Tensor], head: str, payloads: Sequence[Payload]) -> dict[str, Tensor]:
+    """The sums with what came for a head added."""
+    added = dict(sums)
+    add_sums(added, payloads, _names(head))
+    return added
+
+
+def solved_heads(sums: Mapping[str, Tensor], shrinkage: float) -> Payload:
+    """Linear discriminants of all heads that there are sums for."""
+    answer: Payload = {}
+    for head in HEADS:
+        if f"{head}.gram" in sums:
+            moments = MomentSums(*(sums[name] for name in _names(head)))
+            answer[f"{head}.weight"], answer[f"{head}.bias"] = discriminant_solution(moments, shrinkage)
+    return answer
+
+
+def _names(head: str) -> list[str]:
+    return [f"{head}.{name}" for name in MomentSums._fields]
+
 
 KEPT = "buffer_features"
 """Where a client keeps its predecessor's features of the buffer."""

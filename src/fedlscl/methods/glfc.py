@@ -6,24 +6,340 @@ Deviations from the released code, with reasons in docs/methods/glfc.md:
 - Adam without a schedule; no exemplar is chosen twice; uploads are averaged as in FedAvg here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fedlscl.data import Buffer
+from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.inversion import prototype_gradients
+from fedlscl.functional.objectives import compensation_weights
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.methods.glfc_client import BEST, best_model, extended_memory, mean_entropy, perturbed_prototypes
-from fedlscl.methods.glfc_proxy import Proxy
-from fedlscl.modules.compensation import CompensationModule
-from fedlscl.nets.net import Net
-from fedlscl.nets.prototype_encoder import PrototypeEncoder
-from fedlscl.nets.small import SmallClassifier
+from fedlscl.modules.learner import Learner
+from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.nets.net import Frozen, Net
+
+# Images from gradients: what GLFC's clients send about a prototype, and how its proxy turns that into an image again.
+#
+# Gradient matching is that of Zhu et al., NeurIPS 2019, arXiv 1906.08935. It is an attack on privacy by construction.
+
+
+def perturbed(
+    images: Tensor, loss: Callable[[Tensor], Tensor], steps: int, lr: float, weight_decay: float = 1e-5
+) -> Tensor:
+    """Images after ``steps`` of SGD on ``loss(images)``, each by itself where the loss is a sum over images."""
+    images = images.clone()
+    for _ in range(steps):
+        images.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss(images), images)
+        images = (images - lr * (gradient + weight_decay * images)).detach()
+    return images
+
+
+def prototype_gradients(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of each image's cross-entropy in the encoder's weights, (n, num_weights); the classifier comes last."""
+    return torch.stack(
+        [_gradient(encoder, image[None], label[None]) for image, label in zip(images, labels, strict=True)]
+    ).detach()
+
+
+def infer_labels(gradients: Tensor, num_classes: int, width: int) -> Tensor:
+    """Labels (n,) that gradients (n, num_weights) betray.
+
+    The classifier's row c has gradient (p_c - [c is the label]) h. Features h behind a sigmoid are positive, so that
+    only the label's row sums to less than 0.
+    """
+    rows = gradients[:, -(num_classes * width + num_classes) : -num_classes]
+    return rows.view(len(gradients), num_classes, width).sum(2).argmin(1)
+
+
+def reconstruct(
+    encoder: nn.Module, gradient: Tensor, label: Tensor, start: Tensor, steps: int, keep: int, lr: float = 0.1
+) -> Tensor:
+    """Images whose gradient is ``gradient`` (num_weights,): the last ``keep`` iterates of L-BFGS.
+
+    Args:
+        encoder: the net that the gradient is of.
+        gradient: what a client sent.
+        label: its class, a scalar.
+        start: first guess, (3, size, size).
+        steps: calls of the optimizer, each of up to 20 iterations.
+        keep: the most iterates returned.
+        lr: step of L-BFGS.
+
+    Returns:
+        (min(keep, steps), 3, size, size) in 0..1; fewer where the search breaks down, and at least the start.
+    """
+    image = start[None].clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([image], lr=lr)
+
+    def mismatch() -> Tensor:
+        optimizer.zero_grad()
+        distance = (_gradient(encoder, image, label[None], differentiable=True) - gradient).square().sum()
+        (image.grad,) = torch.autograd.grad(distance, image)
+        return distance.detach()
+
+    iterates = [start]
+    for _ in range(steps):
+        optimizer.step(mismatch)
+        if not image.isfinite().all():
+            break
+        iterates.append(image.detach()[0].clone())
+    return torch.stack(iterates[1:][-keep:] or iterates).clamp(0, 1)
+
+
+def _gradient(encoder: nn.Module, image: Tensor, label: Tensor, differentiable: bool = False) -> Tensor:
+    loss = F.cross_entropy(encoder(image), label)
+    parts = torch.autograd.grad(loss, list(encoder.parameters()), create_graph=differentiable)
+    return torch.cat([part.flatten() for part in parts])
+
+
+# Herding (Welling, ICML 2009; iCaRL, arXiv 1611.07725): an order of samples whose every beginning has the mean.
+
+
+def herding(features: Tensor, count: int) -> Tensor:
+    """Positions of up to ``count`` rows of (n, width), best first; no row is chosen twice (ours).
+
+    Step j takes the row that brings the mean of the j chosen ones nearest to the mean of all. A shorter order is the
+    beginning of a longer one.
+
+    Example:
+        >>> herding(torch.tensor([[0.0], [4.0], [2.5], [2.0]]), 2)
+        tensor([3, 2])
+    """
+    features = features.double()
+    mean, total = features.mean(0), torch.zeros_like(features[0])
+    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    chosen = []
+    for step in range(1, min(count, len(features)) + 1):
+        distance = (mean - (total + features) / step).norm(dim=1)
+        best = int(distance.masked_fill(~free, torch.inf).argmin())
+        total, free[best] = total + features[best], False
+        chosen.append(best)
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+# The tiny fixed net whose gradients GLFC's clients send and its proxy server inverts (arXiv 2203.11473, Sec. 3.4).
+
+SEED = 0
+"""Of the weights, which clients and proxy have in common."""
+
+
+class PrototypeEncoder(nn.Module):
+    """LeNet with sigmoids, random and never trained: images (n, 3, size, size) in 0..1 to logits (n, num_classes)."""
+
+    def __init__(self, num_classes: int, size: int) -> None:
+        super().__init__()
+        if size % 4 or size < 4:
+            raise ValueError(f"prototype_size {size} cannot be halved twice: choose a multiple of 4.")
+        self.num_classes, self.size, self.width = num_classes, size, 12 * (size // 4) ** 2
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 12, 5, stride=2, padding=2),
+            nn.Sigmoid(),
+            nn.Conv2d(12, 12, 5, stride=2, padding=2),
+            nn.Sigmoid(),
+            nn.Conv2d(12, 12, 5, padding=2),
+            nn.Sigmoid(),
+        )
+        self.classifier = nn.Linear(self.width, num_classes)
+        generator = torch.Generator().manual_seed(SEED)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.uniform_(-0.5, 0.5, generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images in 0..1, which are not normalised."""
+        return self.classifier(self.convolutions(images).flatten(1))
+
+
+# GLFC's local objective: gradient compensation and relation distillation (arXiv 2203.11473, Eq. 2-6).
+
+
+class CompensationModule(Learner):
+    """Weighted binary cross-entropy, and the same against the previous model's answers about old classes."""
+
+    columns: Tensor
+    new: Tensor | None
+    is_old: Tensor
+
+    def __init__(
+        self,
+        net: Net,
+        columns: Tensor,
+        new: Tensor | None = None,
+        previous: Net | None = None,
+        old: Tensor | None = None,
+        **optimisation: Any,
+    ) -> None:
+        """The objective of a round.
+
+        Args:
+            net: is trained.
+            columns: classes that take part, (C,) sorted; every label is among them.
+            new: classes of the current task where there is a memory beside them; all samples weigh 1 where not given.
+            previous: the old model, where there is one; both terms then have weight 1/2.
+            old: classes whose targets are its answers, a part of ``columns``.
+            optimisation: Learner's lr and so on.
+        """
+        super().__init__(net, **optimisation)
+        self.previous = None if previous is None else Frozen(previous)
+        self.register_buffer("columns", columns, persistent=False)
+        self.register_buffer("new", new, persistent=False)
+        self.register_buffer("is_old", torch.isin(columns, columns[:0] if old is None else old), persistent=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Compensation alone, or the mean of compensation and relation."""
+        logits = self.net(batch.images, batch.prefix).trained.float()
+        targets = (batch.labels[:, None] == self.columns).to(logits)
+        compensation = F.binary_cross_entropy_with_logits(
+            logits[:, self.columns], targets, self._weights(batch, logits)
+        )
+        if self.previous is None:
+            return {"compensation": compensation}
+        answers = self.previous(batch.images, batch.prefix).trained.float()[:, self.columns].sigmoid()
+        soft = torch.where(self.is_old, answers, targets)
+        relation = F.binary_cross_entropy_with_logits(logits[:, self.columns], soft)
+        return {"compensation": compensation / 2, "relation": relation / 2}
+
+    def _weights(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        if self.new is None:
+            return None
+        return compensation_weights(logits, batch.labels, torch.isin(batch.labels, self.new))[:, None]
+
+
+# What a client of GLFC finds out by itself: exemplars, a prototype of each class, and whether a new task has come.
+
+BEST = "best."
+"""Prefix in a client's memory: the best model of the current task."""
+
+
+def extended_memory(client: Client, size: int) -> Buffer:
+    """The client's exemplars and, for the classes of the task before, as many new ones; every class has equally many.
+
+    They are chosen by herding in the features of the net as it is. A class keeps the beginning of its order.
+    """
+    fresh = client.data.train_ids(client.task - 1)
+    fresh = fresh[~torch.isin(client.data.data.labels(fresh), client.buffer.labels)]
+    num_classes = len(torch.cat([client.buffer.labels, client.data.data.labels(fresh)]).unique())
+    if not num_classes:
+        return client.buffer
+    ids, ranks = herded(client, fresh, size // num_classes)
+    ids, ranks = torch.cat([client.buffer.ids, ids]), torch.cat([client.buffer.losses, ranks.float()])
+    return Buffer.empty().updated(ids, client.data.data.labels(ids), ranks, per_class=size // num_classes)
+
+
+def herded(client: Client, ids: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
+    """Ids of up to ``per_class`` samples of each class, class by class in herding order, and their place in it."""
+    rows = [F.normalize(output.features.float()).cpu() for _, output in client.infer(ids)]
+    labels = client.data.data.labels(ids)
+    chosen, ranks = [ids[:0]], [ids[:0]]
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        order = herding(torch.cat(rows)[members], per_class)
+        chosen.append(ids[members[order]])
+        ranks.append(torch.arange(len(order)))
+    return torch.cat(chosen), torch.cat(ranks)
+
+
+@torch.no_grad()
+def mean_entropy(client: Client, columns: Tensor) -> Tensor:
+    """Mean entropy in nats of the net's softmax over ``columns`` on the current task's training samples, a scalar."""
+    logits = torch.cat([output.trained.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
+    return torch.distributions.Categorical(logits=logits).entropy().mean()
+
+
+def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int, lr: float) -> tuple[Tensor, Tensor]:
+    """Of each class of the task the image nearest to the mean, (n, 3, size, size) in 0..1, and the labels (n,).
+
+    Each is changed by SGD so that the net's binary cross-entropy over ``columns`` falls, as the paper hides it.
+    """
+    chosen, _ = herded(client, client.train_ids, 1)
+    batch = client.data.fetch(chosen)
+    images = F.interpolate(batch.images.float() / 255, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    targets = (batch.labels[:, None] == columns).float()
+
+    def loss(images: Tensor) -> Tensor:
+        logits = client.net(images.to(client.net.head.weight.device)).trained.cpu()[:, columns]
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
+
+    client.net.eval()
+    return perturbed(images, loss, steps, lr), batch.labels
+
+
+def best_model(client: Client) -> Net | None:
+    """The best model of the task that the proxy has named last, if it has."""
+    weights = {name.removeprefix(BEST): value for name, value in client.memory.items() if name.startswith(BEST)}
+    if not weights:
+        return None
+    net = deepcopy(client.net).requires_grad_(False).eval()
+    net.load_state_dict(weights)
+    return net
+
+
+# GLFC's proxy server: which classes there are, images that it inverts from gradients, and the best model on them.
+
+CHUNK = 128
+"""Images per forward pass."""
+
+
+class Proxy:
+    """What the proxy knows, as tensors by name in ``state``.
+
+    ``met`` (num_classes,) is the first task of each class, -1 before it; ``images`` (n, 3, size, size) in 0..1 and
+    ``labels`` (n,) are the monitor of task ``task``, on which the best model so far had accuracy ``best``.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def meet(self, class_counts: Iterable[Tensor], task: int) -> Tensor:
+        """Take note of the classes that somebody has samples of; returns a copy of ``met``."""
+        present = torch.stack([counts > 0 for counts in class_counts]).any(0)
+        met = self.state.get("met", torch.full(present.shape, -1))
+        self.state["met"] = torch.where(present & (met < 0), task, met)
+        return self.state["met"].clone()
+
+    def watch(self, gradients: Tensor, encoder: PrototypeEncoder, task: int, steps: int, keep: int) -> bool:
+        """Invert gradients (n, num_weights) into images to monitor; the first ones of a task replace those before.
+
+        Returns:
+            whether they are the first: the best model of the task before then becomes everybody's old model.
+        """
+        is_first = int(self.state.get("task", torch.tensor(-1))) < task
+        labels = infer_labels(gradients, encoder.num_classes, encoder.width)
+        found = []
+        for gradient, label in zip(gradients, labels, strict=True):
+            start = torch.rand(3, encoder.size, encoder.size)
+            found.append(reconstruct(encoder, gradient, label, start, steps, keep))
+        labels = labels.repeat_interleave(torch.tensor([len(images) for images in found]))
+        images = torch.cat(found)
+        if not is_first:
+            images, labels = torch.cat([self.state["images"], images]), torch.cat([self.state["labels"], labels])
+        # Accuracies on different images do not compare: the released code keeps an older task's best score for ever.
+        self.state |= {"images": images, "labels": labels, "task": torch.tensor(task), "best": torch.tensor(-1.0)}
+        return is_first
+
+    @torch.no_grad()
+    def is_best(self, net: Net) -> bool:
+        """Whether no model of this task did better than ``net`` on the monitor; False as long as there is none."""
+        if "best" not in self.state:
+            return False
+        net.eval()
+        classes = (self.state["met"] >= 0).nonzero().flatten()
+        logits = torch.cat([net(images).logits for images in self.state["images"].split(CHUNK)])
+        accuracy = (classes[logits[:, classes].argmax(1)] == self.state["labels"]).float().mean()
+        if accuracy < self.state["best"]:
+            return False
+        self.state["best"] = accuracy
+        return True
+
 
 PROXY = "proxy."
 """Prefix of what a message has beside a model."""

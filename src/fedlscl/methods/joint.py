@@ -11,15 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedlscl.analytic import discriminant_solution
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.methods.controls import moments_of
+from fedlscl.functional.analytic import discriminant_solution
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules.classification import ClassificationModule
+from fedlscl.methods.training_free import moments_of
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
-from fedlscl.modules.learner import Learner
+from fedlscl.modules.learner import ClassificationModule, Learner
 from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 

@@ -15,12 +15,17 @@ from fedlscl.data import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Stage
 from fedlscl.federated.payload import Payload, outgoing
-from fedlscl.methods.data_free import CLASSES, SYNTHESIS, DataFree
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.replay import MimickingModule
-from fedlscl.modules.synthesis import SynthesisModule
+from fedlscl.methods.data_free import (
+    CLASSES,
+    SYNTHESIS,
+    DataFree,
+    Dreamer,
+    MimickingModule,
+    SynthesisModule,
+    Synthesizer,
+)
+from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.net import Net
-from fedlscl.nets.synthesizer import Dreamer, Synthesizer
 
 NET = SYNTHESIS + "net."
 """Begins the names of the synthesizer's weights in an answer and in a client's memory."""

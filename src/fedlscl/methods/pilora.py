@@ -10,20 +10,102 @@ Deviations from the released code:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedlscl.aggregation import weighted_average
+from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.modules.prototypes import PrototypeModule
+from fedlscl.functional.aggregation import weighted_average
+from fedlscl.functional.objectives import cross_entropy
+from fedlscl.modules.learner import Learner
 from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.net import Net
-from fedlscl.nets.prototypes import PrototypeHead
 from fedlscl.nets.vit import FoundationConfig, foundation
+
+# A classifier by distance to one prototype per class.
+
+
+class PrototypeHead(nn.Module):
+    """Logits (B, num_classes) = -distance / temperature, where d_c(x) = sqrt(||f(x) - mu_c||^2 / width).
+
+    Prototypes start as 0.1 N(0, 1).
+    """
+
+    def __init__(self, width: int, num_classes: int, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = nn.Parameter(0.1 * torch.randn(num_classes, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) to (B, num_classes)."""
+        return -prototype_distances(features, self.weight) / self.temperature
+
+
+def prototype_distances(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Root mean squared differences (B, num_classes) of features (B, width) and prototypes, in float32 at least.
+
+    Example:
+        >>> prototype_distances(torch.zeros(1, 4), torch.ones(2, 4) * torch.tensor([[1.0], [2.0]]))
+        tensor([[1., 2.]])
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        x, y = features.to(prototypes.dtype), prototypes
+        squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.mT
+        # The root has an infinite slope at zero, and rounding can bring the sum below it.
+        return (squared / x.shape[1]).clamp(min=1e-12).sqrt()
+
+
+# Local objective of PILoRA: prototypes by distance, and a LoRA module that keeps out of earlier ones' way.
+
+
+class PrototypeModule(Learner):
+    """Distance-based cross-entropy and prototype loss, orthogonality to earlier modules and sparsity of this one."""
+
+    def __init__(
+        self,
+        net: LoraViT,
+        task: int,
+        classes: Tensor | None = None,
+        lambda_prototype: float = 1e-3,
+        gamma_orthogonal: float = 0.5,
+        lambda_sparse: float = 0.01,
+        **optimisation: Any,
+    ) -> None:
+        """``net`` has a PrototypeHead; ``classes`` are the columns of the cross-entropy, all where not given."""
+        super().__init__(net, **optimisation)
+        self.task, self.lambda_prototype = task, lambda_prototype
+        self.gamma_orthogonal, self.lambda_sparse = gamma_orthogonal, lambda_sparse
+        self.register_buffer("classes", classes, persistent=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """DCE, lambda_pl mean d_y, gamma_ort sum_{s<t} ||A_s A_t^T||_1, and lambda_1 ||A_t||_1; norms entry-wise."""
+        logits = self.net(batch.images, batch.prefix).logits
+        own = -self.net.head.temperature * logits.gather(1, batch.labels[:, None]).mean()
+        overlaps = [overlap(layer.down[self.task], list(layer.down)[: self.task]) for layer in self.net.lora]
+        sizes = [layer.down[self.task].abs().sum() for layer in self.net.lora]
+        return {
+            "cross_entropy": cross_entropy(logits, batch.labels, self.classes),
+            "prototype": self.lambda_prototype * own,
+            "orthogonality": self.gamma_orthogonal * torch.stack(overlaps).sum(),
+            "sparsity": self.lambda_sparse * torch.stack(sizes).sum(),
+        }
+
+
+def overlap(current: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+    """sum_s ||A_s A_t^T||_1, entry-wise, of reading factors (rank, in_features); no gradient reaches the earlier ones.
+
+    Example:
+        >>> overlap(torch.tensor([[1.0, 0.0]]), [torch.tensor([[0.0, 5.0]]), torch.tensor([[-2.0, 1.0]])])
+        tensor(2.)
+    """
+    if not len(earlier):
+        return current.new_zeros(())
+    with torch.autocast(current.device.type, enabled=False):
+        return (torch.cat([factor.detach() for factor in earlier]) @ current.mT).abs().sum()
 
 
 @dataclass(kw_only=True)

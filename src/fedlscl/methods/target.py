@@ -17,12 +17,19 @@ from torch import Tensor
 from fedlscl.data import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Stage
-from fedlscl.methods.data_free import CLASSES, SYNTHESIS, DataFree
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.replay import SyntheticDistillationModule
-from fedlscl.modules.synthesis import BETAS, ImitationModule, InversionModule
+from fedlscl.methods.data_free import (
+    BETAS,
+    CLASSES,
+    SYNTHESIS,
+    DataFree,
+    Dreamer,
+    ImitationModule,
+    InversionModule,
+    Synthesizer,
+    SyntheticDistillationModule,
+)
+from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.net import Net
-from fedlscl.nets.synthesizer import Dreamer, Synthesizer
 
 IMAGES = SYNTHESIS + "images"
 """The synthetic set, (N, 3, size, size) uint8."""

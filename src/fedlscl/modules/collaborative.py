@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlscl.modules.classification import ClassificationModule
-from fedlscl.modules.learner import LR
+from fedlscl.modules.learner import LR, ClassificationModule
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.vit import FoundationConfig
 

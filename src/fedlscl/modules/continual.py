@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.data.batch import Batch
+from fedlscl.data.images import Batch
+from fedlscl.functional.objectives import consistency, cross_entropy
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, as_collaborator, describe
 from fedlscl.modules.learner import LR, Learner
 from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Frozen
-from fedlscl.objectives import consistency, cross_entropy
 
 CONSISTENCY = 0.01
 """Weights of both terms that hold a model to its predecessor (their values are not in the paper): 1 and more hold

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlscl.nets.blocks import run_block
 from fedlscl.nets.net import Classification, Net, prepare
-from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, foundation, run_block
 
 QKV = "attn.qkv"
 THIRDS = {"attn.q": 0, "attn.k": 1, "attn.v": 2}

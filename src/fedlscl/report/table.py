@@ -1,13 +1,156 @@
-"""The comparison on the terminal."""
+"""Tables over runs: terminal, Markdown, LaTeX and CSV."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from fedlscl.report.conditions import inequalities
-from fedlscl.report.groups import grouped
-from fedlscl.report.numbers import cells, header, sections, table_markdown
-from fedlscl.report.runs import left_out, read_runs
+from fedlscl.federated.metrics import MASKS
+from fedlscl.report.runs import PER_TASK, Group, Spread, grouped, inequalities, left_out, read_runs
+
+# The comparison as Markdown, CSV and LaTeX, and every run's figures after every task.
+
+
+class Column(NamedTuple):
+    """A figure after the last task."""
+
+    figure: str
+    title: str
+    scale: float
+    digits: int
+
+
+COLUMNS = (
+    Column("seen/average", "seen %", 100, 1),
+    Column("seen/worst_client", "worst client %", 100, 1),
+    Column("seen/forgetting", "forgetting %", 100, 1),
+    Column("task/average", "task %", 100, 1),
+    Column("task/current", "current task %", 100, 1),
+    Column("up_bytes", "up MB", 1e-6, 2),
+    Column("down_bytes", "down MB", 1e-6, 2),
+    Column("total_seconds", "seconds", 1, 0),
+)
+"""Accuracies are means over clients; bytes are those of all clients in all rounds."""
+UNKNOWN = "–"
+TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+
+
+def header() -> list[str]:
+    """Titles of the columns of the comparison."""
+    return ["run", "n", *(column.title for column in COLUMNS)]
+
+
+def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """Groups under the headings of their sections, in their order; one section without a heading is the usual case."""
+    return [(title, list(found)) for title, found in groupby(groups, key=lambda group: group.section)]
+
+
+def table_markdown(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
+    """One row per group; mean ± standard deviation over n seeds; a row in italics begins a section with a heading."""
+    rows = [header()]
+    for title, found in sections(groups):
+        rows += [[f"*{title}*", *[""] * (len(rows[0]) - 1)]] if title else []
+        rows += [[group.name.replace("\\", "\\\\").replace("|", "\\|"), *cells(group)] for group in found]
+    return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"
+
+
+def markdown(rows: list[list[str]], rule: str = "---:") -> str:
+    """A Markdown table whose first row is the header; ``rule`` aligns all columns but the first.
+
+    Example:
+        >>> print(markdown([["run", "seen %"], ["FedAvg", "41.0"]]))
+        | run | seen % |
+        |---|---:|
+        | FedAvg | 41.0 |
+    """
+    rules = ["---", *[rule] * (len(rows[0]) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join(rules) + "|", *lines[1:]])
+
+
+def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """The same unrounded, accuracies as fractions, for CSV; a deviation is empty where there is one seed."""
+    for group in groups:
+        row: dict[str, Any] = {"run": group.name, "method": group.runs[0].results["method"]["name"]}
+        row |= {"n": len(group.runs), "seeds": " ".join(map(str, group.seeds)), "tasks": group.tasks}
+        row |= {"tasks of data": group.runs[0].planned, "section": group.section}
+        for figure in (*(column.figure for column in COLUMNS), "images"):
+            found = group.final(figure)
+            row[f"{figure} mean"], row[f"{figure} std"] = (None, None) if found is None else found
+        yield row
+
+
+def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
+    """The same for a paper; needs the package booktabs."""
+    titles, rows = header(), []
+    for number, (title, found) in enumerate(sections(groups)):
+        rows += ["\\midrule"] if number else []
+        rows += [f"\\multicolumn{{{len(titles)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
+        rows += [" & ".join([tex(group.name), *map(_tex_cell, cells(group))]) + " \\\\" for group in found]
+    lines = [
+        "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
+        *(f"% {' '.join(note.split())}" for note in notes),
+        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+        "\\toprule",
+        " & ".join(map(tex, titles)) + " \\\\",
+        "\\midrule",
+        *rows,
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cells(group: Group) -> list[str]:
+    """Number of seeds, and the figures as text."""
+    return [str(len(group.runs)), *(cell(column, group.final(column.figure)) for column in COLUMNS)]
+
+
+def cell(column: Column, found: Spread | None) -> str:
+    """Mean ± deviation, the mean alone for one seed.
+
+    Example:
+        >>> cell(COLUMNS[0], Spread(0.75, 0.01)), cell(COLUMNS[0], Spread(0.75, None)), cell(COLUMNS[0], None)
+        ('75.0 ± 1.0', '75.0', '–')
+    """
+    if found is None:
+        return UNKNOWN
+    # Adding zero turns -0.0 into 0.0.
+    numbers = [round(column.scale * value, column.digits) + 0.0 for value in found if value is not None]
+    return " ± ".join(f"{number:.{column.digits}f}" for number in numbers)
+
+
+def per_task_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """Every run after every task under both masks; tasks count from 0, accuracies are fractions, bytes add up."""
+    for group in groups:
+        for run in group.runs:
+            sent = 0
+            for task, figures in enumerate(run.results["summary"]):
+                sent += sum(sum(client[task]) for client in run.results["traffic"]["up"])
+                for mask in MASKS:
+                    place = {"run": group.name, "seed": run.seed, "mask": mask, "after_task": task}
+                    yield place | {name: figures[f"{mask}/{name}"] for name in PER_TASK} | {"up_bytes_so_far": sent}
+
+
+def tex(text: str) -> str:
+    r"""Text that LaTeX prints as it stands.
+
+    Example:
+        >>> print(tex("FedAvg_50%"))
+        FedAvg\_50\%
+    """
+    return "".join(TEX.get(character, character) for character in text)
+
+
+def _tex_cell(text: str) -> str:
+    if text == UNKNOWN:
+        return "--"
+    return f"${text.replace('±', chr(92) + 'pm')}$"
+
+
+# The comparison on the terminal.
 
 
 def print_comparison(paths: Sequence[Path]) -> None:

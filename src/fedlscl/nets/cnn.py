@@ -1,0 +1,137 @@
+"""The small model theta_i: a timm CNN with a private projection to the common feature space."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlscl.nets.heads import LinearHead
+from fedlscl.nets.net import Classification, Net, prepare
+from fedlscl.nets.vit import check_timm_name, first_line
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet; pretrained weights bring their own."""
+
+
+class SmallModel(nn.Module):
+    """A CNN of timm by name, pooled: stored uint8 images (B, 3, h, w) to (B, width).
+
+    Images are normalised with ImageNet's mean and std, pretrained models with those of their weights.
+
+    Raises:
+        ValueError: if timm has no such model or no weights for it, or if it does not return one tensor of features
+            with ``num_features`` channels for images of ``image_size`` pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, image_size: int, pretrained: bool = False) -> None:
+        super().__init__()
+        import timm
+
+        check_timm_name(name, "small_model")
+        self.name, self.image_size = name, image_size
+        try:
+            self.cnn: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        except Exception as error:  # missing weights and failed downloads raise whatever the client library raises
+            fix = "choose a name from timm.list_models(pretrained=True), connect to the network, or set pretrained to "
+            raise ValueError(
+                f"small_model {name!r} could not be created ({first_line(error)}): "
+                f"{fix + 'false' if pretrained else 'choose another name'}."
+            ) from error
+        try:
+            maps = drop_unused(self.cnn, image_size)
+        except Exception as error:  # so do models that are given an input of another size or kind
+            raise ValueError(
+                f"small_model {name!r} cannot take images of {image_size} pixels ({first_line(error)}): choose another "
+                "small_image_size or a CNN."
+            ) from error
+        try:
+            self.pooled_axes, self.width = layout(self.cnn, maps)
+        except ValueError as error:
+            raise ValueError(f"small_model {name!r} {error}: choose another timm model.") from error
+        cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained else {}
+        self.register_buffer("mean", torch.tensor(cfg.get("mean", MEAN)), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.get("std", STD)), persistent=False)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Feature maps averaged over the image, token sequences over all tokens; timm's own head is not used."""
+        x = prepare(images, self.image_size, self.mean, self.std)
+        return self.pool(self.cnn.forward_features(x.contiguous(memory_format=torch.channels_last)))
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """Feature maps (B, width, h, w) or (B, h, w, width), tokens (B, N, width) or features to (B, width)."""
+        return maps.mean(self.pooled_axes) if self.pooled_axes else maps
+
+
+class UnitFeatures(nn.Module):
+    """E: pooled features projected to feature_dim and scaled to unit norm (ours; not in the paper).
+
+    Without this scale one Adam step moves every generated weight by about 0.4 and wrecks the frozen ViT; with it the
+    trace of every client's second moment is one, so that lambda of Eq. 5 means the same for every small model.
+    """
+
+    def __init__(self, width: int, feature_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.project = nn.Identity() if width == feature_dim else nn.Linear(width, feature_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) to (B, feature_dim), zero mean and unit norm."""
+        x = self.project(x)
+        return F.layer_norm(x.float(), (self.feature_dim,)) * self.feature_dim**-0.5
+
+
+class SmallClassifier(Net):
+    """A small model with a linear head: what FedAvg and its kin train from scratch."""
+
+    def __init__(self, name: str, num_classes: int, image_size: int, pretrained: bool = False) -> None:
+        super().__init__()
+        self.small = SmallModel(name, image_size, pretrained)
+        self.head = LinearHead(self.small.width, num_classes)
+
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+        """Classify stored images (B, 3, h, w)."""
+        features = self.small(images)
+        return Classification(features, self.head(features))
+
+
+def drop_unused(cnn: Any, image_size: int) -> Any:
+    """Drop the parts that ``forward_features`` never touches (vgg16 keeps 120 M such weights).
+
+    Returns what it returned for one random image.
+    """
+    cnn.eval()
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        maps = cnn.forward_features(torch.randn(1, 3, image_size, image_size))
+        if isinstance(maps, Tensor):
+            maps.sum().backward()
+            for name, child in list(cnn.named_children()):
+                parameters = list(child.parameters())
+                if parameters and all(p.grad is None for p in parameters):
+                    setattr(cnn, name, nn.Identity())
+    cnn.zero_grad(set_to_none=True)
+    cnn.train()
+    return maps
+
+
+def layout(cnn: Any, maps: Any) -> tuple[tuple[int, ...], int]:
+    """Axes to average over and number of channels of ``cnn``'s feature maps.
+
+    Maps are (B, C, h, w) unless ``cnn.output_fmt`` says 'NHWC'; three axes are tokens (B, N, C).
+
+    Raises:
+        ValueError: without the model's name, if ``maps`` is not one tensor or has not ``cnn.num_features`` channels.
+    """
+    if not isinstance(maps, Tensor):
+        raise ValueError(f"must return one tensor of features, got a {type(maps).__name__}")
+    order = getattr(cnn, "output_fmt", None) or "NCHW"
+    channels = order.index("C") if maps.dim() == len(order) else maps.dim() - 1
+    width = maps.shape[channels] if 2 <= maps.dim() <= 4 else None
+    declared = getattr(cnn, "num_features", width)
+    if width is None or width != declared:
+        raise ValueError(f"must return features with {declared} channels, got shape {tuple(maps.shape)}")
+    return tuple(axis for axis in range(1, maps.dim()) if axis != channels), declared
