@@ -22,10 +22,10 @@ CLASSES = {"cpu": (40, 5), "gpu": (40, 5), "paper": (100, 10)}
 """Classes and tasks."""
 
 
-def protocol(concentration: float, options: argparse.Namespace) -> list[str]:
+def protocol(dirichlet_alpha: float, options: argparse.Namespace) -> list[str]:
     """The same classes in the same order for ten clients, each with a Dirichlet share of every class."""
     classes, tasks = CLASSES[options.preset]
-    values = {"protocol": "global", "concentration": concentration, "num_clients": 10, "num_tasks": tasks}
+    values = {"protocol": "global", "dirichlet_alpha": dirichlet_alpha, "num_clients": 10, "num_tasks": tasks}
     values |= {"private_classes": 0, "public_classes": classes}
     return [text for name, value in values.items() for text in (f"--data.{name}", str(value))]
 
@@ -33,15 +33,15 @@ def protocol(concentration: float, options: argparse.Namespace) -> list[str]:
 def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
     """Every method at every concentration."""
     rows = []
-    for concentration in CONCENTRATIONS:
-        shared = protocol(concentration, options)
-        rows.append(Run(f"fedlscl_b{concentration}", options.base, shared, once(options)))
+    for dirichlet_alpha in CONCENTRATIONS:
+        shared = protocol(dirichlet_alpha, options)
+        rows.append(Run(f"fedlscl_b{dirichlet_alpha}", options.base, shared, once(options)))
         for method in METHODS:
             changes = list(shared)
             if method == "lorm":
-                rank, lr = LORM[concentration]
+                rank, lr = LORM[dirichlet_alpha]
                 changes += ["--method.rank", str(rank), "--method.lr", str(lr), "--method.batch_size", "16"]
-            rows.append(Run(f"{method}_b{concentration}", options.folder / f"{method}.yaml", changes, once(options)))
+            rows.append(Run(f"{method}_b{dirichlet_alpha}", options.folder / f"{method}.yaml", changes, once(options)))
     return {"dirichlet": rows}
 
 

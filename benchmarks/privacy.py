@@ -20,7 +20,7 @@ from privacy_sections.members import members
 from privacy_sections.noise import noise, noisy
 from privacy_sections.page import PAGE, filled, readme
 from privacy_sections.plots import draw, draw_strip
-from privacy_sections.world import KNOWLEDGE, World, pools
+from privacy_sections.world import KNOWLEDGE, World, has_adapted_head
 
 from fedlscl.data.datasets import load_npz
 
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data = load_npz(options.data_root / options.dataset)
     world = World(
-        pools(data, options.shadow, options.own, options.others),
+        has_adapted_head(data, options.shadow, options.own, options.others),
         options.small_model,
         options.feature_dim,
         options.epochs,

@@ -18,7 +18,7 @@ from fedlscl.data.manifest import read_manifest
 from fedlscl.federated.checkpoint import MAGIC, load_checkpoint, load_last_good, previous, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.payload import read_payload
-from fedlscl.flower.messages import read_letter, read_reply
+from fedlscl.flower.messages import read_reply, read_request
 from fedlscl.nets.vit import FoundationConfig, foundation
 from fedlscl.report.runs import read_run
 
@@ -86,7 +86,7 @@ def canaries(folder, place):
         yield f"previous checkpoint, {name}", lambda sealed=sealed: _fall_back(place, sealed)
         yield f"parked client, {name}", lambda data=data: _parked(_file(place / "1.pt", data))
         yield f"upload, {name}", lambda data=data: read_payload(data)
-        yield f"letter, {name}", lambda data=data: read_letter(data)
+        yield f"letter, {name}", lambda data=data: read_request(data)
         yield f"reply, {name}", lambda data=data: read_reply(data)
         yield f"weights, {name}", lambda data=data: _weights(_file(place / "w.safetensors", data))
         yield f"image, {name}", lambda data=data: decode_one(_file(place / "x.png", data), 8)
@@ -127,7 +127,7 @@ def _fall_back(place, sealed):
 
 def _parked(path):
     client = Client(id=1, net=None, data=None, engine=None)
-    client.parked = path
+    client.offloaded_to = path
     client.state_dict()
 
 

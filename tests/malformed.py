@@ -120,7 +120,7 @@ KINDS = {
 """From an honest upload and a `random.Random` to what arrives in its place: uploads, or bytes in which one came."""
 
 
-def deliver(door, upload, arrived, progress):
+def deliver(validator, upload, arrived, progress):
     """Uploads among what arrived from a client; unreadable bytes are refused as a network's receiver does."""
     uploads = []
     for item in arrived:
@@ -128,7 +128,7 @@ def deliver(door, upload, arrived, progress):
             uploads.append(item if isinstance(item, Upload) else replace(upload, payload=read_payload(item, 2**30)))
         except ValueError as error:
             assert "\n" not in str(error)
-            door.refuse(upload.client, progress, str(error))
+            validator.reject(upload.client, progress, str(error))
     return uploads
 
 
@@ -139,17 +139,17 @@ class Tamper(Callback):
         self.client, self.place, self.spoil = client, (task, round_), spoil
 
     def on_fit_start(self, trainer):
-        admit = trainer.server.admit
+        filter = trainer.server.filter
 
         def tampered(uploads, progress):
             arrived = []
             for upload in uploads:
                 is_bad = upload.client == self.client and (*progress,) == self.place
                 items = self.spoil(upload) if is_bad else [upload]
-                arrived += deliver(trainer.server.door, upload, items, progress)
-            return admit(arrived, progress)
+                arrived += deliver(trainer.server.validator, upload, items, progress)
+            return filter(arrived, progress)
 
-        trainer.server.admit = tampered
+        trainer.server.filter = tampered
 
 
 def _name(upload, picker):

@@ -54,12 +54,12 @@ def lay_traps(method, deadly):
     before(checkpoint.os, "replace", "file written, not yet in place")
     aggregate = method.aggregate
 
-    def answered(*args):
+    def num_synced_rounds(*args):
         answers = aggregate(*args)
         happens("server", deadly)
         return answers
 
-    method.aggregate = answered
+    method.aggregate = num_synced_rounds
     original = checkpoint.write_atomically
 
     def torn(path, *parts, **options):

@@ -104,7 +104,7 @@ def refused(tmp_path, capsys):
         ("--data.test_per_class 0", "test_per_class must be an integer of at least 1, got 0"),
         ("--data.train_per_class 1000000000", "fake images must take at most 2,147,483,648 bytes, got"),
         ("--data.num_workers 1000000", "num_workers must be an integer between 0 and 256, got 1000000"),
-        ("--data.concentration 1e308", "concentration must be above 0 and at most 1e+09, got 1e+308"),
+        ("--data.dirichlet_alpha 1e308", "concentration must be above 0 and at most 1e+09, got 1e+308"),
         ("--data.dataset imagenet --data.image_size null", "dataset='imagenet' is unknown: use 'cifar100'"),
         ("--data.dataset folder", "dataset='folder' is read from a folder: set root to it"),
         ("--data.dataset folder --data.root no/where", "image folder no/where is missing: set root to a folder"),
@@ -459,8 +459,8 @@ def test_prediction_answers_for_good_images_and_names_the_bad_ones(chunk, traine
     assert captured.out == ""
     for line, name in zip(captured.err.splitlines(), ("b.png", "deep/d.gif"), strict=True):
         assert line.startswith(f"fedlscl: error: image {some_pictures / name} cannot be read")
-    answered = [line.split(",")[0] for line in out.read_text().splitlines()]
-    assert answered == ["image", *(str(some_pictures / name) for name in ("a.png", "c.JPG", "deep/e.png"))]
+    num_synced_rounds = [line.split(",")[0] for line in out.read_text().splitlines()]
+    assert num_synced_rounds == ["image", *(str(some_pictures / name) for name in ("a.png", "c.JPG", "deep/e.png"))]
 
 
 def test_prediction_without_a_good_image_writes_nothing(trained, some_pictures, capsys):

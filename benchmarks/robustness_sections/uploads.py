@@ -26,7 +26,7 @@ class Moment(NamedTuple):
     """A federation just before a server step."""
 
     method: Method
-    door: dict[str, Any]
+    validator: dict[str, Any]
     uploads: list[Upload]
     progress: Progress
 
@@ -35,7 +35,7 @@ class Moments(Recorded):
     """Keeps the moments before all server steps."""
 
     def _server_round(self, uploads: list[Upload]) -> None:
-        state = deepcopy(self.server.door.state_dict())
+        state = deepcopy(self.server.validator.state_dict())
         self.moments = [*getattr(self, "moments", []), Moment(deepcopy(self.method), state, uploads, self.progress)]
         super()._server_round(uploads)
 
@@ -49,7 +49,7 @@ def moments_of(name: str, clients: int) -> tuple[Moments, list[Moment]]:
     method = METHODS[name]()
     run = Moments()
     run.fit(replace(method, num_clients=clients) if isinstance(method, methods.FedWeIT) else method, data)
-    assert run.server.door.refusals == []
+    assert run.server.validator.rejected == []
     return run, run.moments
 
 
@@ -83,15 +83,15 @@ def step(
     run: Moments, moment: Moment, honest: list[Upload], bad: Upload, arrived: list[Any]
 ) -> tuple[dict[str, Any], bool]:
     """What the server answers and keeps, and whether it refused the bad upload and no other."""
-    server = Server(deepcopy(moment.method), run.seed, deepcopy(run.server.door))
-    server.door.method, server.door.norms, server.door.refusals = server.method, {}, []
-    server.door.load_state_dict(moment.door)
+    server = Server(deepcopy(moment.method), run.seed, deepcopy(run.server.validator))
+    server.validator.method, server.validator.norms, server.validator.rejected = server.method, {}, []
+    server.validator.load_state_dict(moment.validator)
     all_uploads = sorted(
-        [*honest, *malformed.deliver(server.door, bad, arrived, moment.progress)],
+        [*honest, *malformed.deliver(server.validator, bad, arrived, moment.progress)],
         key=lambda upload: bad.client if upload not in honest else upload.client,
     )
-    admitted = server.admit(all_uploads, moment.progress)
-    is_refused = len(server.door.refusals) == 1 and [u.client for u in admitted] == [u.client for u in honest]
+    admitted = server.filter(all_uploads, moment.progress)
+    is_refused = len(server.validator.rejected) == 1 and [u.client for u in admitted] == [u.client for u in honest]
     answers: dict[str, Payload] = {}
     if admitted:
         server.train(admitted, moment.progress, lambda client, stage: run.engine.train(stage))
@@ -101,7 +101,7 @@ def step(
 
 def norms(server: Server) -> dict[str, torch.Tensor]:
     """What the door remembers."""
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in server.door.norms.items()}
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in server.validator.norms.items()}
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:

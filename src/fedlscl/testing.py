@@ -93,64 +93,64 @@ def check(make: Callable[[], Method]) -> None:
         AssertionError: naming the promise that is broken.
     """
     run = learn(make())
-    for promise in PROMISES:
-        promise(run, make)
+    for check_one in CHECKS:
+        check_one(run, make)
 
 
-def learns_with_finite_numbers(run: Recorded, make: Callable[[], Method]) -> None:
+def check_finite(run: Recorded, make: Callable[[], Method]) -> None:
     """Accuracies are shares; losses and states are finite."""
     for mask in ("task", "seen"):
         values = run.matrix.of(mask)[:, [0, 1, 1], [0, 0, 1]]
-        demand(bool(((values >= 0) & (values <= 1)).all()), f"accuracies ({mask}) {values.tolist()} are no shares")
+        require(bool(((values >= 0) & (values <= 1)).all()), f"accuracies ({mask}) {values.tolist()} are no shares")
     for path, tensor in tensors(run.states):
-        demand(not tensor.is_floating_point() or bool(tensor.isfinite().all()), f"state {path} is not finite")
+        require(not tensor.is_floating_point() or bool(tensor.isfinite().all()), f"state {path} is not finite")
     for entry in run.history:
         terms = torch.tensor(list(entry["terms"].values()))
-        demand(bool(terms.isfinite().all()), f"the objective of stage {entry['stage']!r} is not finite: {entry}")
+        require(bool(terms.isfinite().all()), f"the objective of stage {entry['stage']!r} is not finite: {entry}")
 
 
-def sends_plain_tensors(run: Recorded, make: Callable[[], Method]) -> None:
+def check_payloads(run: Recorded, make: Callable[[], Method]) -> None:
     """A message is a dict of names and detached, finite tensors on the CPU; every upload gets an answer."""
-    demand(all(len(answers) == 2 for answers in run.answers), "aggregate gives not one answer for each upload")
+    require(all(len(answers) == 2 for answers in run.answers), "aggregate gives not one answer for each upload")
     for payload in [upload.payload for upload in run.uploads] + [answer for round_ in run.answers for answer in round_]:
-        demand(type(payload) is dict, f"a message is a {type(payload).__name__}, not a dict")
+        require(type(payload) is dict, f"a message is a {type(payload).__name__}, not a dict")
         for name, value in payload.items():
             plain = type(name) is str and type(value) is Tensor
-            demand(plain, f"message {name!r} holds {type(value).__name__}: send tensors by name")
-            demand(value.device.type == "cpu", f"message {name!r} is on {value.device}: use outgoing()")
-            demand(not value.requires_grad, f"message {name!r} carries a gradient: use outgoing()")
-            demand(not value.is_floating_point() or bool(value.isfinite().all()), f"message {name!r} is not finite")
+            require(plain, f"message {name!r} holds {type(value).__name__}: send tensors by name")
+            require(value.device.type == "cpu", f"message {name!r} is on {value.device}: use outgoing()")
+            require(not value.requires_grad, f"message {name!r} carries a gradient: use outgoing()")
+            require(not value.is_floating_point() or bool(value.isfinite().all()), f"message {name!r} is not finite")
 
 
-def passes_the_door(run: Recorded, make: Callable[[], Method]) -> None:
+def check_upload_spec(run: Recorded, make: Callable[[], Method]) -> None:
     """What ``expects`` says is what ``upload`` sends."""
-    for client, task, round_, reason in run.server.door.refusals:
-        demand(False, f"the upload of client {client} in task {task}, round {round_} is refused at the door: {reason}")
+    for client, task, round_, reason in run.server.validator.rejected:
+        require(False, f"the upload of client {client} in task {task}, round {round_} is refused at the door: {reason}")
 
 
-def shares_no_memory(run: Recorded, make: Callable[[], Method]) -> None:
+def check_memory(run: Recorded, make: Callable[[], Method]) -> None:
     """What is sent is a copy of what the client owns."""
     owned = {tensor.untyped_storage().data_ptr() for _, tensor in tensors(run.states["clients"]) if tensor.numel()}
     for upload in run.uploads:
         for name, value in upload.payload.items():
             is_shared = value.numel() and value.untyped_storage().data_ptr() in owned
-            demand(not is_shared, f"upload {name!r} shares memory with its client: use outgoing()")
+            require(not is_shared, f"upload {name!r} shares memory with its client: use outgoing()")
 
 
-def keeps_the_foundation(run: Recorded, make: Callable[[], Method]) -> None:
+def check_foundation(run: Recorded, make: Callable[[], Method]) -> None:
     """The frozen ViT neither changes nor travels."""
     foundation = run.clients[0].net.foundation
     if foundation is None:
         return
-    demand(fingerprint(foundation.vit) == foundation.fingerprint, "the frozen ViT was changed")
+    require(fingerprint(foundation.vit) == foundation.fingerprint, "the frozen ViT was changed")
     frozen = [value for value in foundation.vit.state_dict().values() if value.unique().numel() > 1]
     for upload in run.uploads:
         for name, value in upload.payload.items():
             is_frozen = any(value.shape == part.shape and torch.equal(value, part) for part in frozen)
-            demand(not is_frozen, f"upload {name!r} holds weights of the frozen ViT")
+            require(not is_frozen, f"upload {name!r} holds weights of the frozen ViT")
 
 
-def repeats(run: Recorded, make: Callable[[], Method]) -> None:
+def check_determinism(run: Recorded, make: Callable[[], Method]) -> None:
     """The same seed gives the same bits, after a run of the same object on another seed and in other surroundings."""
     method = make()
     with torch.random.fork_rng():
@@ -159,12 +159,12 @@ def repeats(run: Recorded, make: Callable[[], Method]) -> None:
         second = learn(method)
     same(second, run, "a second run of the same object")
     for found, wanted in zip(second.uploads, run.uploads, strict=True):
-        demand(found.payload.keys() == wanted.payload.keys(), "a second run of the same object sends other names")
+        require(found.payload.keys() == wanted.payload.keys(), "a second run of the same object sends other names")
         for name, value in wanted.payload.items():
-            demand(torch.equal(found.payload[name], value), f"a second run of the same object sends another {name!r}")
+            require(torch.equal(found.payload[name], value), f"a second run of the same object sends another {name!r}")
 
 
-def resumes(run: Recorded, make: Callable[[], Method]) -> None:
+def check_resume(run: Recorded, make: Callable[[], Method]) -> None:
     """A run that is stopped in the middle of its second task ends as if it had not been."""
     with tempfile.TemporaryDirectory() as folder:
         stopped = Recorded(callbacks=[Stop(after=3)])
@@ -178,45 +178,50 @@ def resumes(run: Recorded, make: Callable[[], Method]) -> None:
     same(resumed, run, "a resumed run (does state_dict give all that the server keeps?)")
 
 
-def waits_in_a_file(run: Recorded, make: Callable[[], Method]) -> None:
+def check_offloading(run: Recorded, make: Callable[[], Method]) -> None:
     """Clients that are put into a file whenever it is not their turn learn the same bits."""
     waiting = learn(make(), clients_gb=0)
     for client in waiting.clients:
-        demand(client.parked is not None, f"client {client.id} does not wait in a file")
+        require(client.offloaded_to is not None, f"client {client.id} does not wait in a file")
         is_empty = all(parameter.is_meta for parameter in client.net.parameters())
-        demand(is_empty, f"client {client.id} waits in a file and in memory")
+        require(is_empty, f"client {client.id} waits in a file and in memory")
     what = "a run whose clients wait in files (is something of a client kept outside of it?)"
     same(waiting, run, what)
-    answered = [[client.state_dict()["answered"] for client in each.clients] for each in (waiting, run)]
-    demand(answered[0] == answered[1], f"{what} differs in who was answered")
-    demand(torch.equal(waiting.traffic["up"], run.traffic["up"]), f"{what} differs in what is sent")
+    num_synced_rounds = [
+        [client.state_dict()["num_synced_rounds"] for client in each.clients] for each in (waiting, run)
+    ]
+    require(num_synced_rounds[0] == num_synced_rounds[1], f"{what} differs in who was answered")
+    require(torch.equal(waiting.traffic["up"], run.traffic["up"]), f"{what} differs in what is sent")
 
 
 def accepts_few_samples(run: Recorded, make: Callable[[], Method]) -> None:
     """A client that has 0, 1 or 2 samples of a task learns with finite numbers, uploads, and is answered."""
-    for concentration, per_class, classes, seed, expected in FEW:
+    for dirichlet_alpha, per_class, classes, seed, expected in FEW:
         data = fake_data(
             protocol="global",
             private_classes=0,
             public_classes=classes,
-            concentration=concentration,
+            dirichlet_alpha=dirichlet_alpha,
             train_per_class=per_class,
         )
-        uneven = Recorded(norm_factor=1e9)
+        uneven = Recorded(max_norm_ratio=1e9)
         uneven.fit(make(), data, seed=seed)
         samples = [[len(client.data.train_ids(task)) for task in range(2)] for client in uneven.clients]
         assert samples == expected
-        learns_with_finite_numbers(uneven, make)
-        passes_the_door(uneven, make)
-        answered = [client.answered for client in uneven.clients]
-        demand(answered == [2, 2], f"clients with {samples} samples by task are answered {answered} times in the last")
+        check_finite(uneven, make)
+        check_upload_spec(uneven, make)
+        num_synced_rounds = [client.num_synced_rounds for client in uneven.clients]
+        require(
+            num_synced_rounds == [2, 2],
+            f"clients with {samples} samples by task are answered {num_synced_rounds} times in the last",
+        )
 
 
 FEW = ((0.01, 8, 4, 47, [[0, 16], [16, 0]]), (5.0, 3, 2, 2, [[1, 2], [2, 1]]))
 """Concentration, train samples per class, classes, seed, and the samples that they give by client and task."""
 
 
-def has_plain_state(run: Recorded, make: Callable[[], Method]) -> None:
+def check_state(run: Recorded, make: Callable[[], Method]) -> None:
     """State is tensors, numbers and text, since a checkpoint unpickles nothing else, and comes back as it was."""
     buffer = io.BytesIO()
     torch.save(run.states, buffer)
@@ -230,22 +235,22 @@ def has_plain_state(run: Recorded, make: Callable[[], Method]) -> None:
     same_tensors(other.states, run.states, "restored state")
 
 
-PROMISES = (
-    learns_with_finite_numbers,
-    sends_plain_tensors,
-    passes_the_door,
-    shares_no_memory,
-    keeps_the_foundation,
-    has_plain_state,
-    repeats,
-    resumes,
-    waits_in_a_file,
+CHECKS = (
+    check_finite,
+    check_payloads,
+    check_upload_spec,
+    check_memory,
+    check_foundation,
+    check_state,
+    check_determinism,
+    check_resume,
+    check_offloading,
     accepts_few_samples,
 )
 """Each takes a finished run and a function that builds the method anew."""
 
 
-def demand(holds: bool, broken: str) -> None:
+def require(holds: bool, broken: str) -> None:
     """Raise what is broken."""
     if not holds:
         raise AssertionError(broken)
@@ -255,16 +260,16 @@ def same(run: Recorded, expected: Recorded, what: str) -> None:
     """Demand equal states, accuracies and losses, to the bit."""
     same_tensors(run.states, expected.states, what)
     accuracies = [trainer.matrix.values.nan_to_num(-1) for trainer in (run, expected)]
-    demand(torch.equal(*accuracies), f"{what} differs in its accuracies")
-    demand(run.history == expected.history, f"{what} differs in its losses")
+    require(torch.equal(*accuracies), f"{what} differs in its accuracies")
+    require(run.history == expected.history, f"{what} differs in its losses")
 
 
 def same_tensors(state: Any, expected: Any, what: str) -> None:
     """Demand equal tensors at equal places, to the bit."""
     found, wanted = dict(tensors(state)), dict(tensors(expected))
-    demand(found.keys() == wanted.keys(), f"{what} has other parts: {sorted(found.keys() ^ wanted.keys())[:3]}")
+    require(found.keys() == wanted.keys(), f"{what} has other parts: {sorted(found.keys() ^ wanted.keys())[:3]}")
     for path, tensor in wanted.items():
-        demand(torch.equal(found[path], tensor), f"{what} differs in {path}")
+        require(torch.equal(found[path], tensor), f"{what} differs in {path}")
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

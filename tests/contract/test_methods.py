@@ -32,9 +32,11 @@ def run(request):
 
 
 # That runs resume is tested with killed processes, in tests/test_resume.py.
-@pytest.mark.parametrize("promise", [promise for promise in contract.PROMISES if promise is not contract.resumes])
-def test_promise(promise, run):
-    promise(run, METHODS[type(run.method).__name__])
+@pytest.mark.parametrize(
+    "promise", [check_one for check_one in contract.CHECKS if check_one is not contract.check_resume]
+)
+def test_promise(check_one, run):
+    check_one(run, METHODS[type(run.method).__name__])
 
 
 def test_messages_are_counted(run):
@@ -71,10 +73,10 @@ def test_batches_of_one_train(name):
         method = METHODS[name]()
         if not hasattr(method, "batch_size"):
             pytest.skip("trains nothing")
-        trained = Recorded(rounds_per_task=1, norm_factor=1e9)
+        trained = Recorded(rounds_per_task=1, max_norm_ratio=1e9)
         trained.fit(replace(method, batch_size=batch_size), data)
         assert {len(client.train_ids) for client in trained.clients} == {3}
-        contract.learns_with_finite_numbers(trained, METHODS[name])
+        contract.check_finite(trained, METHODS[name])
 
 
 CONTINUAL = {f"FedLSCL-{option}": option for option in ("ewc", "lwf", "none")}
@@ -86,5 +88,5 @@ def test_bf16_runs_on_a_cpu(case):
         return replace(METHODS["FedLSCL"](), continual=CONTINUAL[case]) if case in CONTINUAL else METHODS[case]()
 
     trained = contract.learn(make(), precision="bf16-mixed")
-    contract.learns_with_finite_numbers(trained, make)
-    contract.passes_the_door(trained, make)
+    contract.check_finite(trained, make)
+    contract.check_upload_spec(trained, make)

@@ -80,7 +80,7 @@ def test_global_protocol_gives_all_clients_the_same_classes():
 
 def test_a_client_without_samples_has_an_empty_loader():
     streams = fake(
-        protocol="global", num_clients=12, private_classes=0, public_classes=2, train_per_class=2, concentration=0.1
+        protocol="global", num_clients=12, private_classes=0, public_classes=2, train_per_class=2, dirichlet_alpha=0.1
     )
     empty = [stream for stream in map(streams.stream, range(12)) if len(stream.train_ids(0)) == 0]
     assert empty
@@ -164,7 +164,7 @@ def test_the_shared_setting_fits_real_cifar(cifar_root):
         ("test_per_class", [0, -1]),
         ("fake_classes", [0, -1]),
         ("seed", [-1, -(2**40), 0.5]),
-        ("concentration", [0, -1.0, float("nan"), float("inf"), 1e308]),
+        ("dirichlet_alpha", [0, -1.0, float("nan"), float("inf"), 1e308]),
         ("protocol", ["globl", "Local"]),
         ("augment", ["standrad", None]),
     ],

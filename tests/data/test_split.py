@@ -24,7 +24,7 @@ def federations(draw):
         "num_tasks": num_tasks,
         "private_classes": private,
         "public_classes": public,
-        "concentration": draw(st.floats(0.01, 1000)),
+        "dirichlet_alpha": draw(st.floats(0.01, 1000)),
         "seed": draw(st.integers(0, 2**32)),
     }
     return train_labels, test_labels, kwargs
@@ -93,9 +93,9 @@ def test_split_depends_on_the_seed_and_on_nothing_else():
 def test_small_concentration_gives_unequal_shares():
     labels = np.repeat(np.arange(4), 200)
 
-    def largest_share(concentration):
+    def largest_share(dirichlet_alpha):
         kwargs = {"num_clients": 4, "num_tasks": 1, "private_classes": 0, "public_classes": 4, "seed": 1}
-        splits = spatial_temporal_split(labels, labels, **kwargs, concentration=concentration)
+        splits = spatial_temporal_split(labels, labels, **kwargs, dirichlet_alpha=dirichlet_alpha)
         counts = np.array([np.bincount(labels[split.train[0]], minlength=4) for split in splits])
         return counts.max() / 200
 
@@ -107,10 +107,10 @@ def test_small_concentration_gives_unequal_shares():
 @given(
     num_clients=st.integers(1, 6),
     num_tasks=st.integers(1, 3),
-    concentration=st.floats(0.01, 1000),
+    dirichlet_alpha=st.floats(0.01, 1000),
     seed=st.integers(0, 2**32),
 )
-def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, num_tasks, concentration, seed):
+def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, num_tasks, dirichlet_alpha, seed):
     labels = np.repeat(np.arange(7), 5)
     splits = dirichlet_split(
         labels,
@@ -118,7 +118,7 @@ def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, nu
         num_clients=num_clients,
         num_tasks=num_tasks,
         num_classes=6,
-        concentration=concentration,
+        dirichlet_alpha=dirichlet_alpha,
         seed=seed,
     )
     assert len({split.classes for split in splits}) == 1
@@ -130,7 +130,7 @@ def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, nu
 
 def test_dirichlet_split_may_leave_a_client_without_samples():
     labels = np.repeat(np.arange(2), 3)
-    splits = dirichlet_split(labels, labels, num_clients=8, num_tasks=2, num_classes=2, concentration=1.0, seed=0)
+    splits = dirichlet_split(labels, labels, num_clients=8, num_tasks=2, num_classes=2, dirichlet_alpha=1.0, seed=0)
     sizes = [len(ids) for split in splits for ids in split.train]
     assert 0 in sizes and sum(sizes) == 6
     assert all(ids.dtype == np.int64 for split in splits for ids in split.train)
@@ -152,10 +152,10 @@ def test_dirichlet_split_may_leave_a_client_without_samples():
         ({"num_clients": 10**12}, "num_clients must be an integer between 1 and 100000, got 1000000000000"),
         ({"num_tasks": -1}, "num_tasks must be an integer of at least 1, got -1"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"concentration": 0.0}, "concentration must be above 0 and at most 1e\\+09, got 0.0"),
-        ({"concentration": float("inf")}, "concentration must be above 0 and at most 1e\\+09, got inf"),
-        ({"concentration": float("nan")}, "concentration must be above 0 and at most 1e\\+09, got nan"),
-        ({"concentration": 1e308}, "concentration must be above 0 and at most 1e\\+09, got 1e\\+308"),
+        ({"dirichlet_alpha": 0.0}, "concentration must be above 0 and at most 1e\\+09, got 0.0"),
+        ({"dirichlet_alpha": float("inf")}, "concentration must be above 0 and at most 1e\\+09, got inf"),
+        ({"dirichlet_alpha": float("nan")}, "concentration must be above 0 and at most 1e\\+09, got nan"),
+        ({"dirichlet_alpha": 1e308}, "concentration must be above 0 and at most 1e\\+09, got 1e\\+308"),
         ({"private_classes": -1}, "private_classes must be an integer of at least 0, got -1"),
         (
             {"private_classes": 0, "num_clients": 4},
@@ -180,14 +180,14 @@ def test_impossible_splits_are_refused_in_one_line(changed, message):
 )
 def test_impossible_dirichlet_splits_are_refused(changed, message):
     labels = np.repeat(np.arange(4), 3)
-    kwargs = {"num_clients": 2, "num_tasks": 2, "num_classes": 4, "concentration": 1.0, "seed": 42} | changed
+    kwargs = {"num_clients": 2, "num_tasks": 2, "num_classes": 4, "dirichlet_alpha": 1.0, "seed": 42} | changed
     with pytest.raises(ValueError, match=message):
         dirichlet_split(labels, labels, **kwargs)
 
 
 def test_the_largest_concentration_gives_equal_shares():
     labels = np.repeat(np.arange(4), 120)
-    kwargs = {"num_clients": 3, "num_tasks": 1, "num_classes": 4, "concentration": 1e9}
+    kwargs = {"num_clients": 3, "num_tasks": 1, "num_classes": 4, "dirichlet_alpha": 1e9}
     for seed in range(5):
         for split in dirichlet_split(labels, labels, **kwargs, seed=seed):
             assert np.abs(np.bincount(labels[split.train[0]]) - 40).max() <= 1

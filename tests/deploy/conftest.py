@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower import apps
-from fedlscl.flower.apps import FlowerPost
+from fedlscl.flower.apps import FlowerTransport
 from fedlscl.flower.federation import Federation
 from fedlscl.flower.server import Coordinator
 
@@ -79,8 +79,8 @@ def network(make_data, tmp_path, monkeypatch):
         said = []
 
         def fit(deadline=60.0):
-            post = FlowerPost(grid, len(contexts), said.append, pause=0.01, retry=0.02)
-            coordinator = Coordinator(federation(), post, folder / "run", deadline, said.append)
+            transport = FlowerTransport(grid, len(contexts), said.append, pause=0.01, retry=0.02)
+            coordinator = Coordinator(federation(), transport, folder / "run", deadline, said.append)
             coordinator.fit()
             return coordinator
 

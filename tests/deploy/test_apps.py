@@ -9,7 +9,7 @@ from fedlscl.callbacks.results import write_results
 from fedlscl.flower import apps
 from fedlscl.flower.apps import carried, carried_by
 from fedlscl.flower.federation import read_federation
-from fedlscl.flower.messages import Letter, read_reply
+from fedlscl.flower.messages import Request, read_reply
 from flower_network import EXAMPLE, ROOT, Network, missing
 
 
@@ -39,7 +39,7 @@ def test_a_node_that_is_set_up_wrongly_says_so_in_one_line(node, config, reason,
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.delenv("MISSING", raising=False)
     monkeypatch.setenv("HOME", "/HOME")
-    message = Message(carried(Letter(0, "ab", "other", 0, [], None).encode()), 1, "train")
+    message = Message(carried(Request(0, "ab", "other", 0, [], None).encode()), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(1, 1, node, RecordDict(), {"config": config})
     reply = read_reply(carried_by(apps.client_app(EXAMPLE / "federation")(message, context).content))
@@ -72,7 +72,11 @@ def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tm
         run = network.run(app, **{"run-dir": tmp_path / "run", "deadline": 250})
         ports = network.ports[4:]
         # The last one tries for ever.
-        strangers = {"wrong_ca": "CERTIFICATE_VERIFY_FAILED", "unknown_key": "[code: 2004]", "no_key": "[code: 2001]"}
+        unknown_nodes = {
+            "wrong_ca": "CERTIFICATE_VERIFY_FAILED",
+            "unknown_key": "[code: 2004]",
+            "no_key": "[code: 2001]",
+        }
         refused = [
             network.start_node(0, ca=foreign / "ca.crt", name="wrong_ca", port=ports[0]),
             network.start_node(0, key=foreign / "node0", name="unknown_key", port=ports[1]),
@@ -81,7 +85,7 @@ def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tm
         network.start_node(0, insecure=True, key=False, name="no_tls", port=ports[3])
         assert run.wait(280) == 0, network.log("run")
         assert [process.wait(20) for process in refused] == [1, 1, 1]
-        for name, reason in {**strangers, "no_tls": "Connection attempt failed"}.items():
+        for name, reason in {**unknown_nodes, "no_tls": "Connection attempt failed"}.items():
             assert reason in network.log(name) and "Receiving" not in network.log(name)
     finally:
         network.close()

@@ -152,7 +152,7 @@ def test_a_node_that_is_away_misses_its_round_as_in_simulation(network, federate
     coordinator = made.fit(deadline=3.0)
     absences = frozenset({(1, 0, 1)})
     trainer = FederatedTrainer(rounds_per_task=2, accelerator="cpu")
-    trainer.attendance = replace(trainer.attendance, absences=absences)
+    trainer.sampling = replace(trainer.sampling, absences=absences)
     trainer.fit(small(), made.federation().datamodule)
     same_run(coordinator, trainer)
     assert json.loads((coordinator.run_dir / "network.json").read_text())[1]["missed"] == [1]
@@ -190,8 +190,8 @@ def test_a_client_that_sends_nonsense_is_left_out_with_a_reason(network):
     with pytest.raises(ValueError, match=r"clients \[1\] were not tested"):
         made.fit()
     state = load_checkpoint(made.folder / "run" / "checkpoint.pt")
-    assert {refusal["client"] for refusal in state["door"]["refusals"]} == {1}
-    assert "cut short" in state["door"]["refusals"][0]["reason"]
+    assert {refusal["client"] for refusal in state["validator"]["rejected"]} == {1}
+    assert "cut short" in state["validator"]["rejected"][0]["reason"]
 
 
 NAMES = ["benign", "cyst", "h\u00e9althy", "malignant"]
@@ -239,7 +239,7 @@ def test_a_node_with_other_classes_is_left_out_until_they_are_corrected(hospital
     (line, *_) = [line for line in hospitals.said if "left out" in line]
     assert line.startswith(f"client 1 is left out: {said}")
     state = load_checkpoint(hospitals.folder / "run" / "checkpoint.pt")
-    assert {refusal["client"] for refusal in state["door"]["refusals"]} == {1}
+    assert {refusal["client"] for refusal in state["validator"]["rejected"]} == {1}
     assert state["knowledge"]["traffic"]["up"][1].sum() == 0 < state["knowledge"]["traffic"]["up"][0].sum()
     hospital(hospitals.folder / "1", NAMES)
     assert not hospitals.fit().knowledge.matrix.values[:, 1].isnan().all()

@@ -1,6 +1,6 @@
 from flwr.app import Context, RecordDict
 
-from fedlscl.flower.apps import FlowerPost
+from fedlscl.flower.apps import FlowerTransport
 from tiny_methods import METHODS
 
 
@@ -13,21 +13,22 @@ def test_a_node_that_claims_another_ones_part_is_ignored_as_long_as_that_one_is_
     # No integer at all is an error of that node's app, and comes back as one.
     made.grid.fault = lambda node, message: "error" if node == 14 else None
     said = []
-    post = FlowerPost(made.grid, 2, said.append, pause=0.01, retry=0.02)
-    replies = post.exchange({0: b"nonsense", 1: b"nonsense"}, 30.0)
-    assert post.homes == {0: 10, 1: 11} and replies.keys() == {0, 1}
+    transport = FlowerTransport(made.grid, 2, said.append, pause=0.01, retry=0.02)
+    replies = transport.exchange({0: b"nonsense", 1: b"nonsense"}, 30.0)
+    assert transport.node_of_client == {0: 10, 1: 11} and replies.keys() == {0, 1}
     made.grid.offline = {11}
-    post.exchange({1: b"nonsense"}, 5.0)
-    assert post.homes == {0: 10, 1: 12}
+    transport.exchange({1: b"nonsense"}, 5.0)
+    assert transport.node_of_client == {0: 10, 1: 12}
     assert (
-        any("node 12 has partition-id 1 as node 11 has: ignored" in line for line in said) or 12 not in post.strangers
+        any("node 12 has partition-id 1 as node 11 has: ignored" in line for line in said)
+        or 12 not in transport.unknown_nodes
     )
 
 
 def test_letters_wait_until_a_node_is_there(network):
     made = network(METHODS["FedNCM"]())
     made.grid.offline = {10, 11}
-    post = FlowerPost(made.grid, 2, pause=0.01)
-    assert post.exchange({0: b"nonsense"}, 0.05) == {} and made.grid.pushed == 0
+    transport = FlowerTransport(made.grid, 2, pause=0.01)
+    assert transport.exchange({0: b"nonsense"}, 0.05) == {} and made.grid.pushed == 0
     made.grid.offline = set()
-    assert post.exchange({0: b"nonsense"}, 30.0).keys() == {0}
+    assert transport.exchange({0: b"nonsense"}, 30.0).keys() == {0}

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress
-from fedlscl.flower.messages import OF_A_ROUND, TRAIN, UPLOAD, Ledger, Reply, Result
+from fedlscl.flower.messages import OF_A_ROUND, TRAIN, UPLOAD, PendingCommands, Reply, Result
 
 ROUNDS = 2
 
@@ -25,23 +25,23 @@ class Doing:
 
 @given(st.lists(st.sampled_from(["arrives", "letter lost", "reply lost", "twice"]), min_size=1, max_size=12))
 def test_whatever_is_lost_nothing_is_done_twice_and_no_end_of_a_task_is_left_out(fates):
-    ledger, node, heard = Ledger(0), Doing(), []
+    pending, node, heard = PendingCommands(0), Doing(), []
     for step, fate in enumerate([*fates, "arrives"]):
         task, round_ = divmod(step, ROUNDS)
         if round_ == 0:
-            ledger.turn_over(task, ROUNDS - 1)
-        ledger.tell(TRAIN, task, round_)
-        ledger.tell(UPLOAD, task, round_)
-        letter = ledger.letter("run", "identity")
+            pending.turn_over(task, ROUNDS - 1)
+        pending.tell(TRAIN, task, round_)
+        pending.tell(UPLOAD, task, round_)
+        letter = pending.letter("run", "identity")
         if fate != "letter lost":
             reply = node.answer(letter)
             reply = node.answer(letter) if fate == "twice" else reply
             if fate != "reply lost":
-                heard += [command for command, _ in ledger.done_in(reply)]
-                ledger.acknowledge(reply)
+                heard += [command for command, _ in pending.done_in(reply)]
+                pending.acknowledge(reply)
                 if any(command.kind == UPLOAD and command[2:] == (task, round_) for command in heard):
-                    ledger.give({}, Progress(task, round_))
-        ledger.miss()
+                    pending.give({}, Progress(task, round_))
+        pending.miss()
     numbers = [command.number for command in node.did]
     assert numbers == sorted(set(numbers))
     # All that is no part of a round was done in order and heard of, up to the present task.
@@ -54,8 +54,8 @@ def test_whatever_is_lost_nothing_is_done_twice_and_no_end_of_a_task_is_left_out
 
 
 def test_a_reply_about_what_was_never_told_is_refused():
-    ledger = Ledger(0)
-    ledger.turn_over(0, 0)
+    pending = PendingCommands(0)
+    pending.turn_over(0, 0)
     for reply, reason in [
         (Reply(1, 1, []), "says that it is client 1"),
         (Reply(0, 2, []), "did command 2 of 0 to 1"),
@@ -63,5 +63,5 @@ def test_a_reply_about_what_was_never_told_is_refused():
         (Reply(0, 1, []), "no result of command 1"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            ledger.done_in(reply)
-    assert ledger.acknowledged == 0 and len(ledger.commands) == 1
+            pending.done_in(reply)
+    assert pending.acknowledged == 0 and len(pending.commands) == 1

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from fedlscl.flower.messages import Command, Letter, Reply, Result, pack, read_letter, read_reply
+from fedlscl.flower.messages import Command, Reply, Request, Result, pack, read_reply, read_request
 
 PAYLOAD = {"head.weight": torch.randn(3, 2), "head/odd": torch.tensor(2.5), "counts": torch.tensor([1, 2])}
 
@@ -13,10 +13,10 @@ def same(left, right):
 
 
 def test_letters_and_replies_come_back_as_they_were():
-    letter = Letter(1, "ab", "id", 3, [Command(4, "train", 1, 0)], PAYLOAD)
-    found = read_letter(letter.encode())
+    letter = Request(1, "ab", "id", 3, [Command(4, "train", 1, 0)], PAYLOAD)
+    found = read_request(letter.encode())
     assert found._replace(answer=None) == letter._replace(answer=None) and same(found.answer, PAYLOAD)
-    assert read_letter(letter._replace(answer=None).encode()).answer is None
+    assert read_request(letter._replace(answer=None).encode()).answer is None
     reply = Reply(1, 14, [Result(1, {"a": [1]}, {"x": PAYLOAD["counts"].clone()}), Result(14, {}, PAYLOAD)])
     found = read_reply(reply.encode())
     assert (found.client, found.done, found.refusal) == (1, 14, "")

@@ -5,12 +5,12 @@ import torch
 
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.messages import Command, Letter, pack, read_reply, unpack
+from fedlscl.flower.messages import Command, Request, pack, read_reply, unpack
 from fedlscl.flower.node import Node
 from tiny_methods import METHODS
 
 BEGIN, TRAIN, UPLOAD = (Command(n, kind, 0, 0) for n, kind in enumerate(("begin_task", "train", "upload"), start=1))
-LETTER = Letter(0, "ab", "id", 0, [BEGIN, TRAIN, UPLOAD], None)
+LETTER = Request(0, "ab", "id", 0, [BEGIN, TRAIN, UPLOAD], None)
 
 
 @pytest.fixture

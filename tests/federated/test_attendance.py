@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress
-from fedlscl.federated.trainer import Attendance
+from fedlscl.federated.trainer import ClientSampling
 from fedlscl.testing import Recorded, fake_data
 from tiny_methods import METHODS
 
@@ -14,24 +14,24 @@ PLACES = [Progress(task, round_) for task in range(4) for round_ in range(50)]
 
 @given(st.floats(0.01, 1), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_as_many_are_asked_as_the_share_says(participation, clients, seed):
-    present = Attendance(participation=participation).present(clients, seed, Progress(1, 2))
-    assert len(present) == max(1, round(participation * clients))
-    assert present == sorted(set(present)) and set(present) <= set(range(clients))
+    participants = ClientSampling(participation=participation).participants(clients, seed, Progress(1, 2))
+    assert len(participants) == max(1, round(participation * clients))
+    assert participants == sorted(set(participants)) and set(participants) <= set(range(clients))
 
 
 def test_everybody_comes_unless_told_otherwise():
-    assert Attendance().present(5, 42, Progress(0, 0)) == [0, 1, 2, 3, 4]
+    assert ClientSampling().participants(5, 42, Progress(0, 0)) == [0, 1, 2, 3, 4]
 
 
 def test_each_round_draws_anew_and_alike_for_the_same_seed():
-    half = Attendance(participation=0.5)
-    draws = [tuple(half.present(10, 42, place)) for place in PLACES]
-    assert draws == [tuple(half.present(10, 42, place)) for place in PLACES]
+    half = ClientSampling(participation=0.5)
+    draws = [tuple(half.participants(10, 42, place)) for place in PLACES]
+    assert draws == [tuple(half.participants(10, 42, place)) for place in PLACES]
     assert len(set(draws)) > len(draws) / 2 and {client for draw in draws for client in draw} == set(range(10))
 
 
 def test_failures_come_as_often_as_asked():
-    attended = [len(Attendance(failure_rate=0.3).present(10, 42, place)) for place in PLACES]
+    attended = [len(ClientSampling(failure_rate=0.3).participants(10, 42, place)) for place in PLACES]
     assert abs(sum(attended) / (10 * len(PLACES)) - 0.7) < 0.03
 
 
@@ -41,7 +41,7 @@ def test_failures_come_as_often_as_asked():
 def test_what_makes_no_sense_is_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
-        Attendance(**options)
+        ClientSampling(**options)
 
 
 class Absences(Callback):
@@ -51,11 +51,11 @@ class Absences(Callback):
         self.absent = 0
 
     def on_round_start(self, trainer):
-        self.before = {c.id: c.net.state_dict() for c in trainer.clients if c.id not in trainer.present}
+        self.before = {c.id: c.net.state_dict() for c in trainer.clients if c.id not in trainer.participants}
         self.before = {i: {name: value.clone() for name, value in net.items()} for i, net in self.before.items()}
 
     def on_client_start(self, trainer, client):
-        assert client.id in trainer.present
+        assert client.id in trainer.participants
 
     def on_round_end(self, trainer):
         for client, net in self.before.items():
@@ -80,16 +80,16 @@ def test_a_round_without_quorum_ends_the_run_and_says_so(federate):
 
 
 def test_absences_may_be_named():
-    named = Attendance(absences=frozenset({(1, 0, 2), (3, 0, 2), (0, 1, 0)}))
-    assert named.present(4, 42, Progress(0, 2)) == [0, 2]
-    assert named.present(4, 42, Progress(0, 1)) == [0, 1, 2, 3]
-    assert named.present(4, 42, Progress(1, 0)) == [1, 2, 3]
+    named = ClientSampling(absences=frozenset({(1, 0, 2), (3, 0, 2), (0, 1, 0)}))
+    assert named.participants(4, 42, Progress(0, 2)) == [0, 2]
+    assert named.participants(4, 42, Progress(0, 1)) == [0, 1, 2, 3]
+    assert named.participants(4, 42, Progress(1, 0)) == [1, 2, 3]
 
 
 def test_a_round_in_which_nobody_has_a_sample_is_not_aggregated():
     """Of two clients, one of which never has any, one is asked in a round."""
     run = Recorded(participation=0.5, rounds_per_task=4)
-    data = fake_data(protocol="global", private_classes=0, public_classes=4, concentration=0.01)
+    data = fake_data(protocol="global", private_classes=0, public_classes=4, dirichlet_alpha=0.01)
     run.fit(METHODS["FedAvg"](), data, seed=46)
     assert [len(client.data.train_ids(task)) for client in run.clients for task in range(2)] == [0, 0, 16, 16]
     senders = [upload.client for upload in run.uploads]

@@ -27,7 +27,7 @@ class SendsGradients(FedAvg):
 
 
 class SaysOtherwise(FedAvg):
-    def expects(self, upload, net):
+    def upload_spec(self, upload, net):
         return {}
 
 
@@ -83,26 +83,26 @@ class HoldsOn(FedAvg):
 
 
 BROKEN = [
-    (contract.learns_with_finite_numbers, NotFinite, SMALL, "state /clients/0/memory/broken is not finite"),
-    (contract.sends_plain_tensors, SendsGradients, SMALL, "message 'head.weight' "),
-    (contract.passes_the_door, SaysOtherwise, SMALL, "refused at the door: 'head.bias' is not expected"),
-    (contract.shares_no_memory, SharesMemory, SMALL, "shares memory with its client"),
-    (contract.keeps_the_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
-    (contract.repeats, Draws, SMALL, "sends another 'drawn'"),
-    (contract.resumes, Forgets, SMALL, "does state_dict give all"),
-    (contract.waits_in_a_file, HoldsOn, SMALL, "is something of a client kept outside of it"),
+    (contract.check_finite, NotFinite, SMALL, "state /clients/0/memory/broken is not finite"),
+    (contract.check_payloads, SendsGradients, SMALL, "message 'head.weight' "),
+    (contract.check_upload_spec, SaysOtherwise, SMALL, "refused at the door: 'head.bias' is not expected"),
+    (contract.check_memory, SharesMemory, SMALL, "shares memory with its client"),
+    (contract.check_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
+    (contract.check_determinism, Draws, SMALL, "sends another 'drawn'"),
+    (contract.check_resume, Forgets, SMALL, "does state_dict give all"),
+    (contract.check_offloading, HoldsOn, SMALL, "is something of a client kept outside of it"),
 ]
 
 
 @pytest.mark.parametrize(
     ("promise", "method", "options", "message"), BROKEN, ids=lambda part: getattr(part, "__name__", "")
 )
-def test_a_broken_promise_is_named(promise, method, options, message):
+def test_a_broken_promise_is_named(check_one, method, options, message):
     run = contract.learn(method(**options))
     with pytest.raises(AssertionError, match=message):
-        promise(run, lambda: method(**options))
+        check_one(run, lambda: method(**options))
 
 
 def test_state_that_a_checkpoint_cannot_read_is_refused():
     with pytest.raises(Exception, match=r"weights_only|Unsupported|WeightsUnpickler"):
-        contract.has_plain_state(contract.learn(KeepsObjects(**SMALL)), lambda: KeepsObjects(**SMALL))
+        contract.check_state(contract.learn(KeepsObjects(**SMALL)), lambda: KeepsObjects(**SMALL))

@@ -17,8 +17,8 @@ from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated import validation as doors
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.trainer import Attendance
-from fedlscl.federated.validation import Door, Limits, Refusal
+from fedlscl.federated.trainer import ClientSampling
+from fedlscl.federated.validation import RejectedUpload, UploadLimits, UploadValidator
 from fedlscl.testing import Recorded, Stop, Stopped, fake_data, learn, same_tensors
 from tiny_methods import METHODS, SMALL, VIT
 
@@ -44,7 +44,7 @@ def run(request, four):
     """A finished run of four clients, with all messages."""
     trainer = Recorded()
     trainer.fit(FAST[request.param](), deepcopy(four))
-    assert trainer.server.door.refusals == []
+    assert trainer.server.validator.rejected == []
     return trainer
 
 
@@ -59,11 +59,11 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
         if place is None:
             continue
         bad = uploads[place]
-        door = Door(run.method, 4, 16)
-        arrived = malformed.deliver(door, bad, malformed.KINDS[kind](bad, picker), progress)
-        admitted = door.admit([*uploads[:place], *arrived, *uploads[place + 1 :]], progress)
+        validator = UploadValidator(run.method, 4, 16)
+        arrived = malformed.deliver(validator, bad, malformed.KINDS[kind](bad, picker), progress)
+        admitted = validator.filter([*uploads[:place], *arrived, *uploads[place + 1 :]], progress)
         assert admitted == [*uploads[:place], *uploads[place + 1 :]]
-        (refusal,) = door.refusals
+        (refusal,) = validator.rejected
         assert (refusal.task, refusal.round) == (*progress,) and "cannot be checked" not in refusal.reason
         assert kind == "unknown_sender" or refusal.client == bad.client
         assert refusal.reason.isprintable() and len(refusal.reason) < 300
@@ -73,10 +73,10 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
 def without_one(four):
     """A run that one client misses in the last round, without that client."""
     trainer = Recorded()
-    trainer.attendance = Attendance(absences=frozenset({(2, 1, 1)}))
+    trainer.sampling = ClientSampling(absences=frozenset({(2, 1, 1)}))
     trainer.fit(FAST["FedAvg"](), deepcopy(four))
     trainer.clients.pop(2)
-    assert trainer.server.door.refusals == []
+    assert trainer.server.validator.rejected == []
     return trainer
 
 
@@ -86,11 +86,11 @@ def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four, without_one):
     picker = random.Random(kind)
     tampered = Recorded(callbacks=[malformed.Tamper(2, 1, 1, lambda upload: malformed.KINDS[kind](upload, picker))])
     tampered.fit(FAST["FedAvg"](), deepcopy(four))
-    assert len(tampered.server.door.refusals) == 1
+    assert len(tampered.server.validator.rejected) == 1
     tampered.clients.pop(2)
     same_tensors(tampered.states, without_one.states, "a run with a refused upload")
     assert [len(answers) for answers in tampered.answers] == [4, 4, 4, 3]
-    norms = [trainer.server.door.norms for trainer in (tampered, without_one)]
+    norms = [trainer.server.validator.norms for trainer in (tampered, without_one)]
     assert norms[0] == norms[1]
 
 
@@ -98,9 +98,9 @@ def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four, without_one):
 def test_who_misses_a_whole_task_comes_back(name, federate):
     """No honest upload is refused, whoever was there when."""
     trainer = Recorded(rounds_per_task=1)
-    trainer.attendance = Attendance(absences=frozenset({(1, 0, 0)}))
+    trainer.sampling = ClientSampling(absences=frozenset({(1, 0, 0)}))
     trainer.fit(METHODS[name](), fake_data())
-    assert trainer.server.door.refusals == []
+    assert trainer.server.validator.rejected == []
     assert [len(answers) for answers in trainer.answers] == [1, 2]
     assert not trainer.matrix.of("seen")[:, -1].isnan().any()
 
@@ -109,14 +109,14 @@ def test_heterogeneous_small_models_pass():
     options = {"small_models": ("test_resnet", "test_byobnet"), "shared_initialisation": False}
     run = learn(replace(METHODS["FedLSCL"](), **options))
     assert len({len(client.net.state_dict()) for client in run.clients}) == 2
-    assert run.server.door.refusals == []
+    assert run.server.validator.rejected == []
 
 
 def test_secure_sums_and_noise_pass():
     config = replace(METHODS["FedLSCL"]().collaborator, analytic_weight=0.0, adapted_weight=0.0)
     for options in ({"secure_sum": True}, {"secure_sum": True, "collaborator": config, "noise_multiplier": 1.0}):
         run = learn(replace(METHODS["FedLSCL"](), **options))
-        assert run.server.door.refusals == []
+        assert run.server.validator.rejected == []
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_secure_sums_and_noise_pass():
 def test_who_averages_may_do_so_robustly(name, aggregation):
     """What each rule does with what is sent is tested in tests/test_aggregation.py."""
     run = learn(replace(METHODS[name](), aggregation=aggregation), rounds_per_task=1)
-    assert run.method.aggregation == aggregation and run.server.door.refusals == []
+    assert run.method.aggregation == aggregation and run.server.validator.rejected == []
 
 
 @pytest.mark.parametrize("name", ["FedLSCL", "FedRidge", "FedWeIT", "Local", "LoRM", "PILoRA"])
@@ -144,15 +144,15 @@ def test_a_method_that_says_nothing_of_its_upload_has_its_values_checked_alone()
             return [{n: v for n, v in upload.payload.items() if n != "mine"} for upload in uploads]
 
     run = learn(Own(**SMALL))
-    assert run.server.door.refusals == []
+    assert run.server.validator.rejected == []
     bad = replace(run.uploads[0], payload={"mine": torch.tensor([float("nan")])})
-    assert run.server.door.admit([bad], FIRST) == []
-    assert run.server.door.refusals == [Refusal(0, 0, 0, "'mine' is not finite")]
+    assert run.server.validator.filter([bad], FIRST) == []
+    assert run.server.validator.rejected == [RejectedUpload(0, 0, 0, "'mine' is not finite")]
 
 
 @pytest.fixture
 def fedavg():
-    return Door(FAST["FedAvg"](), 3, 6)
+    return UploadValidator(FAST["FedAvg"](), 3, 6)
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def built():
     return FAST["FedAvg"]().build_net(0, 6).state_dict()
 
 
-def honest(door, client, scale=1.0):
+def honest(validator, client, scale=1.0):
     payload = {name: scale * value for name, value in built().items()}
     return Upload(client=client, task=0, round=0, payload=payload, class_counts=torch.full((6,), 3))
 
@@ -170,45 +170,45 @@ def honest(door, client, scale=1.0):
 def test_a_norm_out_of_all_proportion_is_refused_however_few_there_are(fedavg, others):
     """Between two clients, and for one alone, the net at its start decides."""
     uploads = [honest(fedavg, client) for client in range(others)] + [honest(fedavg, others, 1e6)]
-    admitted = fedavg.admit(uploads, FIRST)
+    admitted = fedavg.filter(uploads, FIRST)
     assert [upload.client for upload in admitted] == list(range(others)) or others == 0
     if others:
-        (refusal,) = fedavg.refusals
-        assert "beyond" in refusal.reason and "raise trainer.norm_factor" in refusal.reason
+        (refusal,) = fedavg.rejected
+        assert "beyond" in refusal.reason and "raise trainer.max_norm_ratio" in refusal.reason
 
 
 @given(st.lists(st.floats(1.0, 999.0), min_size=1, max_size=3), st.floats(0, 1e-6))
 def test_no_honest_client_is_refused_because_of_another(scales, tiny):
     """Norms differ by less than the factor, and one client of four sends next to nothing."""
-    door = Door(FAST["FedAvg"](), 4, 6)
-    uploads = [honest(door, client, scale) for client, scale in enumerate(scales)]
-    admitted = door.admit([*uploads, honest(door, 3, tiny)], FIRST)
+    validator = UploadValidator(FAST["FedAvg"](), 4, 6)
+    uploads = [honest(validator, client, scale) for client, scale in enumerate(scales)]
+    admitted = validator.filter([*uploads, honest(validator, 3, tiny)], FIRST)
     assert {upload.client for upload in admitted} >= set(range(len(scales)))
 
 
 def test_what_is_remembered_makes_later_rounds_stricter_and_survives_a_restart(fedavg):
     for _ in range(5):
-        assert len(fedavg.admit([honest(fedavg, client) for client in range(3)], FIRST)) == 3
-    other = Door(FAST["FedAvg"](), 3, 6)
+        assert len(fedavg.filter([honest(fedavg, client) for client in range(3)], FIRST)) == 3
+    other = UploadValidator(FAST["FedAvg"](), 3, 6)
     other.load_state_dict(fedavg.state_dict())
-    for door in (fedavg, other):
+    for validator in (fedavg, other):
         # Two of three collude; the rounds before are more than they are.
-        found = door.admit([honest(door, 0, 1e6), honest(door, 1), honest(door, 2, 1e6)], FIRST)
+        found = validator.filter([honest(validator, 0, 1e6), honest(validator, 1), honest(validator, 2, 1e6)], FIRST)
         assert [upload.client for upload in found] == [1]
     assert fedavg.state_dict() == other.state_dict()
     assert max(map(len, fedavg.norms.values())) <= doors.REMEMBERED
 
 
 def test_norms_may_be_left_alone():
-    door = Door(FAST["FedAvg"](), 3, 6, Limits(norm_factor=0))
-    assert len(door.admit([honest(door, 0), honest(door, 1), honest(door, 2, 1e30)], FIRST)) == 3
+    validator = UploadValidator(FAST["FedAvg"](), 3, 6, UploadLimits(max_norm_ratio=0))
+    assert len(validator.filter([honest(validator, 0), honest(validator, 1), honest(validator, 2, 1e30)], FIRST)) == 3
 
 
-@pytest.mark.parametrize("options", [{"norm_factor": 0.5}, {"norm_factor": -1}, {"upload_gb": 0}])
+@pytest.mark.parametrize("options", [{"max_norm_ratio": 0.5}, {"max_norm_ratio": -1}, {"upload_gb": 0}])
 def test_limits_that_refuse_everybody_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
-        Limits(**options)
+        UploadLimits(**options)
 
 
 def test_a_quorum_counts_who_was_let_in(four):
@@ -224,8 +224,8 @@ def test_whatever_a_check_raises_the_round_goes_on(fedavg, monkeypatch):
 
     uploads = [honest(fedavg, client) for client in range(2)]
     monkeypatch.setattr(fedavg.method, "expects", broken)
-    assert fedavg.admit(uploads, FIRST) == []
-    assert [refusal.reason for refusal in fedavg.refusals] == [
+    assert fedavg.filter(uploads, FIRST) == []
+    assert [refusal.reason for refusal in fedavg.rejected] == [
         "cannot be checked (ValueError: mind?)",
         "cannot be checked (RuntimeError: two lines)",
     ]

@@ -87,7 +87,7 @@ def test_terminal_is_restored_when_the_run_is_interrupted(observe, quick):
 
 
 def test_a_client_without_samples_is_named_as_one(observe, quick, make_data):
-    data = make_data(protocol="global", private_classes=0, public_classes=4, num_clients=2, concentration=0.01)
+    data = make_data(protocol="global", private_classes=0, public_classes=4, num_clients=2, dirichlet_alpha=0.01)
     lines = observe(quick(), data=data, rounds_per_task=1).screen.splitlines()
     samples = [[len(split.train[task]) for task in range(2)] for split in data.splits]
     assert [0 in row for row in samples].count(True) == 1

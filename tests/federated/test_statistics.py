@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress
-from fedlscl.federated.validation import Door
+from fedlscl.federated.validation import UploadValidator
 from fedlscl.functional.analytic import is_semidefinite
 from fedlscl.functional.distillation import Sums, solve, symmetric, upper_triangle
 from fedlscl.testing import learn
@@ -90,9 +90,9 @@ def test_they_are_refused_of_two_clients_too(method, spoil, reason):
     run = run_of(method)
     honest, other = run.uploads[:2]
     bad = replace(other, payload={**other.payload, **spoil(other.payload)})
-    door = Door(run.method, 2, 6)
-    assert door.admit([honest, bad], FIRST) == [honest]
-    (refusal,) = door.refusals
+    validator = UploadValidator(run.method, 2, 6)
+    assert validator.filter([honest, bad], FIRST) == [honest]
+    (refusal,) = validator.rejected
     assert reason in refusal.reason and refusal.client == bad.client
 
 

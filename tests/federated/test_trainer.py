@@ -248,7 +248,7 @@ def test_before_and_after_tell_what_the_server_did(make_method, federate):
 
 
 def test_traffic_is_what_was_really_sent(make_method, federate):
-    sent, answered = {}, {}
+    sent, num_synced_rounds = {}, {}
     method = make_method("fedlscl")
     upload, aggregate = method.upload, method.aggregate
 
@@ -258,13 +258,13 @@ def test_traffic_is_what_was_really_sent(make_method, federate):
 
     def record_answers(uploads, progress):
         answers = aggregate(uploads, progress)
-        answered.update({(i, *progress): answer for i, answer in enumerate(answers)})
+        num_synced_rounds.update({(i, *progress): answer for i, answer in enumerate(answers)})
         return answers
 
     method.upload, method.aggregate = record, record_answers
     trainer = federate(method, rounds_per_task=2)
-    assert len(sent) == len(answered) == 2 * TASKS * 2
-    for name, messages in (("up", sent), ("down", answered)):
+    assert len(sent) == len(num_synced_rounds) == 2 * TASKS * 2
+    for name, messages in (("up", sent), ("down", num_synced_rounds)):
         for place, payload in messages.items():
             assert trainer.traffic[name][place] == num_bytes(payload) > 0
             assert trainer.traffic[f"{name}_values"][place] == sum(value.numel() for value in payload.values())

@@ -5,7 +5,13 @@ import torch
 
 from fedlscl.data import Batch
 from fedlscl.federated.method import Stage
-from fedlscl.methods.data_free import Dreamer, ImitationModule, InversionModule, SynthesisModule, Synthesizer
+from fedlscl.methods.data_free import (
+    GeneratorWithTeacher,
+    ImitationModule,
+    InversionModule,
+    SynthesisModule,
+    Synthesizer,
+)
 
 CLASSES = torch.tensor([1, 4])
 
@@ -25,7 +31,7 @@ def wish():
 
 def inversion(small_net, slow, **changed):
     weights = {"lambda_label": 1.0, "lambda_norm": 0.1, "lambda_adversarial": 1.0, "lr_noise": 0.01, "lr": 1e-3}
-    dreamer = Dreamer(deepcopy(slow), small_net, batch_size=6)
+    dreamer = GeneratorWithTeacher(deepcopy(slow), small_net, batch_size=6)
     torch.manual_seed(2)
     student = deepcopy(small_net)
     torch.nn.init.normal_(student.head.weight)
@@ -87,7 +93,7 @@ def test_a_student_comes_nearer_to_its_teacher_on_the_columns_it_learns(small_ne
 
 
 def test_a_synthesizer_learns_what_it_is_asked_for(small_net, slow, wish, engine):
-    module = SynthesisModule(Dreamer(slow, small_net), CLASSES, 1.0, 1.0, 1.0, 1e-3, lr=5e-3)
+    module = SynthesisModule(GeneratorWithTeacher(slow, small_net), CLASSES, 1.0, 1.0, 1.0, 1e-3, lr=5e-3)
     teacher = {name: value.clone() for name, value in small_net.state_dict().items()}
     first = sum(term.item() for term in module.loss(wish).values())
     engine.train(Stage("synthesis", module, [wish] * 15, 1))
@@ -96,8 +102,8 @@ def test_a_synthesizer_learns_what_it_is_asked_for(small_net, slow, wish, engine
 
 
 def test_terms_are_weighted(small_net, slow, wish):
-    plain = SynthesisModule(Dreamer(slow, small_net), CLASSES, 1.0, 1.0, 1.0, 1.0).eval().loss(wish)
-    other = SynthesisModule(Dreamer(slow, small_net), CLASSES, 1e6, 2.0, 3.0, 4.0).eval().loss(wish)
+    plain = SynthesisModule(GeneratorWithTeacher(slow, small_net), CLASSES, 1.0, 1.0, 1.0, 1.0).eval().loss(wish)
+    other = SynthesisModule(GeneratorWithTeacher(slow, small_net), CLASSES, 1e6, 2.0, 3.0, 4.0).eval().loss(wish)
     for factor, name in enumerate(("evenness", "norm", "smoothness"), start=2):
         assert other[name].item() == pytest.approx(factor * plain[name].item(), rel=1e-5)
     assert other["certainty"].item() == pytest.approx(0.693147, rel=1e-4)  # log 2: two classes, logits flattened away

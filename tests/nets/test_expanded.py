@@ -100,7 +100,7 @@ def test_only_allocated_blocks_learn(foundation_config, images):
     net = make(foundation_config, awake=True)
     for blocks in ([1], [0, 2], []):
         net.zero_grad()
-        net.learn(blocks)
+        net.set_trainable(blocks)
         net(images).logits.sum().backward()
         trained = [any(p.grad is not None for p in block.parameters()) for block in net.expanded]
         assert trained == [number in blocks for number in range(3)] and net.head.weight.grad is not None

@@ -111,7 +111,7 @@ def test_only_what_learns_gets_a_gradient(foundation_config, images):
     net = make(foundation_config, targets=("attn.qkv",), num_tasks=3)
     for factors in (("up",), ("down",), ("down", "up")):
         net.zero_grad()
-        net.learn(1, factors)
+        net.set_trainable(1, factors)
         net(images).logits.sum().backward()
         for layer in net.lora:
             for kind in ("down", "up"):

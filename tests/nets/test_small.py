@@ -193,9 +193,11 @@ def test_every_family_of_timm_is_pooled_as_timm_pools_it_or_refused_in_one_line(
         assert small(torch.zeros(2, 3, shown, shown)).shape == (2, small.width)
     assert family not in REFUSED and small.width == net.num_features
     maps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    pools = [part for part in net.modules() if isinstance(part, SelectAdaptivePool2d) and part.pool_type == "avg"]
-    if maps.dim() == 4 and pools:
-        torch.testing.assert_close(small.pool(maps), pools[-1].cpu()(maps).flatten(1))
+    has_adapted_head = [
+        part for part in net.modules() if isinstance(part, SelectAdaptivePool2d) and part.pool_type == "avg"
+    ]
+    if maps.dim() == 4 and has_adapted_head:
+        torch.testing.assert_close(small.pool(maps), has_adapted_head[-1].cpu()(maps).flatten(1))
     else:
         channels_last = maps.dim() < 4 or getattr(net, "output_fmt", None) == "NHWC"
         expected = maps.flatten(1, -2) if channels_last else maps.flatten(2).transpose(1, 2)
@@ -336,10 +338,10 @@ def test_weights_that_timm_does_not_have_are_refused(name, pretrained, reason):
 
 
 def test_a_failed_download_is_refused_with_the_name_and_the_ways_out(monkeypatch):
-    def refuse(*arguments, **options):
+    def reject(*arguments, **options):
         raise OSError("Cannot reach the hub.\nmore")
 
-    monkeypatch.setattr(timm, "create_model", refuse)
+    monkeypatch.setattr(timm, "create_model", reject)
     with pytest.raises(ValueError) as error:
         SmallModel("resnet18", 32, pretrained=True)
     assert str(error.value) == (

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.methods.data_free import Dreamer, Synthesizer, jitter
+from fedlscl.methods.data_free import GeneratorWithTeacher, Synthesizer, jitter
 from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
 
 
@@ -9,7 +9,7 @@ from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
 def dreamer():
     torch.manual_seed(0)
     teacher = SmallClassifier("test_resnet", 6, image_size=16)
-    return Dreamer(Synthesizer(8, (8, 4), 16), teacher, batch_size=5, padding=2)
+    return GeneratorWithTeacher(Synthesizer(8, (8, 4), 16), teacher, batch_size=5, padding=2)
 
 
 def size(net):
@@ -71,7 +71,7 @@ def test_statistics_are_of_every_batch_norm_in_its_order(dreamer):
 
 def test_noise_that_is_not_learned_makes_no_difference_to_shapes():
     torch.manual_seed(0)
-    net = Dreamer(Synthesizer(8, (8, 4), 16), SmallClassifier("test_resnet", 6, image_size=16))
+    net = GeneratorWithTeacher(Synthesizer(8, (8, 4), 16), SmallClassifier("test_resnet", 6, image_size=16))
     assert not net.shift.requires_grad and net(torch.randn(3, 8)).logits.shape == (3, 6)
 
 

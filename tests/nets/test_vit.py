@@ -280,10 +280,10 @@ def test_a_damaged_weights_file_is_refused(weights_file):
 
 
 def test_a_failed_download_names_the_ways_out(monkeypatch):
-    def refuse(*arguments, **options):
+    def reject(*arguments, **options):
         raise OSError("We couldn't connect to the hub\nmore")
 
-    monkeypatch.setattr(timm, "create_model", refuse)
+    monkeypatch.setattr(timm, "create_model", reject)
     with pytest.raises(
         ValueError, match=r"could not be created .*hub.*: name a safetensors file in weights, or 'random'"
     ):

@@ -92,7 +92,7 @@ def test_any_wrong_entry_is_harmless_or_refused_when_it_is_read(copied, name, tm
     """Every entry in turn is absent or of another type, as in files of other tools and of other versions."""
     (copied / "matrix.csv").unlink()
     text = (copied / name).read_text()
-    refusals = 0
+    rejected = 0
     for place in places(json.loads(text)):
         for wrong in (None, "absent", [], {}, "text", -1, 1e400, [{}]):
             values = json.loads(text)
@@ -108,8 +108,8 @@ def test_any_wrong_entry_is_harmless_or_refused_when_it_is_read(copied, name, tm
                 groups = grouped(read_runs([copied]))
             except ValueError as error:
                 assert raised_here(error) and name in str(error), place
-                refusals += 1
+                rejected += 1
                 continue
             assert page(groups, [], [], tmp_path) and table_latex(groups, inequalities(groups))
             assert list(per_task_rows(groups)) and list(table_rows(groups))
-    assert refusals > 10
+    assert rejected > 10

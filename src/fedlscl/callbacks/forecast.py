@@ -38,7 +38,7 @@ class Rehearsed:
 
     images: int
     """Training samples of all who rehearse."""
-    trained: int
+    head_logits: int
     """Those of the first, who alone is trained."""
     work: list[float] = field(default_factory=list)
     """By round, steps times seconds of all stages of the first client."""
@@ -69,7 +69,7 @@ class Rehearsal(FederatedTrainer):
             cache_gb=trainer.cache_gb,
             max_tasks=min(TASKS, trainer.num_tasks),
             quorum=0,
-            norm_factor=0.0,
+            max_norm_ratio=0.0,
         )
         self.tasks: list[Rehearsed] = []
 
@@ -137,17 +137,17 @@ def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemp
     rehearsal.fit(method, few, trainer.seed)
     known = rehearsal.tasks
     done = [known[min(task, len(known) - 1)] for task in tasks]
-    asked = len(images) * trainer.attendance.participation / number
+    asked = len(images) * trainer.sampling.participation / number
     up = (1 if method.simulation_only else asked) * sum(_whole_task(part.up, rounds) for part in done)
     down = asked * sum(_whole_task(part.down, rounds) for part in done)
-    work = _extended([_whole_task(part.work, rounds) / max(part.trained, 1) for part in known], len(tasks))
+    work = _extended([_whole_task(part.work, rounds) / max(part.head_logits, 1) for part in known], len(tasks))
     tested = _extended([part.evaluation / number for part in known], len(tasks))
     seconds = server = 0.0
     for task, part in enumerate(done):
         samples = sum(client[task] for client in images)
         scale = samples / max(part.images, 1)
         talk = scale * _whole_task(part.rounds, rounds)
-        seconds += (work[task] * samples + talk) * trainer.attendance.participation
+        seconds += (work[task] * samples + talk) * trainer.sampling.participation
         seconds += scale * (part.placing + part.rest) + tested[task] * len(images)
         server += _whole_task(part.server, rounds)
     return Forecast(up, down, seconds / trainer.devices + server)

@@ -59,8 +59,10 @@ class Workload:
     def remaining(self) -> float:
         """Units to go."""
         (task, round_, client), lengths = self.next, self._lengths()
-        present, later = lengths[:, task : task + 1], lengths[:, task + 1 :]
-        turns = present[client:].sum() + (self.rounds - 1 - round_) * present.sum() + self.rounds * later.sum()
+        participants, later = lengths[:, task : task + 1], lengths[:, task + 1 :]
+        turns = (
+            participants[client:].sum() + (self.rounds - 1 - round_) * participants.sum() + self.rounds * later.sum()
+        )
         return float(turns + self.turn_length - self.turn_done)
 
     @property

@@ -195,7 +195,7 @@ def _count(net: Net) -> Flops:
             net(images, prefix)
         counts.append(counter.get_total_flops())
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        logits = net(images, prefix).trained
+        logits = net(images, prefix).head_logits
         if logits.requires_grad:
             torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return Flops(*counts, counter.get_total_flops())
@@ -416,7 +416,7 @@ def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> 
         "accuracy": to_lists(trainer.matrix),
         "summary": [plain(summary(trainer.matrix, task)) for task in range(done)],
         "clients": {mask: _clients(trainer.matrix.of(mask), done) for mask in MASKS},
-        "quarantined": [refusal._asdict() for refusal in trainer.server.door.refusals],
+        "quarantined": [refusal._asdict() for refusal in trainer.server.validator.rejected],
         "traffic": {
             "up_bytes": int(values["up"].sum()),
             "down_bytes": int(values["down"].sum()),

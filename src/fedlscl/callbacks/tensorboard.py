@@ -141,7 +141,9 @@ class TensorBoard(Timed):
         """Loss terms, bytes and seconds of the round."""
         lap = self.lap()
         scalars = dict(_losses(trainer))
-        refused = [found for found in trainer.server.door.refusals if (found.task, found.round) == (*trainer.progress,)]
+        refused = [
+            found for found in trainer.server.validator.rejected if (found.task, found.round) == (*trainer.progress,)
+        ]
         scalars["door/quarantined"] = len(refused)
         if refused and self.writer is not None:
             text = "\n".join(f"- client {found.client}: {found.reason}" for found in refused)
@@ -149,7 +151,7 @@ class TensorBoard(Timed):
         for direction in ("up", "down"):
             total = int(trainer.traffic[direction][:, *trainer.progress].sum())
             scalars[f"traffic/{direction}_bytes"] = total
-            scalars[f"traffic/{direction}_bytes_per_client"] = total / max(1, len(trainer.present))
+            scalars[f"traffic/{direction}_bytes_per_client"] = total / max(1, len(trainer.participants))
         scalars |= {f"seconds/{name}": seconds for name, seconds in lap.seconds.items()}
         scalars |= {f"memory/{place}_peak_bytes": size for place, size in peak_memory().items() if size}
         scalars["seconds/round"] = time.perf_counter() - self.round_began

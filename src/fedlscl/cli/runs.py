@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 # What makes two runs the same.
 
-DECIDING = ("rounds_per_task", "server_every", "max_tasks", "participation", "failure_rate", "norm_factor", "upload_gb")
+DECIDING = (
+    "rounds_per_task",
+    "server_every",
+    "max_tasks",
+    "participation",
+    "failure_rate",
+    "max_norm_ratio",
+    "upload_gb",
+)
 """Options of the trainer that decide what is learned."""
 
 

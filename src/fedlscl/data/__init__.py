@@ -1,7 +1,7 @@
 """Data sets, their split into clients and tasks, batches and the replay buffer."""
 
 from fedlscl.data.buffer import Buffer, lowest_loss
-from fedlscl.data.datamodule import ClientStream, PlaceDataModule, SpatialTemporalDataModule
+from fedlscl.data.datamodule import ClientStream, ClientTaskDataModule, SpatialTemporalDataModule
 from fedlscl.data.datasets import load_images
 from fedlscl.data.images import Batch, ImageData
 from fedlscl.data.loader import EvenBatches, batches
@@ -13,9 +13,9 @@ __all__ = [
     "Buffer",
     "ClientSplit",
     "ClientStream",
+    "ClientTaskDataModule",
     "EvenBatches",
     "ImageData",
-    "PlaceDataModule",
     "SpatialTemporalDataModule",
     "batches",
     "dirichlet_split",

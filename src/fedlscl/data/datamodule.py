@@ -80,7 +80,7 @@ class ClientStream:
 # One place in the streams as a plain datamodule.
 
 
-class PlaceDataModule(L.LightningDataModule):
+class ClientTaskDataModule(L.LightningDataModule):
     """One place in the streams, for a stock ``lightning.Trainer``."""
 
     def __init__(self, streams: "SpatialTemporalDataModule", client: int | None, task: int | None) -> None:
@@ -125,7 +125,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         num_tasks: tasks T per client, of equally many classes.
         private_classes: classes per client that no other client has.
         public_classes: classes that all clients share; their train samples are divided without overlap.
-        concentration: of the Dirichlet draw that divides a class, above 0 and at most 1e9; small means unequal shares.
+        dirichlet_alpha: of the Dirichlet draw that divides a class, above 0 and at most 1e9; small means unequal shares.
         protocol: 'local' gives every client its own classes in its own order; 'global' gives all clients the same
             public classes in the same order and needs private_classes 0.
         batch_size: samples per batch of the plain dataloaders.
@@ -152,7 +152,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         num_tasks: int = 3,
         private_classes: int = 2,
         public_classes: int = 4,
-        concentration: float = 1.0,
+        dirichlet_alpha: float = 1.0,
         protocol: Protocol = "local",
         batch_size: int = 32,
         image_size: int | None = None,
@@ -171,7 +171,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         check_integers(1, num_tasks=num_tasks, batch_size=batch_size)
         check_integers(0, private_classes=private_classes, public_classes=public_classes, seed=seed)
         check_integers(0, MAX_WORKERS, num_workers=num_workers)
-        check_concentration(concentration)
+        check_concentration(dirichlet_alpha)
         check_sizes(image_size, train_per_class, test_per_class, fake_classes)
         for option, value, choices in (
             ("protocol", protocol, get_args(Protocol)),
@@ -185,7 +185,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         self.num_tasks = num_tasks
         self.private_classes = private_classes
         self.public_classes = public_classes
-        self.concentration = concentration
+        self.dirichlet_alpha = dirichlet_alpha
         self.protocol = protocol
         self.batch_size = batch_size
         self.image_size = image_size
@@ -270,18 +270,18 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         augment = self.augment if shuffle else "none"
         return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers, augment)
 
-    def at(self, client: int | None, task: int | None) -> PlaceDataModule:
+    def at(self, client: int | None, task: int | None) -> ClientTaskDataModule:
         """A plain datamodule for one place in the streams; ``None`` means every client, or every task."""
-        return PlaceDataModule(self, client, task)
+        return ClientTaskDataModule(self, client, task)
 
     def train_dataloader(self, client: int | None = None, task: int | None = None) -> DataLoader:
         """Shuffled train samples of a client and a task; ``None`` pools all of them."""
-        ids = torch.cat([stream.train_ids(n) for stream, n in self._places(client, task)]).unique()
+        ids = torch.cat([stream.train_ids(n) for stream, n in self._streams_at(client, task)]).unique()
         return self.loader(ids, self.batch_size, shuffle=True)
 
     def test_dataloader(self, client: int | None = None, task: int | None = None) -> DataLoader:
         """Test samples of a client and a task; ``None`` pools all of them, each sample once."""
-        ids = torch.cat([stream.test_ids(n) for stream, n in self._places(client, task)]).unique()
+        ids = torch.cat([stream.test_ids(n) for stream, n in self._streams_at(client, task)]).unique()
         return self.loader(ids, self.batch_size, shuffle=False)
 
     val_dataloader = test_dataloader
@@ -291,7 +291,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         """Save the split, so that any project can run the very same one."""
         manifests.save_manifest(path, self.splits, self.class_names, self.data.fingerprint, self._meta())
 
-    def _places(self, client: int | None, task: int | None) -> list[tuple[ClientStream, int]]:
+    def _streams_at(self, client: int | None, task: int | None) -> list[tuple[ClientStream, int]]:
         if task is not None and not 0 <= task < self.num_tasks:
             raise ValueError(f"task={task}: num_tasks={self.num_tasks}, use 0 to {self.num_tasks - 1}")
         clients = range(self.num_clients) if client is None else [client]
@@ -308,7 +308,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
                 num_tasks=self.num_tasks,
                 private_classes=self.private_classes,
                 public_classes=self.public_classes,
-                concentration=self.concentration,
+                dirichlet_alpha=self.dirichlet_alpha,
                 seed=seed,
                 class_names=self.class_names,
             )
@@ -322,7 +322,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
             num_clients=self.num_clients,
             num_tasks=self.num_tasks,
             num_classes=self.public_classes,
-            concentration=self.concentration,
+            dirichlet_alpha=self.dirichlet_alpha,
             seed=seed,
         )
 
@@ -352,6 +352,6 @@ class SpatialTemporalDataModule(L.LightningDataModule):
             "protocol": self.protocol,
             "private_classes": self.private_classes,
             "public_classes": self.public_classes,
-            "concentration": self.concentration,
+            "dirichlet_alpha": self.dirichlet_alpha,
             "seed": self.run_seed if self.seed is None else self.seed,
         }

@@ -149,7 +149,7 @@ def read_image(file: Path) -> "Image":
             raw = tiles[0].args if tiles else None
             opened.load()
             rule = MODES.get(opened.mode, REFUSED)
-            flaw = _flaw(opened, rule)
+            flaw = _error(opened, rule)
             image = opened if flaw else _rgb(_upright(opened), rule, raw)
     except Image.DecompressionBombError as error:
         pixels, limit, *_ = map(int, re.findall(r"\d+", str(error)))
@@ -161,7 +161,7 @@ def read_image(file: Path) -> "Image":
     return image
 
 
-def _flaw(image: "Image", rule: str) -> str | None:
+def _error(image: "Image", rule: str) -> str | None:
     """Why an image cannot become RGB, and the remedy."""
     if rule == REFUSED:
         return (

@@ -26,14 +26,14 @@ def standard(images: Tensor, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     size, (height, width) = len(images), images.shape[-2:]
-    rows, columns = (_places(size, side, generator) for side in (height, width))
+    rows, columns = (_streams_at(size, side, generator) for side in (height, width))
     flipped = torch.rand(size, generator=generator) < 0.5
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
     which, channels = torch.arange(size).view(-1, 1, 1, 1), torch.arange(images.shape[1]).view(1, -1, 1, 1)
     return images[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _places(size: int, side: int, generator: torch.Generator) -> Tensor:
+def _streams_at(size: int, side: int, generator: torch.Generator) -> Tensor:
     reach = side // SHIFT
     shifts = torch.randint(-reach, reach + 1, (size, 1), generator=generator)
     return (torch.arange(side) + shifts).clamp(0, side - 1)

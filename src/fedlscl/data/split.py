@@ -34,7 +34,7 @@ def spatial_temporal_split(
     num_tasks: int,
     private_classes: int,
     public_classes: int,
-    concentration: float = 1.0,
+    dirichlet_alpha: float = 1.0,
     seed: int,
     class_names: Sequence[str] | None = None,
 ) -> list[ClientSplit]:
@@ -47,7 +47,7 @@ def spatial_temporal_split(
         num_tasks: tasks T per client, of equally many classes.
         private_classes: classes per client that no other client has.
         public_classes: classes that every client has; their train samples are divided without overlap.
-        concentration: of the Dirichlet draw per public class; small means unequal shares.
+        dirichlet_alpha: of the Dirichlet draw per public class; small means unequal shares.
         seed: of the class order, the task orders and the shares.
         class_names: names in label order, for error messages.
 
@@ -67,7 +67,7 @@ def spatial_temporal_split(
     check_integers(1, MAX_CLIENTS, num_clients=num_clients)
     check_integers(1, num_tasks=num_tasks)
     check_integers(0, seed=seed)
-    check_concentration(concentration)
+    check_concentration(dirichlet_alpha)
     check_integers(0, private_classes=private_classes, public_classes=public_classes)
     order = _class_order(train_labels, seed)
     needed = private_classes * num_clients + public_classes
@@ -90,7 +90,9 @@ def spatial_temporal_split(
                 f"public class {name} must have at least {num_clients} train samples, one per client, got {count}: "
                 "lower num_clients, add images or raise train_per_class"
             )
-    shares = {int(label): _share(train_labels, label, num_clients, concentration, seed, at_least=1) for label in public}
+    shares = {
+        int(label): _share(train_labels, label, num_clients, dirichlet_alpha, seed, at_least=1) for label in public
+    }
     splits = []
     for client in range(num_clients):
         owned = {int(label): np.flatnonzero(train_labels == label) for label in private[client]}
@@ -107,7 +109,7 @@ def dirichlet_split(
     num_clients: int,
     num_tasks: int,
     num_classes: int,
-    concentration: float,
+    dirichlet_alpha: float,
     seed: int,
 ) -> list[ClientSplit]:
     """Give all clients the same classes in the same order, and each a Dirichlet share of every class.
@@ -125,7 +127,7 @@ def dirichlet_split(
     check_integers(1, MAX_CLIENTS, num_clients=num_clients)
     check_integers(1, num_tasks=num_tasks)
     check_integers(0, seed=seed)
-    check_concentration(concentration)
+    check_concentration(dirichlet_alpha)
     order = _class_order(train_labels, seed)
     if num_classes > len(order):
         raise ValueError(
@@ -134,7 +136,7 @@ def dirichlet_split(
     _check_equal_tasks(f"{num_classes} public classes", num_classes, num_tasks)
 
     classes = order[:num_classes]
-    shares = {int(label): _share(train_labels, label, num_clients, concentration, seed) for label in classes}
+    shares = {int(label): _share(train_labels, label, num_clients, dirichlet_alpha, seed) for label in classes}
     return [
         _cut(classes, {label: share[client] for label, share in shares.items()}, train_labels, test_labels, num_tasks)
         for client in range(num_clients)
@@ -150,13 +152,13 @@ def _class_order(train_labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _share(
-    train_labels: np.ndarray, label: int, num_clients: int, concentration: float, seed: int, at_least: int = 0
+    train_labels: np.ndarray, label: int, num_clients: int, dirichlet_alpha: float, seed: int, at_least: int = 0
 ) -> list[np.ndarray]:
     """Divide the train samples of one class completely: one array of ids per client."""
     ids = np.flatnonzero(train_labels == label)
     free = len(ids) - at_least * num_clients
     random = _stream(seed, SAMPLES, int(label))
-    exact = random.dirichlet(np.full(num_clients, concentration)) * free
+    exact = random.dirichlet(np.full(num_clients, dirichlet_alpha)) * free
     counts = np.floor(exact).astype(np.int64)
     # What rounding down left over goes to the largest fractions.
     counts[np.argsort(counts - exact, kind="stable")[: free - counts.sum()]] += 1
@@ -192,15 +194,15 @@ def check_integers(low: int, high: int | None = None, /, **values: int | None) -
             raise ValueError(f"{name} must be an integer {bounds}, got {value}: correct it, or leave it out")
 
 
-def check_concentration(concentration: float) -> None:
+def check_concentration(dirichlet_alpha: float) -> None:
     """Refuse a concentration that is not a number above 0, or so large that the draw overflows.
 
     Raises:
         ValueError: naming it.
     """
-    if not 0 < concentration <= MAX_CONCENTRATION:
+    if not 0 < dirichlet_alpha <= MAX_CONCENTRATION:
         raise ValueError(
-            f"concentration must be above 0 and at most {MAX_CONCENTRATION:g}, got {concentration}: 1 gives uneven "
+            f"concentration must be above 0 and at most {MAX_CONCENTRATION:g}, got {dirichlet_alpha}: 1 gives uneven "
             "shares, 1000 nearly even ones"
         )
 

@@ -50,9 +50,9 @@ class Client:
     """Whatever else a method keeps on the client."""
     task: int = 0
     round: int = 0
-    answered: int = 0
+    num_synced_rounds: int = 0
     """Rounds of the current task whose answer the client has taken over."""
-    parked: Path | None = None
+    offloaded_to: Path | None = None
     """The file that holds the client's tensors while they are not in memory."""
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Buffers of a parked net that are no part of its state."""
@@ -91,14 +91,14 @@ class Client:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers that describe the client between two rounds."""
-        if self.parked is not None:
-            return torch.load(self.parked, mmap=True, weights_only=True)
+        if self.offloaded_to is not None:
+            return torch.load(self.offloaded_to, mmap=True, weights_only=True)
         return {
             "net": self.net.state_dict(),
             "previous": None if self.previous is None else self.previous.state_dict(),
             "buffer": self.buffer.state_dict(),
             "memory": dict(self.memory),
-            "answered": self.answered,
+            "num_synced_rounds": self.num_synced_rounds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Client:
             self.snapshot()
             self.previous.load_state_dict(state["previous"])
         self.buffer = Buffer.from_state_dict(state["buffer"])
-        self.memory, self.answered = dict(state["memory"]), state["answered"]
+        self.memory, self.num_synced_rounds = dict(state["memory"]), state["num_synced_rounds"]
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +119,7 @@ class Client:
         tensors = [*states(self.net), *states(self.previous), *self.memory.values(), *buffer]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def park(self, path: Path) -> None:
+    def offload(self, path: Path) -> None:
         """Put everything into a file and free the memory; the net's structure stays, without values."""
         state = self.state_dict()
         # A new file, since tensors of the old one may still be mapped by whoever read the state.
@@ -128,13 +128,13 @@ class Client:
         fresh.replace(path)
         self.constants = {name: value for name, value in self.net.named_buffers() if name not in state["net"]}
         self.net.to("meta")
-        self.previous, self.buffer, self.memory, self.parked = None, Buffer.empty(), {}, path
+        self.previous, self.buffer, self.memory, self.offloaded_to = None, Buffer.empty(), {}, path
 
-    def unpark(self) -> None:
+    def reload(self) -> None:
         """Bring everything back from the file, if it is in one."""
-        if self.parked is not None:
-            state = torch.load(self.parked, weights_only=True)
-            self.parked = None
+        if self.offloaded_to is not None:
+            state = torch.load(self.offloaded_to, weights_only=True)
+            self.offloaded_to = None
             self.net.to_empty(device="cpu")
             for name, value in self.constants.items():
                 self.net.get_buffer(name).copy_(value)
@@ -166,7 +166,7 @@ def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Te
 # Idle clients beyond a budget wait in files.
 
 
-class Parking:
+class ClientOffloader:
     """Keeps the clients that worked last in memory, and the others on disk, in a folder that ends with the process.
 
     Args:
@@ -187,7 +187,7 @@ class Parking:
     def take(self, client: Client) -> None:
         """A client's turn begins: it is in memory, and not counted as idle."""
         self.resident.pop(client.id, None)
-        client.unpark()
+        client.reload()
 
     def leave(self, client: Client) -> None:
         """A client's turn is over; whoever has been idle longest makes room."""
@@ -196,4 +196,4 @@ class Parking:
             index, (idle, _) = self.resident.popitem(last=False)
             if self.folder is None:
                 self.folder = tempfile.TemporaryDirectory(prefix="fedlscl-clients-")
-            idle.park(Path(self.folder.name, f"{index}.pt"))
+            idle.offload(Path(self.folder.name, f"{index}.pt"))

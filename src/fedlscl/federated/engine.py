@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlscl.data import Batch, ClientStream
 from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.client import Client, Parking
+from fedlscl.federated.client import Client, ClientOffloader
 from fedlscl.federated.compilation import Compile, compile_small_models
 from fedlscl.federated.method import Stage
 from fedlscl.nets.net import Net
@@ -98,11 +98,11 @@ class Engine:
         fabric: Fabric,
         cache: PrefixCache,
         infer_batch_size: int = 128,
-        parking: Parking | None = None,
+        offloader: ClientOffloader | None = None,
         compile: Compile = "auto",
     ) -> None:
         self.fabric, self.cache, self.infer_batch_size, self.compile = fabric, cache, infer_batch_size, compile
-        self.parking = parking or Parking(float("inf"))
+        self.offloader = offloader or ClientOffloader(float("inf"))
 
     def train(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
         """Go through a stage's batches; returns the mean of each term of the last epoch."""
@@ -152,7 +152,7 @@ class Engine:
     @contextmanager
     def on_device(self, client: Client) -> Iterator[None]:
         """Hold a client's nets on the device for its turn; idle clients wait in host memory, or in a file."""
-        self.parking.take(client)
+        self.offloader.take(client)
         nets = [net for net in (client.net, client.previous) if net is not None]
         for net in nets:
             self.fabric.to_device(net)
@@ -162,4 +162,4 @@ class Engine:
             if self.fabric.device.type != "cpu":
                 for net in filter(None, (client.net, client.previous)):
                     net.cpu()
-            self.parking.leave(client)
+            self.offloader.leave(client)

@@ -128,7 +128,7 @@ class Method(ABC):
         """Training at the server before ``aggregate``, stage by stage as in ``stages``; none here."""
         return iter(())
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """What an honest message from this sender of this round looks like: names, shapes and dtypes.
 
         The door compares every upload with it, and norms with those of tensors that come from ``net`` as it is. A
@@ -141,7 +141,7 @@ class Method(ABC):
         """
         return dict(net.state_dict()) if type(self).upload is Method.upload else None
 
-    def objection(self, upload: Upload) -> str:
+    def check_upload(self, upload: Upload) -> str:
         """What shows that an upload of the expected form and of finite numbers was not made as ``upload`` makes it.
 
         One line, and the door refuses it; nothing here. The place for what a method knows of its statistics.

@@ -1,4 +1,4 @@
-"""The accuracy of every client, after every task, on every task; what the field derives from it, and all of it as text."""
+"""The accuracy of every client, after every task, on every task, and what the field derives from it."""
 
 import csv
 import io

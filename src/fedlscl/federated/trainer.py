@@ -15,14 +15,14 @@ from fedlscl.callbacks import AT_SERVER, Callback
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
-from fedlscl.federated.client import Client, Parking
+from fedlscl.federated.client import Client, ClientOffloader
 from fedlscl.federated.distributed import Ranks, gather_accuracies, gather_clients, gather_history
 from fedlscl.federated.engine import Engine, Precision, chosen_precision, connect
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix, correct
 from fedlscl.federated.payload import Payload, Upload, num_bytes
 from fedlscl.federated.seeding import Turn, seed_turn
-from fedlscl.federated.validation import Door, Limits
+from fedlscl.federated.validation import UploadLimits, UploadValidator
 from fedlscl.nets.net import Net
 
 # Bytes and numbers sent, by client, task and round.
@@ -62,7 +62,7 @@ def extrapolated(traffic: Traffic, direction: str, rounds_done: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attendance:
+class ClientSampling:
     """Draws the participants of every round anew from the run's seed; nothing has to be saved."""
 
     participation: float = 1.0
@@ -83,7 +83,7 @@ class Attendance:
         if self.quorum < 0:
             raise ValueError(f"quorum {self.quorum} cannot be counted: choose 0 or more.")
 
-    def present(self, num_clients: int, seed: int, progress: Progress) -> list[int]:
+    def participants(self, num_clients: int, seed: int, progress: Progress) -> list[int]:
         """Clients that take part in a round, in order.
 
         Example:
@@ -137,7 +137,7 @@ class LocalWork:
         """Before the first round of ``client.task``."""
         self._seed(Turn.BEGIN, client)
         with self.engine.on_device(client):
-            client.answered = 0
+            client.num_synced_rounds = 0
             self.method.begin_task(client)
 
     def train(self, client: Client, train: TrainStage) -> None:
@@ -159,7 +159,7 @@ class LocalWork:
         self._seed(Turn.DOWNLOAD, client)
         with self.engine.on_device(client):
             self.method.download(client, answer)
-            client.answered += 1
+            client.num_synced_rounds += 1
 
     def end_task(self, client: Client) -> None:
         """After the last download of ``client.task``."""
@@ -201,15 +201,15 @@ class Server:
     Args:
         method: whose hooks.
         seed: of the run.
-        door: what uploads have to pass.
+        validator: what uploads have to pass.
     """
 
-    def __init__(self, method: Method, seed: int, door: Door) -> None:
-        self.method, self.seed, self.door = method, seed, door
+    def __init__(self, method: Method, seed: int, validator: UploadValidator) -> None:
+        self.method, self.seed, self.validator = method, seed, validator
 
-    def admit(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
+    def filter(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
         """The uploads that count; no other may be trained on or aggregated."""
-        return self.door.admit(uploads, progress)
+        return self.validator.filter(uploads, progress)
 
     def train(self, uploads: list[Upload], progress: Progress, train: TrainStage) -> None:
         """What the method trains at the server."""
@@ -230,13 +230,13 @@ class Server:
 # The whole federation between two rounds: what a checkpoint holds, and how it is taken up.
 
 
-def state_of(trainer: "FederatedTrainer", progress: Progress) -> dict[str, Any]:
+def federation_state(trainer: "FederatedTrainer", progress: Progress) -> dict[str, Any]:
     """Tensors and plain values, as they are before the round of ``progress``."""
     return {
         "identity": trainer.identity,
         "progress": list(progress),
         "method": trainer.method.state_dict(),
-        "door": trainer.server.door.state_dict(),
+        "validator": trainer.server.validator.state_dict(),
         "clients": [client.state_dict() for client in trainer.clients],
         "matrix": trainer.matrix.values,
         "traffic": trainer.traffic,
@@ -244,10 +244,10 @@ def state_of(trainer: "FederatedTrainer", progress: Progress) -> dict[str, Any]:
     }
 
 
-def take_up(trainer: "FederatedTrainer", state: dict[str, Any]) -> Progress:
-    """Put a trainer whose clients are built where ``state_of`` found one; returns the round that comes next."""
+def restore_state(trainer: "FederatedTrainer", state: dict[str, Any]) -> Progress:
+    """Put a trainer whose clients are built where ``federation_state`` found one; returns the round that comes next."""
     trainer.method.load_state_dict(state["method"])
-    trainer.server.door.load_state_dict(state["door"])
+    trainer.server.validator.load_state_dict(state["validator"])
     progress = Progress(*state["progress"])
     for client, values in zip(trainer.clients, state["clients"], strict=True):
         with trainer.engine.on_device(client):
@@ -273,7 +273,7 @@ class FederatedTrainer:
         participation: share of the clients that are asked in a round, drawn anew each time; the others sit it out.
         failure_rate: share of those asked that fail in a round, drawn likewise: they do not train and get no answer.
         quorum: uploads without which a round cannot be aggregated; with 0 it then passes without.
-        norm_factor: how many times the median norm an uploaded tensor's may be; 0 for any (docs/robustness.md).
+        max_norm_ratio: how many times the median norm an uploaded tensor's may be; 0 for any (docs/robustness.md).
         upload_gb: largest upload; what is larger, or malformed in any other way, is left out of its round.
         max_tasks: stop after so many tasks; all where not given.
         default_root_dir: folder of all runs.
@@ -295,7 +295,7 @@ class FederatedTrainer:
         participation: float = 1.0,
         failure_rate: float = 0.0,
         quorum: int = 1,
-        norm_factor: float = 1000.0,
+        max_norm_ratio: float = 1000.0,
         upload_gb: float = 1.0,
         max_tasks: int | None = None,
         default_root_dir: str = "runs",
@@ -312,9 +312,9 @@ class FederatedTrainer:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every {checkpoint_every} cannot be counted: choose 1 or more.")
         self.clients_gb, self.checkpoint_every = clients_gb, checkpoint_every
-        self.attendance = Attendance(participation=participation, failure_rate=failure_rate, quorum=quorum)
-        self.limits = Limits(norm_factor=norm_factor, upload_gb=upload_gb)
-        self.present: list[int] = []
+        self.sampling = ClientSampling(participation=participation, failure_rate=failure_rate, quorum=quorum)
+        self.limits = UploadLimits(max_norm_ratio=max_norm_ratio, upload_gb=upload_gb)
+        self.participants: list[int] = []
         self.rounds_per_task, self.server_every, self.max_tasks = rounds_per_task, server_every, max_tasks
         self.accelerator, self.devices, self.cache_gb = accelerator, devices, cache_gb
         self.precision = chosen_precision(precision, accelerator)
@@ -373,13 +373,16 @@ class FederatedTrainer:
         datamodule.setup()
         self.fabric = connect(self.accelerator, self.devices, self.precision)
         cache_dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
-        cache, parking = PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype), Parking(self.clients_gb * 2**30)
-        self.engine, self.ranks = Engine(self.fabric, cache, parking=parking), Ranks(self.fabric)
+        cache, offloader = (
+            PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype),
+            ClientOffloader(self.clients_gb * 2**30),
+        )
+        self.engine, self.ranks = Engine(self.fabric, cache, offloader=offloader), Ranks(self.fabric)
         self.ranks.deal([datamodule.stream(i).num_samples for i in range(datamodule.num_clients)])
         if self.ranks.size > 1 and method.simulation_only:
             raise ValueError(f"{type(method).__name__} pools all data in one process: choose devices 1.")
-        door = Door(self.method, datamodule.num_clients, datamodule.num_classes, self.limits)
-        self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed, door)
+        validator = UploadValidator(self.method, datamodule.num_clients, datamodule.num_classes, self.limits)
+        self.local, self.server = LocalWork(self.method, self.engine, seed), Server(self.method, seed, validator)
         self.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
         self.matrix = AccuracyMatrix(datamodule.num_clients, self.num_tasks)
         self.traffic = no_traffic(datamodule.num_clients, self.num_tasks, self.rounds_per_task)
@@ -387,7 +390,7 @@ class FederatedTrainer:
 
     def restore(self, path: Path, identity: str = "") -> Progress:
         """Take up the state of a checkpoint, after ``setup``; the beginning of its identity suffices."""
-        return take_up(self, load_last_good(path, identity))
+        return restore_state(self, load_last_good(path, identity))
 
     def _learn_task(self, task: int, first_round: int) -> None:
         self.progress = Progress(task, first_round)
@@ -409,18 +412,18 @@ class FederatedTrainer:
 
     def _round(self, progress: Progress) -> None:
         self.progress = progress
-        self.present = self.attendance.present(len(self.clients), self.seed, progress)
+        self.participants = self.sampling.participants(len(self.clients), self.seed, progress)
         self._call("on_round_start")
         for client in self.clients:
             client.round = progress.round
-        present, begun = [self.clients[index] for index in self.present], len(self.history)
-        for client in filter(self._is_mine, present):
+        participants, begun = [self.clients[index] for index in self.participants], len(self.history)
+        for client in filter(self._is_mine, participants):
             self._local_round(client)
         gather_history(self.ranks, self.history, begun)
         if progress.last:
-            gather_accuracies(self.ranks, self.matrix, "before", progress.task, present)
+            gather_accuracies(self.ranks, self.matrix, "before", progress.task, participants)
         if self.server_every == "round" or progress.last:
-            uploads = self.ranks.gather([self.local.upload(client) for client in filter(self._is_mine, present)])
+            uploads = self.ranks.gather([self.local.upload(client) for client in filter(self._is_mine, participants)])
             self._server_round(sorted(uploads, key=lambda upload: upload.client))
         self._call("on_round_end")
 
@@ -443,8 +446,8 @@ class FederatedTrainer:
     def _server_round(self, uploads: list[Upload]) -> None:
         for upload in uploads:
             count(self.traffic, "up", upload.client, self.progress, upload.payload)
-        uploads = self.server.admit(uploads, self.progress)
-        self.attendance.check_quorum(len(uploads), len(self.clients), self.progress)
+        uploads = self.server.filter(uploads, self.progress)
+        self.sampling.check_quorum(len(uploads), len(self.clients), self.progress)
         if not any(upload.num_samples for upload in uploads):
             return
         self.server.train(uploads, self.progress, self._train)
@@ -465,7 +468,7 @@ class FederatedTrainer:
     def _build_client(self, index: int) -> Client:
         net = self.local.build(index, self.datamodule.num_classes)
         client = Client(id=index, net=net, data=self.datamodule.stream(index), engine=self.engine)
-        self.engine.parking.leave(client)
+        self.engine.offloader.leave(client)
         return client
 
     def _is_mine(self, client: Client) -> bool:
@@ -481,5 +484,5 @@ class FederatedTrainer:
         gather_clients(self.ranks, self.engine, self.clients)
         if not self.ranks.is_first:
             return
-        save_checkpoint(self.run_dir / "checkpoint.pt", state_of(self, progress))
+        save_checkpoint(self.run_dir / "checkpoint.pt", federation_state(self, progress))
         self._call("on_checkpoint")

@@ -25,18 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class UploadLimits:
     """How large an upload may be (all of it ours)."""
 
-    norm_factor: float = 1000.0
+    max_norm_ratio: float = 1000.0
     """How many times the median norm a tensor's may be, and the median number of samples a client's; 0 for any."""
     upload_gb: float = 1.0
     """Largest upload, in units of 2^30 bytes."""
 
     def __post_init__(self) -> None:
         """Refuse what would refuse everybody."""
-        if not (self.norm_factor == 0 or self.norm_factor >= 1):
-            raise ValueError(f"norm_factor {self.norm_factor} is below the median itself: choose 1 or more, or 0.")
+        if not (self.max_norm_ratio == 0 or self.max_norm_ratio >= 1):
+            raise ValueError(
+                f"max_norm_ratio {self.max_norm_ratio} is below the median itself: choose 1 or more, or 0."
+            )
         if not self.upload_gb > 0:
             raise ValueError(f"upload_gb {self.upload_gb} lets nothing in: choose more than 0.")
 
@@ -46,7 +48,7 @@ class Limits:
         return int(self.upload_gb * 2**30)
 
 
-class Refusal(NamedTuple):
+class RejectedUpload(NamedTuple):
     """An upload that was not let in; its sender gets no answer in that round."""
 
     client: int
@@ -55,7 +57,7 @@ class Refusal(NamedTuple):
     reason: str
 
 
-class Door:
+class UploadValidator:
     """Checks uploads against the method, the round, and each other.
 
     Args:
@@ -65,40 +67,40 @@ class Door:
         limits: how large an upload may be.
     """
 
-    def __init__(self, method: Method, num_clients: int, num_classes: int, limits: Limits | None = None) -> None:
+    def __init__(self, method: Method, num_clients: int, num_classes: int, limits: UploadLimits | None = None) -> None:
         self.method, self.num_clients, self.num_classes = method, num_clients, num_classes
-        self.limits = limits or Limits()
+        self.limits = limits or UploadLimits()
         self.norms: dict[str, list[float]] = {}
-        self.refusals: list[Refusal] = []
+        self.rejected: list[RejectedUpload] = []
         self._net: Net | None = None
         self._start: dict[str, float] = {}
 
-    def admit(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
-        """The uploads that pass, in their order; the others are noted in ``refusals`` and logged."""
+    def filter(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
+        """The uploads that pass, in their order; the others are noted in ``rejected`` and logged."""
         counted = Counter(_number(upload.client) for upload in uploads)
-        flaws = [self._flaw(upload, progress, counted[_number(upload.client)]) for upload in uploads]
+        errors_found = [self._error(upload, progress, counted[_number(upload.client)]) for upload in uploads]
         norms = [
             {} if flaw else {SAMPLES: float(upload.num_samples), **norms_of(upload.payload)}
-            for upload, flaw in zip(uploads, flaws, strict=True)
+            for upload, flaw in zip(uploads, errors_found, strict=True)
         ]
         limits = self._largest(norms)
         admitted = []
-        for upload, flaw, sizes in zip(uploads, flaws, norms, strict=True):
+        for upload, flaw, sizes in zip(uploads, errors_found, norms, strict=True):
             reason = flaw or too_large(sizes, limits)
             if reason:
-                self.refuse(_number(upload.client), progress, reason)
+                self.reject(_number(upload.client), progress, reason)
             else:
                 admitted.append(upload)
                 for name, size in sizes.items():
                     self.norms[name] = [*self.norms.get(name, ()), size][-REMEMBERED:]
         return admitted
 
-    def refuse(self, client: int, progress: Progress, reason: str) -> None:
+    def reject(self, client: int, progress: Progress, reason: str) -> None:
         """Quarantine a client for the round; for a message that could not even be read, whoever received it calls."""
-        refusal = Refusal(client, progress.task, progress.round, reason)
-        if refusal in self.refusals:
+        refusal = RejectedUpload(client, progress.task, progress.round, reason)
+        if refusal in self.rejected:
             return
-        self.refusals.append(refusal)
+        self.rejected.append(refusal)
         place = f"task {progress.task + 1}, round {progress.round + 1}"
         logger.warning(f"client {client} is left out of {place}: {reason}")
 
@@ -106,39 +108,39 @@ class Door:
         """Norms that were let in, and refusals so far."""
         return {
             "norms": {name: list(values) for name, values in self.norms.items()},
-            "refusals": [refusal._asdict() for refusal in self.refusals],
+            "rejected": [refusal._asdict() for refusal in self.rejected],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self.norms = {name: list(values) for name, values in state["norms"].items()}
-        self.refusals = [Refusal(**refusal) for refusal in state["refusals"]]
+        self.rejected = [RejectedUpload(**refusal) for refusal in state["rejected"]]
 
-    def _flaw(self, upload: Upload, progress: Progress, times: int) -> str:
+    def _error(self, upload: Upload, progress: Progress, times: int) -> str:
         """What is wrong with an upload by itself; nothing if nothing is."""
         try:
             return (
-                sender_flaw(upload, progress, self.num_clients, times)
-                or counts_flaw(upload.class_counts, self.num_classes)
-                or tensors_flaw(upload.payload, self.limits.num_bytes)
-                or self._form_flaw(upload)
-                or values_flaw(upload.payload)
-                or self.method.objection(upload)
+                sender_error(upload, progress, self.num_clients, times)
+                or counts_error(upload.class_counts, self.num_classes)
+                or tensors_error(upload.payload, self.limits.num_bytes)
+                or self._spec_error(upload)
+                or values_error(upload.payload)
+                or self.method.check_upload(upload)
             )
         except Exception as error:  # Whatever an upload can make a check do, it must not end the others' round.
             return f"cannot be checked ({type(error).__name__}: {one_line(error)})"
 
-    def _form_flaw(self, upload: Upload) -> str:
+    def _spec_error(self, upload: Upload) -> str:
         if self._net is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self._net = self.method.build_net(0, self.num_classes)
-        expected = self.method.expects(upload, self._net)
+        expected = self.method.upload_spec(upload, self._net)
         if expected is None:
             return ""
         known = {n: v for n, v in expected.items() if n not in self._start and v.device.type != "meta"}
         self._start |= norms_of(known)
-        return form_flaw(upload.payload, expected)
+        return spec_error(upload.payload, expected)
 
     def _largest(self, norms: list[dict[str, float]]) -> dict[str, float]:
         """The largest norm of each tensor: a multiple of the upper median of earlier norms and of this round's.
@@ -149,14 +151,14 @@ class Door:
         has no limit.
         """
         limits = {}
-        for name in {name: None for sizes in norms for name in sizes} if self.limits.norm_factor else ():
+        for name in {name: None for sizes in norms for name in sizes} if self.limits.max_norm_ratio else ():
             start = [self._start[name]] if self._start.get(name) else []
             known = sorted([*start, *self.norms.get(name, ()), *(sizes[name] for sizes in norms if name in sizes)])
-            limits[name] = self.limits.norm_factor * known[len(known) // 2] or float("inf")
+            limits[name] = self.limits.max_norm_ratio * known[len(known) // 2] or float("inf")
         return limits
 
 
-def sender_flaw(upload: Upload, progress: Progress, num_clients: int, times: int) -> str:
+def sender_error(upload: Upload, progress: Progress, num_clients: int, times: int) -> str:
     """Whether the sender exists, has sent once, and means this round."""
     client, place = upload.client, (upload.task, upload.round)
     if type(client) is not int or not 0 <= client < num_clients:
@@ -168,7 +170,7 @@ def sender_flaw(upload: Upload, progress: Progress, num_clients: int, times: int
     return ""
 
 
-def counts_flaw(counts: Tensor, num_classes: int) -> str:
+def counts_error(counts: Tensor, num_classes: int) -> str:
     """Whether class counts are whole numbers of samples, one for each class."""
     if type(counts) is not Tensor or counts.dtype != torch.int64 or counts.shape != (num_classes,):
         return f"its class counts are not {num_classes} whole numbers"
@@ -179,7 +181,7 @@ def counts_flaw(counts: Tensor, num_classes: int) -> str:
     return ""
 
 
-def tensors_flaw(payload: Payload, limit: int) -> str:
+def tensors_error(payload: Payload, limit: int) -> str:
     """Whether a payload is plain tensors by name, of no more than so many bytes."""
     if type(payload) is not dict:
         return f"it is a {type(payload).__name__}, not tensors by name"
@@ -191,7 +193,7 @@ def tensors_flaw(payload: Payload, limit: int) -> str:
     return f"it has {size} bytes, more than {limit}" if size > limit else ""
 
 
-def form_flaw(payload: Payload, expected: Payload) -> str:
+def spec_error(payload: Payload, expected: Payload) -> str:
     """Whether names, shapes and dtypes are the expected ones."""
     missing, unknown = expected.keys() - payload.keys(), payload.keys() - expected.keys()
     if missing:
@@ -207,7 +209,7 @@ def form_flaw(payload: Payload, expected: Payload) -> str:
     return ""
 
 
-def values_flaw(payload: Payload) -> str:
+def values_error(payload: Payload) -> str:
     """Whether all numbers are finite."""
     return next((f"{quoted(name)} is not finite" for name, v in payload.items() if not v.isfinite().all()), "")
 
@@ -228,7 +230,9 @@ def too_large(norms: dict[str, float], limits: dict[str, float]) -> str:
     for name, size in norms.items():
         if size > limits.get(name, float("inf")):
             what = SAMPLES if name == SAMPLES else f"norm of {quoted(name)}"
-            return f"its {what} is {size:.3g}, beyond {limits[name]:.3g}: if that is right, raise trainer.norm_factor"
+            return (
+                f"its {what} is {size:.3g}, beyond {limits[name]:.3g}: if that is right, raise trainer.max_norm_ratio"
+            )
     return ""
 
 

@@ -23,7 +23,7 @@ HELLO, LETTER = "query", "train"
 RECORD, PARTITION = "fedlscl", "partition-id"
 
 
-class FlowerPost:
+class FlowerTransport:
     """Carries letters to the nodes that a SuperLink has registered.
 
     A node says which client it is; the first that says so is it for as long as it is online. A letter whose node fails
@@ -46,34 +46,34 @@ class FlowerPost:
         retry: float = 5.0,
     ) -> None:
         self.grid, self.num_clients, self.say, self.pause, self.retry = grid, num_clients, say, pause, retry
-        self.homes: dict[int, int] = {}
+        self.node_of_client: dict[int, int] = {}
         """Node of each client."""
-        self.strangers: set[int] = set()
+        self.unknown_nodes: set[int] = set()
         """Nodes that turned out to be no client of this run, in this exchange."""
 
-    def exchange(self, letters: dict[int, bytes], seconds: float) -> dict[int, bytes]:
+    def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
         """Replies by client, of those that came in time; returns as soon as all are there."""
         # Asked anew where a client is missing: who came second may be the one that is left.
-        self.strangers.clear()
-        end, round_ = time.monotonic() + seconds, _Round(letters, {}, {}, {})
-        while len(round_.replies) < len(letters) and (left := end - time.monotonic()) > 0:
+        self.unknown_nodes.clear()
+        end, round_ = time.monotonic() + seconds, _Round(requests, {}, {}, {})
+        while len(round_.replies) < len(requests) and (left := end - time.monotonic()) > 0:
             self._send(round_, left)
             self._collect(round_)
-            if len(round_.replies) < len(letters):
+            if len(round_.replies) < len(requests):
                 time.sleep(min(self.pause, max(0.0, end - time.monotonic())))
         return round_.replies
 
     def _send(self, round_: "_Round", left: float) -> None:
         """Greet nodes that nobody knows yet; send what is neither answered nor under way to those online."""
         online, now = set(self.grid.get_node_ids()), time.monotonic()
-        unknown = online - set(self.homes.values()) - self.strangers
-        if len(self.homes) == self.num_clients and set(self.homes.values()) <= online:
+        unknown = online - set(self.node_of_client.values()) - self.unknown_nodes
+        if len(self.node_of_client) == self.num_clients and set(self.node_of_client.values()) <= online:
             unknown = set()
         busy = set(round_.under_way.values())
         wanted = {node: (HELLO, RecordDict()) for node in unknown}
-        for client, data in round_.letters.items():
-            if client not in round_.replies and self.homes.get(client) in online:
-                wanted[self.homes[client]] = (LETTER, carried(data))
+        for client, data in round_.requests.items():
+            if client not in round_.replies and self.node_of_client.get(client) in online:
+                wanted[self.node_of_client[client]] = (LETTER, carried(data))
         for node, (kind, content) in wanted.items():
             if node not in busy and now >= round_.not_before.get(node, 0.0):
                 # What is not fetched by the deadline is not worth doing.
@@ -90,7 +90,7 @@ class FlowerPost:
             node = round_.under_way.pop(message.metadata.reply_to_message_id, None)
             if node is None:
                 continue
-            client = next((client for client, home in self.homes.items() if home == node), None)
+            client = next((client for client, home in self.node_of_client.items() if home == node), None)
             if message.has_error():
                 who = f"node {node}" if client is None else f"client {client}"
                 self.say(f"{who}: {one_line(message.error.reason, 300)}; asked again in {self.retry:g} s")
@@ -105,18 +105,21 @@ class FlowerPost:
         client = message.content.config_records.get(RECORD, {}).get(PARTITION)
         if type(client) is not int or not 0 <= client < self.num_clients:
             self.say(f"node {node} has partition-id {client!r}, which is none of {self.num_clients} clients: ignored")
-            self.strangers.add(node)
-        elif self.homes.get(client, node) in self.grid.get_node_ids() and self.homes.get(client, node) != node:
-            self.say(f"node {node} has partition-id {client} as node {self.homes[client]} has: ignored")
-            self.strangers.add(node)
+            self.unknown_nodes.add(node)
+        elif (
+            self.node_of_client.get(client, node) in self.grid.get_node_ids()
+            and self.node_of_client.get(client, node) != node
+        ):
+            self.say(f"node {node} has partition-id {client} as node {self.node_of_client[client]} has: ignored")
+            self.unknown_nodes.add(node)
         else:
-            self.homes[client] = node
+            self.node_of_client[client] = node
 
 
 class _Round(NamedTuple):
     """An exchange under way."""
 
-    letters: dict[int, bytes]
+    requests: dict[int, bytes]
     replies: dict[int, bytes]
     under_way: dict[str, int]
     """Node by message."""
@@ -144,18 +147,18 @@ def client_app(folder: str | Path) -> ClientApp:
     app = ClientApp()
 
     @app.query()
-    def hello(message: Message, context: Context) -> Message:
+    def handshake(message: Message, context: Context) -> Message:
         said = ConfigRecord({PARTITION: int(context.node_config[PARTITION])})
         return Message(RecordDict({RECORD: said}), reply_to=message)
 
     @app.train()
-    def letter(message: Message, context: Context) -> Message:
+    def request(message: Message, context: Context) -> Message:
         return Message(carried(_answer(Path(folder), context, carried_by(message.content))), reply_to=message)
 
     return app
 
 
-def _answer(folder: Path, context: Context, letter: bytes) -> bytes:
+def _answer(folder: Path, context: Context, request: bytes) -> bytes:
     # Here, since torch takes seconds to load and a greeting needs none of it.
     from fedlscl.cli.errors import explain
     from fedlscl.flower.federation import read_federation
@@ -168,7 +171,7 @@ def _answer(folder: Path, context: Context, letter: bytes) -> bytes:
             raise ValueError("state-dir is missing: add it to --node-config.")
         own = {option: str(config[name]) for option, name in OWN_DATA.items() if name in config}
         federation = read_federation(folder / place(context.run_config, "config"), **own)
-        return Node(federation, index, place(config, "state-dir")).answer(letter)
+        return Node(federation, index, place(config, "state-dir")).answer(request)
     except Exception as error:
         reason = explain(error)
         if reason is None:
@@ -212,8 +215,8 @@ def run(federation: "Federation", grid: Grid, context: Context) -> None:
     from fedlscl.flower.server import Coordinator
 
     run_dir, deadline = place(context.run_config, "run-dir"), float(context.run_config["deadline"])
-    post = FlowerPost(grid, federation.num_clients, say)
-    coordinator = Coordinator(federation, post, run_dir, deadline, say)
+    transport = FlowerTransport(grid, federation.num_clients, say)
+    coordinator = Coordinator(federation, transport, run_dir, deadline, say)
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = lock(run_dir)
     try:

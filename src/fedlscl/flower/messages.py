@@ -34,7 +34,7 @@ class Command(NamedTuple):
     round: int
 
 
-class Letter(NamedTuple):
+class Request(NamedTuple):
     """From the server to a client: all that it was told and has not yet said to have done."""
 
     client: int
@@ -81,7 +81,7 @@ class Reply(NamedTuple):
         return pack(header, tensors)
 
 
-def read_letter(data: bytes) -> Letter:
+def read_request(data: bytes) -> Request:
     """What ``Letter.encode`` wrote.
 
     Raises:
@@ -91,7 +91,7 @@ def read_letter(data: bytes) -> Letter:
     try:
         commands = [Command(*command) for command in header.pop("commands")]
         answer = tensors_under(ANSWER, tensors) if header.pop("answer") else None
-        return Letter(**header, commands=commands, answer=answer)
+        return Request(**header, commands=commands, answer=answer)
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"letter lacks a part ({error}): use the same version of fedlscl on server and nodes."
@@ -162,7 +162,7 @@ OF_A_ROUND = (TRAIN, TEST_BEFORE, UPLOAD)
 
 
 @dataclass
-class Ledger:
+class PendingCommands:
     """One client's commands, numbered from 1."""
 
     client: int
@@ -203,9 +203,9 @@ class Ledger:
         self.answer = answer
         self.tell(DOWNLOAD, *progress)
 
-    def letter(self, run: str, identity: str) -> Letter:
+    def request(self, run: str, identity: str) -> Request:
         """All that is open."""
-        return Letter(self.client, run, identity, self.acknowledged, list(self.commands), self.answer)
+        return Request(self.client, run, identity, self.acknowledged, list(self.commands), self.answer)
 
     def done_in(self, reply: Reply) -> list[tuple[Command, Result]]:
         """What a reply says to have done of what is open, and what it gave.

@@ -24,11 +24,11 @@ from fedlscl.flower.messages import (
     TRAIN,
     UPLOAD,
     Command,
-    Letter,
     Reply,
+    Request,
     Result,
     prefixed,
-    read_letter,
+    read_request,
 )
 
 RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
@@ -54,57 +54,57 @@ class Node:
         What the node cannot accept (another configuration, a lost state) comes back as a refusal in one line.
         """
         try:
-            letter = read_letter(data)
-            self._check(letter)
+            request = read_request(data)
+            self._check(request)
             self.folder.mkdir(parents=True, exist_ok=True)
             with alone(self.folder):
-                return self._answer(letter).encode()
+                return self._answer(request).encode()
         except ValueError as error:
             return Reply(self.index, 0, [], " ".join(str(error).split())).encode()
 
-    def _check(self, letter: Letter) -> None:
-        if letter.client != self.index:
-            raise ValueError(f"a letter for client {letter.client} came to client {self.index}.")
-        if not RUN_NAME.fullmatch(letter.run):
-            raise ValueError(f"run {letter.run!r} is no name of a run.")
-        if letter.identity != self.federation.identity:
+    def _check(self, request: Request) -> None:
+        if request.client != self.index:
+            raise ValueError(f"a letter for client {request.client} came to client {self.index}.")
+        if not RUN_NAME.fullmatch(request.run):
+            raise ValueError(f"run {request.run!r} is no name of a run.")
+        if request.identity != self.federation.identity:
             raise ValueError(
                 f"client {self.index} has another configuration: use the server's YAML file and weights files on "
                 "every node."
             )
 
-    def _answer(self, letter: Letter) -> Reply:
-        path = self.folder / f"{letter.run}.pt"
-        state = load_last_good(path, letter.identity) if path.exists() else None
+    def _answer(self, request: Request) -> Reply:
+        path = self.folder / f"{request.run}.pt"
+        state = load_last_good(path, request.identity) if path.exists() else None
         data = self.federation.datamodule
         identity = identify_data(data.data.fingerprint, data.splits)
         if state is not None and state["data"] != identity:
-            if letter.acknowledged:
+            if request.acknowledged:
                 raise ValueError(
                     f"the data of client {self.index} must not change during a run: restore its images, labels, class "
                     "names and split, or start a new run."
                 )
             state = None  # Nothing of it was accepted: corrected data begin again.
         done, acknowledged, kept_from = state["numbers"] if state else (0, 0, 0)
-        if letter.acknowledged > done:
+        if request.acknowledged > done:
             what = "is gone" if state is None else "is older than what the server has of it"
             raise ValueError(f"the state of client {self.index} in {path} {what}: restore it, or start a new run.")
-        if letter.acknowledged < kept_from:
+        if request.acknowledged < kept_from:
             raise ValueError(f"the server's checkpoint is too old for client {self.index}: restore its newest one.")
         outbox = [Result(**entry) for entry in state["outbox"]] if state else []
-        fresh = [command for command in letter.commands if command.number > done]
+        fresh = [command for command in request.commands if command.number > done]
         if fresh:
             client = self._client(state)
-            outbox += [Result(c.number, *self._do(client, c, letter.answer)) for c in fresh]
+            outbox += [Result(c.number, *self._do(client, c, request.answer)) for c in fresh]
             done = fresh[-1].number
             # One letter longer than needed: the server, too, may have to go back to the checkpoint before.
             outbox = [result for result in outbox if result.number > acknowledged]
-            numbers = [done, letter.acknowledged, acknowledged]
+            numbers = [done, request.acknowledged, acknowledged]
             said = [result._asdict() for result in newest_uploads(outbox)]
             kept = {"client": client.state_dict(), "numbers": numbers, "outbox": said}
             # Replaced in one step: a node that is killed continues from the state before.
-            save_checkpoint(path, {"identity": letter.identity, "data": identity, **kept})
-        return Reply(self.index, done, [result for result in outbox if result.number > letter.acknowledged])
+            save_checkpoint(path, {"identity": request.identity, "data": identity, **kept})
+        return Reply(self.index, done, [result for result in outbox if result.number > request.acknowledged])
 
     def _client(self, state: dict[str, Any] | None) -> Client:
         """The client as it was when the state was saved."""

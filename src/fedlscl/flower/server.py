@@ -24,7 +24,7 @@ from fedlscl.federated.method import Progress, Stage
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix
 from fedlscl.federated.payload import LARGEST_HEADER, Upload, one_line
 from fedlscl.federated.trainer import LocalWork, Server, count, no_traffic
-from fedlscl.federated.validation import Door
+from fedlscl.federated.validation import UploadValidator
 from fedlscl.flower.federation import Federation
 from fedlscl.flower.messages import (
     BEGIN,
@@ -33,7 +33,7 @@ from fedlscl.flower.messages import (
     TRAIN,
     UPLOAD,
     Command,
-    Ledger,
+    PendingCommands,
     Reply,
     Result,
     read_reply,
@@ -202,10 +202,10 @@ def check_classes(found: Description, reference: Description) -> None:
     raise ValueError(f"{flaw}: give every node the same classes under the same names, numbered in the same order")
 
 
-class Post(Protocol):
+class Transport(Protocol):
     """Delivers letters, as often as it takes: a node does nothing twice."""
 
-    def exchange(self, letters: dict[int, bytes], seconds: float) -> dict[int, bytes]:
+    def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
         """Replies by client, of those that came in time; returns as soon as all are there."""
         ...
 
@@ -215,7 +215,7 @@ class Coordinator:
 
     Args:
         federation: the configuration.
-        post: carries the letters.
+        transport: carries the letters.
         run_dir: for the checkpoint and the results; a run that has a checkpoint there goes on from it.
         deadline: seconds that a round waits for its clients; who is later misses it.
         say: takes a line about what happened.
@@ -224,19 +224,25 @@ class Coordinator:
     def __init__(
         self,
         federation: Federation,
-        post: Post,
+        transport: Transport,
         run_dir: Path,
         deadline: float = 600.0,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         if not deadline > 0:
             raise ValueError(f"deadline {deadline} leaves clients no time: choose more than 0 seconds.")
-        self.federation, self.post, self.run_dir, self.deadline, self.say = federation, post, run_dir, deadline, say
+        self.federation, self.transport, self.run_dir, self.deadline, self.say = (
+            federation,
+            transport,
+            run_dir,
+            deadline,
+            say,
+        )
         self.method, self.seed, self.trainer = deepcopy(federation.method), federation.seed, federation.trainer
         self.last_round = self.trainer.rounds_per_task - 1
         self.run = uuid.uuid4().hex
         self.knowledge = Knowledge(federation)
-        self.ledgers = [Ledger(client) for client in range(federation.num_clients)]
+        self.pending_by_client = [PendingCommands(client) for client in range(federation.num_clients)]
         self.engine = Engine(connect(self.trainer.accelerator, 1, self.trainer.precision), cast(PrefixCache, NoCache()))
         self.server: Server | None = None
         self.nets: list[Net] = []
@@ -256,66 +262,69 @@ class Coordinator:
 
     def _round(self, progress: Progress) -> None:
         began = time.perf_counter()
-        present = self.trainer.attendance.present(len(self.ledgers), self.seed, progress)
+        participants = self.trainer.sampling.participants(len(self.pending_by_client), self.seed, progress)
         aggregates = self.trainer.server_every == "round" or progress.last
-        for ledger in self.ledgers:
+        for pending in self.pending_by_client:
             if progress.round == 0:
-                ledger.turn_over(progress.task, self.last_round)
-            if ledger.client in present:
+                pending.turn_over(progress.task, self.last_round)
+            if pending.client in participants:
                 kinds = [TRAIN, *[TEST_BEFORE] * progress.last, *[UPLOAD] * aggregates]
                 for kind in kinds:
-                    ledger.tell(kind, *progress)
-        asked = [ledger for ledger in self.ledgers if progress.round == 0 or ledger.client in present]
+                    pending.tell(kind, *progress)
+        asked = [pending for pending in self.pending_by_client if progress.round == 0 or pending.client in participants]
         uploads, came = self._exchange(asked, progress)
-        for ledger in self.ledgers:
-            ledger.miss()
+        for pending in self.pending_by_client:
+            pending.miss()
         if aggregates:
             self._server_round(uploads, progress)
-        seconds, missed = time.perf_counter() - began, sorted({ledger.client for ledger in asked} - came)
+        seconds, missed = time.perf_counter() - began, sorted({pending.client for pending in asked} - came)
         place = {"task": progress.task, "round": progress.round}
         self.knowledge.rounds.append({**place, "seconds": seconds, "asked": len(asked), "missed": missed})
         self._save(Progress(progress.task + 1, 0) if progress.last else Progress(progress.task, progress.round + 1))
         here = f"{len(came)} of {len(asked)} clients in {seconds:.1f} s"
         self.say(f"task {progress.task + 1}, round {progress.round + 1}: {here}")
 
-    def _exchange(self, ledgers: list[Ledger], progress: Progress) -> tuple[list[Upload], set[int]]:
+    def _exchange(self, pending_by_client: list[PendingCommands], progress: Progress) -> tuple[list[Upload], set[int]]:
         """Send what is open, enter what comes back; returns uploads, and the clients that replied as they should."""
-        letters = {ledger.client: ledger.letter(self.run, self.federation.identity).encode() for ledger in ledgers}
-        replies = self.post.exchange(letters, self.deadline)
+        requests = {
+            pending.client: pending.request(self.run, self.federation.identity).encode()
+            for pending in pending_by_client
+        }
+        replies = self.transport.exchange(requests, self.deadline)
         read: dict[int, tuple[Reply, list[Fact]]] = {}
         uploads: list[Upload] = []
-        flaws: dict[int, str] = {}
+        errors_found: dict[int, str] = {}
         for client, data in sorted(replies.items()):
             try:
                 read[client] = self._read(client, data)
             except ValueError as error:
-                flaws[client] = str(error)
+                errors_found[client] = str(error)
         found = [fact for _, facts in read.values() for _, fact in facts if isinstance(fact, Description)]
         reference = self.knowledge.reference(found)
         for client, (reply, facts) in read.items():
             try:
                 uploads += self._take(client, reply, facts, reference)
             except ValueError as error:
-                flaws[client] = str(error)
+                errors_found[client] = str(error)
         self._open()
-        for client, flaw in flaws.items():
+        for client, flaw in errors_found.items():
             self.say(f"client {client} is left out: {flaw}")
             if self.server is not None:
-                self.server.door.refuse(client, progress, flaw)
-        return uploads, replies.keys() - flaws.keys()
+                self.server.validator.reject(client, progress, flaw)
+        return uploads, replies.keys() - errors_found.keys()
 
     def _read(self, client: int, data: bytes) -> tuple[Reply, list[Fact]]:
         reply = read_reply(data, self.trainer.limits.num_bytes + LARGEST_HEADER)
         if reply.refusal:
             raise ValueError(one_line(reply.refusal, 300))
-        done = self.ledgers[client].done_in(reply)
+        done = self.pending_by_client[client].done_in(reply)
         return reply, [(command, fact_of(client, command, result)) for command, result in done]
 
     def _take(self, client: int, reply: Reply, facts: list[Fact], reference: Description | None) -> list[Upload]:
         for _, fact in facts:
             if isinstance(fact, Description) and reference is not None:
                 check_classes(fact, reference)
-        self.ledgers[client].acknowledge(reply)
+        self.pending_by_client[client].acknowledge(reply)
         for command, fact in facts:
             if isinstance(fact, Description | Measured):
                 self.knowledge.enter(client, command.task, fact)
@@ -325,8 +334,8 @@ class Coordinator:
         if self.server is not None:
             for upload in uploads:
                 count(self.knowledge.traffic, "up", upload.client, progress, upload.payload)
-            uploads = self.server.admit(uploads, progress)
-        self.trainer.attendance.check_quorum(len(uploads), len(self.ledgers), progress)
+            uploads = self.server.filter(uploads, progress)
+        self.trainer.sampling.check_quorum(len(uploads), len(self.pending_by_client), progress)
         if self.server is None or not any(upload.num_samples for upload in uploads):
             return
 
@@ -338,15 +347,15 @@ class Coordinator:
         self.server.train(uploads, progress, train)
         for client, answer in self.server.aggregate(uploads, progress).items():
             count(self.knowledge.traffic, "down", client, progress, answer)
-            self.ledgers[client].give(answer, progress)
+            self.pending_by_client[client].give(answer, progress)
 
     def _open(self) -> None:
         """Make the server as soon as a client has said how many classes there are."""
         if self.server is None and (num_classes := self.knowledge.num_classes) is not None:
-            door = Door(self.method, len(self.ledgers), num_classes, self.trainer.limits)
-            self.server = Server(self.method, self.seed, door)
+            validator = UploadValidator(self.method, len(self.pending_by_client), num_classes, self.trainer.limits)
+            self.server = Server(self.method, self.seed, validator)
             local = LocalWork(self.method, self.engine, self.seed)
-            self.nets = [local.build(ledger.client, num_classes).to("meta") for ledger in self.ledgers]
+            self.nets = [local.build(pending.client, num_classes).to("meta") for pending in self.pending_by_client]
 
     def _begin(self) -> Progress:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -356,16 +365,16 @@ class Coordinator:
             self._save(Progress(0, 0))
             return Progress(0, 0)
         state = load_last_good(path)
-        if state["identity"] != self.federation.identity or "ledgers" not in state:
+        if state["identity"] != self.federation.identity or "pending" not in state:
             raise ValueError(f"run-dir {str(self.run_dir)!r} holds another run: choose another folder.")
         self.run = state["run"]
         self.knowledge.load_state_dict(state["knowledge"])
         self.method.load_state_dict(state["method"])
         self._open()
         if self.server is not None:
-            self.server.door.load_state_dict(state["door"])
-        for ledger, values in zip(self.ledgers, state["ledgers"], strict=True):
-            ledger.load_state_dict(values, state["answers"])
+            self.server.validator.load_state_dict(state["validator"])
+        for pending, values in zip(self.pending_by_client, state["pending"], strict=True):
+            pending.load_state_dict(values, state["answers"])
         progress = Progress(*state["progress"])
         self.say(f"going on from {path}: {progress.task} tasks and {progress.round} rounds are done")
         return progress
@@ -373,12 +382,12 @@ class Coordinator:
     def _end(self) -> None:
         """Let every client end its last task and be tested."""
         last = self.federation.num_tasks - 1
-        for ledger in self.ledgers:
-            ledger.end(last, self.last_round)
-        asked = [ledger for ledger in self.ledgers if ledger.commands]
+        for pending in self.pending_by_client:
+            pending.end(last, self.last_round)
+        asked = [pending for pending in self.pending_by_client if pending.commands]
         _, came = self._exchange(asked, Progress(last, self.last_round, True, True)) if asked else ([], set())
         self._save(Progress(last + 1, 0))
-        if missing := [ledger.client for ledger in asked if ledger.client not in came]:
+        if missing := [pending.client for pending in asked if pending.client not in came]:
             raise ValueError(
                 f"clients {missing} were not tested after the last task: start them, correct what the log says of "
                 "them, and run again."
@@ -386,15 +395,17 @@ class Coordinator:
 
     def _save(self, progress: Progress) -> None:
         """Write the checkpoint, and the results as far as they go."""
-        answers = list({id(ledger.answer): ledger.answer for ledger in self.ledgers if ledger.answer}.values())
+        answers = list(
+            {id(pending.answer): pending.answer for pending in self.pending_by_client if pending.answer}.values()
+        )
         state = {
             "identity": self.federation.identity,
             "run": self.run,
             "progress": list(progress),
             "method": self.method.state_dict(),
-            "door": {} if self.server is None else self.server.door.state_dict(),
+            "validator": {} if self.server is None else self.server.validator.state_dict(),
             "knowledge": self.knowledge.state_dict(),
-            "ledgers": [ledger.state_dict(answers) for ledger in self.ledgers],
+            "pending": [pending.state_dict(answers) for pending in self.pending_by_client],
             "answers": answers,
         }
         save_checkpoint(self.run_dir / CHECKPOINT, state)
@@ -410,7 +421,7 @@ class Viewed:
         self.run_dir, self.method, self.seed = coordinator.run_dir, coordinator.method, coordinator.seed
         trainer, knowledge = coordinator.trainer, coordinator.knowledge
         self.rounds_per_task, self.server_every = trainer.rounds_per_task, trainer.server_every
-        self.precision, self.attendance, self.limits = trainer.precision, trainer.attendance, trainer.limits
+        self.precision, self.sampling, self.limits = trainer.precision, trainer.sampling, trainer.limits
         self.matrix, self.traffic, self.history = knowledge.matrix, knowledge.traffic, knowledge.history
         self.server, self.num_tasks = coordinator.server, coordinator.federation.num_tasks
         self.clients = [Built(net) for net in coordinator.nets]

@@ -101,7 +101,7 @@ def is_gram(gram: Tensor) -> bool:
     return bool((gram >= 0).all()) if gram.dim() == 1 else is_semidefinite(gram)
 
 
-def moment_flaw(moment: Tensor, noisy: bool = False) -> str:
+def moment_error(moment: Tensor, noisy: bool = False) -> str:
     """What shows that a matrix (p, p) is no second moment of unit features; nothing if nothing does.
 
     With noise it may have any size.
@@ -118,7 +118,7 @@ def moment_flaw(moment: Tensor, noisy: bool = False) -> str:
     return "" if is_semidefinite(moment) else "moments are no second moment: not positive semidefinite"
 
 
-def sums_flaw(sums: MomentSums, counts: Tensor) -> str:
+def sums_error(sums: MomentSums, counts: Tensor) -> str:
     """What shows that sums are not of as many samples of each class as counted (num_classes,); nothing if nothing does.
 
     Unit features bound every sum: the Gram's trace by twice the number of samples, products by sqrt(2) times it.

@@ -50,7 +50,9 @@ class Synthesizer(nn.Module):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         layers.append(nn.Conv2d(channels[-1], 3, 3, padding=1))
-        layers += [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Shown(mean, std)] if standardise else [nn.Sigmoid()]
+        layers += (
+            [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Denormalize(mean, std)] if standardise else [nn.Sigmoid()]
+        )
         self.layers = nn.Sequential(*layers)
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class Synthesizer(nn.Module):
         return self.layers(self.project(noise).view(-1, self.width, self.start, self.start))
 
 
-class Shown(nn.Module):
+class Denormalize(nn.Module):
     """Standardised images as pixels in 0..1: the classifier's own normalisation gives back what came in."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -80,7 +82,7 @@ class Statistics(NamedTuple):
     running_variance: Tensor
 
 
-class Dream(NamedTuple):
+class SyntheticBatch(NamedTuple):
     """Images out of noise and what the teacher makes of them."""
 
     images: Tensor
@@ -93,12 +95,12 @@ class Dream(NamedTuple):
     """By BatchNorm layer."""
 
     @property
-    def trained(self) -> Tensor:
+    def head_logits(self) -> Tensor:
         """The teacher's head is the only one."""
         return self.logits
 
 
-class Dreamer(Net):
+class GeneratorWithTeacher(Net):
     """A synthesizer and the frozen classifier that judges its images; noise takes the place of stored images.
 
     With ``batch_size`` the noise is learned, too: as a shift, which starts at zero.
@@ -115,13 +117,13 @@ class Dreamer(Net):
         """The teacher's."""
         return self.teacher.net.head
 
-    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Dream:
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> SyntheticBatch:
         """Noise (B, noise_dim) to images, logits and statistics, with gradient to noise and synthesizer."""
         made = self.synthesizer(images + self.shift)
         shown = made if self.padding is None else jitter(made, self.padding)
         with norm_statistics(self.teacher) as statistics:
-            logits = self.teacher.net(shown).trained
-        return Dream(made, shown, logits, statistics)
+            logits = self.teacher.net(shown).head_logits
+        return SyntheticBatch(made, shown, logits, statistics)
 
 
 @contextmanager
@@ -260,7 +262,7 @@ class InversionModule(Learner):
 
     def __init__(
         self,
-        net: Dreamer,
+        net: GeneratorWithTeacher,
         student: Net,
         slow: nn.Module,
         classes: Tensor,
@@ -288,7 +290,7 @@ class InversionModule(Learner):
             "norm": self.lambda_norm * norm_distance(dream.statistics, self.averages),
         }
         if self.lambda_adversarial:
-            answers = self.student.net(dream.shown).trained[:, self.classes]
+            answers = self.student.net(dream.shown).head_logits[:, self.classes]
             terms["adversarial"] = -self.lambda_adversarial * disagreement(dream.logits[:, self.classes], answers)
         self._keep(dream.images.detach(), torch.stack(list(terms.values())).sum().detach())
         self.latest = updated(self.averages, dream.statistics)
@@ -324,8 +326,8 @@ class ImitationModule(Learner):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``T^2 KL(teacher || student)``."""
-        answers = self.net(batch.images).trained[:, self.classes]
-        wanted = self.teacher(batch.images).trained[:, self.classes]
+        answers = self.net(batch.images).head_logits[:, self.classes]
+        wanted = self.teacher(batch.images).head_logits[:, self.classes]
         return {"distillation": distillation(answers, wanted, self.temperature)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -338,7 +340,7 @@ class SynthesisModule(Learner):
 
     def __init__(
         self,
-        net: Dreamer,
+        net: GeneratorWithTeacher,
         classes: Tensor,
         temperature: float,
         lambda_even: float,
@@ -394,8 +396,8 @@ class SyntheticDistillationModule(ClassificationModule):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
         terms, images = super().loss(batch), self._draw()
-        answers = self.net(images).trained[:, self.old_classes]
-        kept = distillation(answers, self.previous(images).trained[:, self.old_classes], self.temperature)
+        answers = self.net(images).head_logits[:, self.old_classes]
+        kept = distillation(answers, self.previous(images).head_logits[:, self.old_classes], self.temperature)
         return {**terms, "distillation": self.alpha / self.temperature**2 * kept}
 
     def _draw(self) -> Tensor:

@@ -124,7 +124,7 @@ class ExpandedViT(Net):
         features = vit.forward_head(vit.norm(tokens))
         return Classification(features, self.head(features))
 
-    def learn(self, blocks: Collection[int]) -> None:
+    def set_trainable(self, blocks: Collection[int]) -> None:
         """Train these of the new blocks; the others stay as they are."""
         for number, block in enumerate(self.expanded):
             block.requires_grad_(number in blocks)
@@ -202,7 +202,7 @@ class FedBE(Method):
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train the allocated blocks and the head; note how far each block moved."""
         blocks = self._blocks(client)
-        client.net.learn(blocks)
+        client.net.set_trainable(blocks)
         before = [_flat(client.net.expanded[block]) for block in blocks]
         module = ClassificationModule(client.net, client.classes, lr=self.lr, lr_of={"expanded": self.block_lr})
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
@@ -216,7 +216,7 @@ class FedBE(Method):
         state = {name: value for name, value in client.net.state_dict().items() if name.startswith(kept)}
         return outgoing({**state, BLOCKS: torch.tensor(blocks), CHANGES: client.memory[CHANGES]})
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """Head and changes of as many blocks as the client can train, and those blocks."""
         chosen = upload.payload[BLOCKS].tolist()
         if sorted({*chosen} & {*range(self.num_expanded)}) != chosen:

@@ -16,7 +16,7 @@ from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import MomentSums, added, discriminant_solution, moment_sums, sums_flaw
+from fedlscl.functional.analytic import MomentSums, added, discriminant_solution, moment_sums, sums_error
 from fedlscl.functional.distillation import one_by_one_distill, second_moment, symmetric
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy as secure
@@ -54,7 +54,7 @@ def survey(client: Client, per_class: int, heads: Sequence[str] = ()) -> Survey:
     for batch, output in client.infer(client.train_ids):
         ids.append(batch.ids.cpu())
         labels.append(batch.labels.cpu())
-        losses.append(sample_losses(output.trained, batch.labels, client.classes.to(batch.labels.device)).cpu())
+        losses.append(sample_losses(output.head_logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
         for head in heads:
             part = moment_sums(getattr(output, HEADS[head]), batch.labels, output.logits.shape[1])
             sums[head] = added(sums[head], part) if head in sums else part
@@ -104,11 +104,11 @@ def sums_of(found: Mapping[str, MomentSums], heads: Sequence[str], net: Net, or_
     return payload
 
 
-def heads_flaw(payload: Payload, counts: Tensor) -> str:
+def heads_error(payload: Payload, counts: Tensor) -> str:
     """What shows that the sums behind a head are not of as many samples of each class as counted, (num_classes,)."""
     for head in HEADS:
         if f"{head}.gram" in payload:
-            flaw = sums_flaw(MomentSums(*(payload[name] for name in _names(head))), counts)
+            flaw = sums_error(MomentSums(*(payload[name] for name in _names(head))), counts)
             if flaw:
                 return f"{head}.{flaw}"
     return ""
@@ -258,10 +258,13 @@ class FedLSCL(PrivateSums):
         round of the adapted ones. CNN, head and images stay on the client. The ViT feature of a class with one sample
         does not: it is a column of ``products``. With ``secure_sum``, a key at first, and then all of it masked.
         """
-        if self.secure_sum and not secure.knows_members(client):
-            return secure.announcement(client, self.secrets)
-        is_first = secure.first_sum_of_task(client) if self.secure_sum else not client.answered
-        wanted = {"analytic": self.collaborator.analytic_weight > 0 and is_first, "adapted": client.net.pools}
+        if self.secure_sum and not secure.has_peer_keys(client):
+            return secure.advertise_keys(client, self.secrets)
+        is_first = secure.first_sum_of_task(client) if self.secure_sum else not client.num_synced_rounds
+        wanted = {
+            "analytic": self.collaborator.analytic_weight > 0 and is_first,
+            "adapted": client.net.has_adapted_head,
+        }
         heads = [head for head, is_wanted in wanted.items() if is_wanted]
         payload: Payload = {}
         if heads or self._federates(client):
@@ -272,12 +275,12 @@ class FedLSCL(PrivateSums):
         payload = outgoing(payload)
         return secure.masked_upload(client, payload) if self.secure_sum else payload
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """As ``upload``: sums may be missing after a task's first answer and of a client without samples."""
         if self.secure_sum and self.members is None:
-            return secure.announced_form()
+            return secure.advertised_spec()
         expected: Payload = {}
-        can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.pools}
+        can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.has_adapted_head}
         for head in HEADS:
             if f"{head}.gram" in upload.payload and can_come[head]:
                 expected |= {f"{head}.{name}": value for name, value in empty_sums(net)._asdict().items()}
@@ -285,11 +288,13 @@ class FedLSCL(PrivateSums):
             rows = len(net.generator.matrix)
             moments = torch.empty(rows * (rows + 1) // 2, device="meta")
             expected |= {"generator": net.generator.matrix, "moments": moments}
-        return secure.masked_form(expected) if self.secure_sum else expected
+        return secure.masked_spec(expected) if self.secure_sum else expected
 
-    def objection(self, upload: Upload) -> str:
+    def check_upload(self, upload: Upload) -> str:
         """As of moments; the sums behind heads have to be of as many samples as announced."""
-        return super().objection(upload) or ("" if self.secure_sum else heads_flaw(upload.payload, upload.class_counts))
+        return super().check_upload(upload) or (
+            "" if self.secure_sum else heads_error(upload.payload, upload.class_counts)
+        )
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""
@@ -307,7 +312,7 @@ class FedLSCL(PrivateSums):
     def download(self, client: Client, payload: Payload) -> None:
         """Take over the personalised generator and the analytic heads; of secure sums, solve for the generator."""
         if self.secure_sum:
-            secure.take_over(client, payload, self.lambda_proximal, self.data_anchor)
+            secure.apply_answer(client, payload, self.lambda_proximal, self.data_anchor)
         if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
         for head in HEADS:

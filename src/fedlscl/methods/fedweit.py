@@ -183,7 +183,7 @@ class DecomposedClassifier(Net):
         _decompose(self.small.cnn, {"num_tasks": num_tasks, "num_clients": num_clients, "threshold": threshold})
         self.head = LinearHead(self.small.width, num_classes)
         self.register_buffer("task_of", torch.full((num_classes,), -1))
-        self.learn()
+        self.set_trainable()
 
     @property
     def task(self) -> int:
@@ -206,9 +206,9 @@ class DecomposedClassifier(Net):
                     part.fold()
                 part.anchor.copy_(part.conv.weight.detach())
         self.task_of[classes] = task
-        self.learn()
+        self.set_trainable()
 
-    def learn(self) -> None:
+    def set_trainable(self) -> None:
         """Let the base, the newest task's parts and the head be trained, and nothing else."""
         self._select(self.task)
         self.requires_grad_(False)
@@ -364,7 +364,7 @@ class FedWeIT(FedAvg):
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train the base and the task's own parts."""
-        client.net.learn()
+        client.net.set_trainable()
         weights = self.lambda_sparse, self.lambda_mask, self.lambda_retain, self.weight_decay
         module = DecompositionModule(client.net, *weights, client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
@@ -377,7 +377,7 @@ class FedWeIT(FedAvg):
             payload |= {SENT + name: sent, BASE + name: layer.conv.weight[sent]}
         return outgoing(payload)
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """Of every layer as many channels as are sent, and with A_t as many values as there are bits."""
         expected: Payload = {}
         for name, layer in net.convolutions.items():

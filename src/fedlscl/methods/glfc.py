@@ -196,14 +196,14 @@ class CompensationModule(Learner):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Compensation alone, or the mean of compensation and relation."""
-        logits = self.net(batch.images, batch.prefix).trained.float()
+        logits = self.net(batch.images, batch.prefix).head_logits.float()
         targets = (batch.labels[:, None] == self.columns).to(logits)
         compensation = F.binary_cross_entropy_with_logits(
             logits[:, self.columns], targets, self._weights(batch, logits)
         )
         if self.previous is None:
             return {"compensation": compensation}
-        answers = self.previous(batch.images, batch.prefix).trained.float()[:, self.columns].sigmoid()
+        answers = self.previous(batch.images, batch.prefix).head_logits.float()[:, self.columns].sigmoid()
         soft = torch.where(self.is_old, answers, targets)
         relation = F.binary_cross_entropy_with_logits(logits[:, self.columns], soft)
         return {"compensation": compensation / 2, "relation": relation / 2}
@@ -251,7 +251,7 @@ def herded(client: Client, ids: Tensor, per_class: int) -> tuple[Tensor, Tensor]
 @torch.no_grad()
 def mean_entropy(client: Client, columns: Tensor) -> Tensor:
     """Mean entropy in nats of the net's softmax over ``columns`` on the current task's training samples, a scalar."""
-    logits = torch.cat([output.trained.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
+    logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
     return torch.distributions.Categorical(logits=logits).entropy().mean()
 
 
@@ -266,7 +266,7 @@ def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int,
     targets = (batch.labels[:, None] == columns).float()
 
     def loss(images: Tensor) -> Tensor:
-        logits = client.net(images.to(client.net.head.weight.device)).trained.cpu()[:, columns]
+        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
 
     client.net.eval()
@@ -301,9 +301,9 @@ class Proxy:
 
     def meet(self, class_counts: Iterable[Tensor], task: int) -> Tensor:
         """Take note of the classes that somebody has samples of; returns a copy of ``met``."""
-        present = torch.stack([counts > 0 for counts in class_counts]).any(0)
-        met = self.state.get("met", torch.full(present.shape, -1))
-        self.state["met"] = torch.where(present & (met < 0), task, met)
+        participants = torch.stack([counts > 0 for counts in class_counts]).any(0)
+        met = self.state.get("met", torch.full(participants.shape, -1))
+        self.state["met"] = torch.where(participants & (met < 0), task, met)
         return self.state["met"].clone()
 
     def watch(self, gradients: Tensor, encoder: PrototypeEncoder, task: int, steps: int, keep: int) -> bool:
@@ -404,7 +404,7 @@ class GLFC(FedAvg):
             payload[GRADIENTS] = self._gradients(client)
         return outgoing(payload)
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """A net, with one gradient of each class of the task after a signal."""
         expected = dict(net.state_dict())
         if GRADIENTS in upload.payload:
@@ -447,7 +447,7 @@ class GLFC(FedAvg):
 
     def _detect(self, client: Client) -> bool:
         if self.oracle_signal:
-            signal = client.answered == 0
+            signal = client.num_synced_rounds == 0
         elif not len(client.train_ids):
             signal = False
         else:

@@ -57,7 +57,7 @@ class _Pool(Method):
         """The net that learned."""
         return outgoing(client.net.state_dict()) if client.id == TRAINER else {}
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """A net from one client alone."""
         return dict(net.state_dict()) if upload.client == TRAINER else {}
 

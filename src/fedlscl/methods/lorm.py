@@ -197,7 +197,7 @@ class LoRM(Method):
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train one factor of W_0 + B_t A_t, and the head."""
-        client.net.learn(client.task, (trained_factor(client.round),))
+        client.net.set_trainable(client.task, (trained_factor(client.round),))
         module = ClassificationModule(client.net.only(client.task), client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
@@ -221,7 +221,7 @@ class LoRM(Method):
             payload[f"gram.{n}"] = pack(gram)
         return outgoing(payload)
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """The factor whose turn it is, the head and packed Grams of all inputs."""
         factor, width = trained_factor(upload.round), net.head.weight.shape[1]
         expected = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
@@ -236,7 +236,7 @@ class LoRM(Method):
                 sizes[f"gram.{n}"] = packed_size(inputs) if self.alpha_backbone else inputs
         return expected | {name: torch.empty(size, device="meta") for name, size in sizes.items()}
 
-    def objection(self, upload: Upload) -> str:
+    def check_upload(self, upload: Upload) -> str:
         """Whether every Gram is one."""
         payload = upload.payload
         inputs = {name.split(".")[1]: value.shape[1] for name, value in payload.items() if name.startswith("lora.")}
@@ -292,12 +292,12 @@ def merge_head(uploads: list[Upload], head_aggregation: str) -> Payload:
     rows = [upload.payload["head.weight"] for upload in uploads]
     grams = [unpack(upload.payload["gram.head"], rows[0].shape[1]) for upload in uploads]
     biases = [replace(upload, payload={"head.bias": upload.payload["head.bias"]}) for upload in uploads]
-    present = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
+    participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
     if head_aggregation == "average":
-        present = torch.ones_like(present)
+        participants = torch.ones_like(participants)
     merged = torch.empty_like(rows[0])
-    for holders in present.mT.unique(dim=0):
-        classes = (present.mT == holders).all(1)
+    for holders in participants.mT.unique(dim=0):
+        classes = (participants.mT == holders).all(1)
         chosen = [i for i, holds in enumerate(holders.tolist()) if holds or not holders.any()]
         merged[classes] = regression_mean([rows[i][classes] for i in chosen], [grams[i] for i in chosen])
     return {"head.weight": merged, **federated_average(biases, head_aggregation)}

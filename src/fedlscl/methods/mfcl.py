@@ -19,7 +19,7 @@ from fedlscl.methods.data_free import (
     CLASSES,
     SYNTHESIS,
     DataFree,
-    Dreamer,
+    GeneratorWithTeacher,
     MimickingModule,
     SynthesisModule,
     Synthesizer,
@@ -90,7 +90,7 @@ class MFCL(DataFree):
         """Train the synthesizer on, against the new global net."""
         synthesizer = self._build_synthesizer(teacher, self.synthesizer)
         module = SynthesisModule(
-            Dreamer(synthesizer, teacher),
+            GeneratorWithTeacher(synthesizer, teacher),
             classes,
             self.synthesis_temperature,
             self.lambda_even,

@@ -156,7 +156,7 @@ class PILoRA(Method):
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train this task's LoRA and the prototypes of its classes."""
-        client.net.learn(client.task)
+        client.net.set_trainable(client.task)
         weights = self.lambda_prototype, self.gamma_orthogonal, self.lambda_sparse
         rates = {"lr": self.lr, "lr_of": {"lora": self.lora_lr}}
         module = PrototypeModule(client.net, client.task, client.classes, *weights, **rates)
@@ -170,7 +170,7 @@ class PILoRA(Method):
         rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
         return outgoing({**lora, "prototypes": rows, "means": means})
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """The task's factors; rows for the classes that the client has, or prototypes for all."""
         classes, (num_classes, width) = int((upload.class_counts > 0).sum()), net.head.weight.shape
         rows = {"prototypes": num_classes if self.head_aggregation == "average" else classes, "means": classes}
@@ -181,9 +181,9 @@ class PILoRA(Method):
         names = [name for name in uploads[0].payload if name.startswith("lora.")]
         states = [{name: upload.payload[name] for name in names} for upload in uploads]
         answer = weighted_average(states, [upload.num_samples for upload in uploads])
-        present = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
-        classes = present.any(0).nonzero().flatten()
-        merged = [self._prototype(uploads, present, label) for label in classes.tolist()]
+        participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
+        classes = participants.any(0).nonzero().flatten()
+        merged = [self._prototype(uploads, participants, label) for label in classes.tolist()]
         return [{**answer, "classes": classes, "prototypes": torch.stack(merged)}] * len(uploads)
 
     def download(self, client: Client, payload: Payload) -> None:
@@ -193,9 +193,9 @@ class PILoRA(Method):
         lora = {name: value for name, value in payload.items() if name.startswith("lora.")}
         client.net.load_state_dict({**client.net.state_dict(), **lora, "head.weight": prototypes})
 
-    def _prototype(self, uploads: list[Upload], present: Tensor, label: int) -> Tensor:
-        rows = present[:, :label].sum(1).tolist()  # where the class stands among those that a client has
-        holders = present[:, label].nonzero().flatten().tolist()
+    def _prototype(self, uploads: list[Upload], participants: Tensor, label: int) -> Tensor:
+        rows = participants[:, :label].sum(1).tolist()  # where the class stands among those that a client has
+        holders = participants[:, label].nonzero().flatten().tolist()
         means = torch.stack([uploads[i].payload["means"][rows[i]] for i in holders])
         if self.head_aggregation == "average":
             candidates = torch.stack([upload.payload["prototypes"][label] for upload in uploads])

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import moment_flaw
+from fedlscl.functional.analytic import moment_error
 from fedlscl.functional.distillation import Sums, client_terms, solve, subtract_terms, symmetric, upper_triangle
 from fedlscl.functional.privacy import (
     KEY_BYTES,
@@ -38,19 +38,19 @@ PRIVATE, OWN, SUMMED = "secure.private_key", "secure.own.", "secure.task"
 """In a client's memory: its key; its share of the sums under way; the last task of which a sum came back."""
 
 
-def announcement(client: Client, secrets: Secrets) -> Payload:
+def advertise_keys(client: Client, secrets: Secrets) -> Payload:
     """Draw a key pair, whose public half is all that leaves."""
     seeded = secrets == "seed"
     client.memory[PRIVATE] = torch.randint(256, (KEY_BYTES,), dtype=torch.uint8) if seeded else new_private_key()
     return {KEYS: public_key(client.memory[PRIVATE])}
 
 
-def announced_form() -> Payload:
+def advertised_spec() -> Payload:
     """Names, shapes and dtypes of an announcement."""
     return {KEYS: torch.empty(KEY_BYTES, dtype=torch.uint8, device="meta")}
 
 
-def introduction(uploads: list[Upload], progress: Progress) -> Payload:
+def broadcast_keys(uploads: list[Upload], progress: Progress) -> Payload:
     """Everybody's public key, for everybody.
 
     Raises:
@@ -69,7 +69,7 @@ def introduction(uploads: list[Upload], progress: Progress) -> Payload:
     }
 
 
-def knows_members(client: Client) -> bool:
+def has_peer_keys(client: Client) -> bool:
     """Whether the client has everybody's key."""
     return MEMBERS in client.memory
 
@@ -91,7 +91,7 @@ def masked_upload(client: Client, payload: Payload) -> Payload:
     return masked(terms, client.id, client.memory[PRIVATE], keys, f"{client.task}/{client.round}")
 
 
-def masked_form(expected: Payload) -> Payload:
+def masked_spec(expected: Payload) -> Payload:
     """Names, shapes and dtypes of a masked upload, given those of the plain one."""
     named = {PRODUCTS if name == "generator" else name: value for name, value in expected.items()}
     return {name: value.to(torch.int64) for name, value in named.items()}
@@ -102,7 +102,7 @@ def sums_of_all(uploads: list[Upload], members: Tensor) -> dict[str, Tensor]:
     return unmasked_sum({upload.client: upload.payload for upload in uploads}, members.tolist())
 
 
-def take_over(client: Client, payload: Payload, lambda_proximal: float, data_anchor: float) -> None:
+def apply_answer(client: Client, payload: Payload, lambda_proximal: float, data_anchor: float) -> None:
     """Remember everybody's key, or solve Eq. 5 with the sums of all less one's own."""
     if KEYS in payload:
         client.memory |= outgoing({name: payload[name] for name in (MEMBERS, KEYS)})
@@ -175,19 +175,19 @@ class PrivateSums(Method):
             moment = noisy_moment(moment, self.noise_multiplier, self.secrets)
         return outgoing({"generator": generator, "moments": upper_triangle(moment).float()})
 
-    def objection(self, upload: Upload) -> str:
+    def check_upload(self, upload: Upload) -> str:
         """Whether moments are any of unit features; masked ones look like nothing."""
         if self.secure_sum or "moments" not in upload.payload:
             return ""
         moment = symmetric(upload.payload["moments"], len(upload.payload["generator"]))
-        return moment_flaw(moment, noisy=self.noise_multiplier > 0)
+        return moment_error(moment, noisy=self.noise_multiplier > 0)
 
     def answer_to_all(
         self, uploads: list[Upload], progress: Progress, heads: Callable[[list[Payload], Progress], Payload]
     ) -> Payload:
         """Of secure sums: everybody's key at first, later those of Eq. 5 and what ``heads`` makes of the others."""
         if self.members is None:
-            answer = secure.introduction(uploads, progress)
+            answer = secure.broadcast_keys(uploads, progress)
             self.members = answer[secure.MEMBERS]
             return answer
         total = secure.sums_of_all(uploads, self.members)

@@ -300,7 +300,7 @@ class FedMGP(Method):
         """P_g, its keys and h_g; nothing fine."""
         return outgoing(client.net.coarse.state_dict())
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """The coarse part."""
         return dict(net.coarse.state_dict())
 

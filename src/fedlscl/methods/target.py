@@ -22,7 +22,7 @@ from fedlscl.methods.data_free import (
     CLASSES,
     SYNTHESIS,
     DataFree,
-    Dreamer,
+    GeneratorWithTeacher,
     ImitationModule,
     InversionModule,
     Synthesizer,
@@ -106,7 +106,7 @@ class TARGET(DataFree):
         for number in range(self.synthesis_rounds):
             is_warm = number >= self.warmup_rounds
             module = InversionModule(
-                Dreamer(deepcopy(slow), teacher, self.synthesis_batch, PADDING),
+                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING),
                 student,
                 slow,
                 classes,

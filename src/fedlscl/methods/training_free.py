@@ -16,7 +16,7 @@ from torch import Tensor
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import MomentSums, added, moment_sums, ridge_solution, sums_flaw
+from fedlscl.functional.analytic import MomentSums, added, moment_sums, ridge_solution, sums_error
 from fedlscl.nets.heads import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig
@@ -36,7 +36,7 @@ class _Statistics(Method):
 
     def upload(self, client: Client) -> Payload:
         """The task's statistics, in the task's first message alone."""
-        return {} if client.answered else outgoing(self.statistics(client))
+        return {} if client.num_synced_rounds else outgoing(self.statistics(client))
 
     def statistics(self, client: Client) -> dict[str, Tensor]:
         """What the client adds to the sums for its task."""
@@ -81,11 +81,11 @@ class FedNCM(_Statistics):
         sums[classes] = means * client.data.class_counts(client.task)[classes, None]
         return {"means": sums}
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """The sums, or nothing after the task's first answer."""
         return {"means": net.head.weight} if upload.payload else {}
 
-    def objection(self, upload: Upload) -> str:
+    def check_upload(self, upload: Upload) -> str:
         """Whether a sum is longer than so many unit features can make it."""
         sizes = upload.payload["means"].norm(dim=1) if upload.payload else torch.zeros(())
         is_longer = (sizes > (1 + 1e-4) * upload.class_counts).any()
@@ -115,13 +115,13 @@ class FedRidge(_Statistics):
         """Gram matrix (width + 1, width + 1) and products with the labels (width + 1, num_classes) of the task."""
         return moments_of_task(client, "features")
 
-    def expects(self, upload: Upload, net: Net) -> Payload | None:
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """The sums, or nothing after the task's first answer."""
         return empty_sums(net)._asdict() if upload.payload else {}
 
-    def objection(self, upload: Upload) -> str:
+    def check_upload(self, upload: Upload) -> str:
         """Whether the sums are those of as many samples of unit features as announced."""
-        return sums_flaw(MomentSums(**upload.payload), upload.class_counts) if upload.payload else ""
+        return sums_error(MomentSums(**upload.payload), upload.class_counts) if upload.payload else ""
 
     def answer(self) -> Payload:
         """The ridge solution as a linear head."""

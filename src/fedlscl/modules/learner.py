@@ -197,8 +197,8 @@ class DistillationModule(ClassificationModule):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the new classes and distillation over the old ones, from one forward pass."""
-        logits = self.net(batch.images, batch.prefix).trained
-        answers = self.previous(batch.images, batch.prefix).trained[:, self.old_classes]
+        logits = self.net(batch.images, batch.prefix).head_logits
+        answers = self.previous(batch.images, batch.prefix).head_logits[:, self.old_classes]
         kept = distillation(logits[:, self.old_classes], answers, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),

@@ -66,7 +66,7 @@ class Collaboration(NamedTuple):
     """Features of the adapted foundation model, (B, width): what the head reads."""
     frozen: Tensor
     """Features of the frozen ViT, (B, width), where there is an analytic head to read them."""
-    trained: Tensor
+    head_logits: Tensor
     """Logits of the trained head, (B, num_classes)."""
     logits: Tensor
     """(B, num_classes): the trained head's, and in evaluation mode the analytic heads' added."""
@@ -137,7 +137,7 @@ class Collaborator(Net):
         return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self._entry}{extra}"
 
     @property
-    def pools(self) -> bool:
+    def has_adapted_head(self) -> bool:
         """Whether there is an analytic head on the adapted features."""
         return self.config.collaboration and self.config.adapted_weight > 0
 
@@ -187,6 +187,6 @@ class Collaborator(Net):
         trained = logits = self.head(tokens)
         if not self.training and self.config.analytic_weight > 0:
             logits = logits + self.config.analytic_weight * self.analytic(frozen)
-        if not self.training and self.pools:
+        if not self.training and self.has_adapted_head:
             logits = logits + self.config.adapted_weight * self.adapted(tokens)
         return Collaboration(features, lora, tokens, frozen, trained, logits)

@@ -107,7 +107,7 @@ class LoraViT(Net):
         """A view of this net with the module of ``task`` alone."""
         return OneTask(self, task)
 
-    def learn(self, task: int, factors: Collection[str] = ("down", "up")) -> None:
+    def set_trainable(self, task: int, factors: Collection[str] = ("down", "up")) -> None:
         """Train these factors of one task's modules, and no others."""
         for layer in self.lora:
             for kind in ("down", "up"):

@@ -23,7 +23,7 @@ class Output(Protocol):
         ...
 
     @property
-    def trained(self) -> Tensor:
+    def head_logits(self) -> Tensor:
         """Scores of the trained head: the same, unless a head of another origin answers."""
         ...
 
@@ -37,7 +37,7 @@ class Classification(NamedTuple):
     """(B, num_classes)."""
 
     @property
-    def trained(self) -> Tensor:
+    def head_logits(self) -> Tensor:
         """The trained head is the only one."""
         return self.logits
 

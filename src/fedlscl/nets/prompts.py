@@ -27,7 +27,7 @@ class Prompted(NamedTuple):
     """The prompts of each image, (B, top), ascending."""
 
     @property
-    def trained(self) -> Tensor:
+    def head_logits(self) -> Tensor:
         """The trained head is the only one."""
         return self.logits
 

@@ -147,11 +147,11 @@ def _source(group: Group, run: Run, out: Path) -> Source:
     return Source(group.name, run.seed, [(k, v) for k, v in facts.items() if v], links, run.config)
 
 
-def _left_out(refusals: list[dict[str, Any]]) -> str:
+def _left_out(rejected: list[dict[str, Any]]) -> str:
     """The first uploads that were refused at the door, and how many there were."""
-    places = [(r["client"], f"task {r['task'] + 1}, round {r['round'] + 1}", r["reason"]) for r in refusals[:5]]
+    places = [(r["client"], f"task {r['task'] + 1}, round {r['round'] + 1}", r["reason"]) for r in rejected[:5]]
     shown = [f"client {client} in {place}: {reason}" for client, place, reason in places]
-    more = f"; and {len(refusals) - 5} more" if len(refusals) > 5 else ""
+    more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     return "; ".join(shown) + more
 
 

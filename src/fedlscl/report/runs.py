@@ -186,13 +186,13 @@ def _faults(results: dict[str, Any]) -> Iterator[str]:
     if len(sent) != clients or not all(_has_lists(client) and len(client) >= done for client in sent):
         yield f"traffic.up must have lists for {done} tasks of each of {clients} clients, got {_short(sent)}"
     # Files of the first versions have neither.
-    counts, refusals = results.get("parameters", {"foundation": 0}), results.get("quarantined", [])
+    counts, rejected = results.get("parameters", {"foundation": 0}), results.get("quarantined", [])
     names = ("trainable", "total") if "parameters" in results else ()
     if not isinstance(counts, dict) or not all(_has_ints(counts.get(name)) for name in names):
         yield f"parameters must have trainable and total of each client, got {_short(counts)}"
     if not isinstance(counts.get("foundation"), int):
         yield f"parameters.foundation must be int, got {_short(counts.get('foundation'))}"
-    for refusal in refusals if isinstance(refusals, list) else [refusals]:
+    for refusal in rejected if isinstance(rejected, list) else [rejected]:
         named = refusal if isinstance(refusal, dict) else {}
         if not {"client", "reason"} <= named.keys() or not _has_ints([named.get("task"), named.get("round")]):
             yield f"quarantined must have client, task, round and reason, got {_short(refusal)}"
