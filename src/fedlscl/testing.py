@@ -13,6 +13,7 @@ from fedlscl.callbacks import Callback
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.state import RunState
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.nets.vit import fingerprint
 
@@ -27,24 +28,25 @@ class Recorded(FederatedTrainer):
         self.uploads: list[Upload] = []
         self.answers: list[list[Payload]] = []
 
-    def _server_round(self, uploads: list[Upload]) -> None:
-        aggregate = self.method.aggregate
+    def _server_step(self, uploads: list[Upload]) -> None:
+        method = self.run.method
+        aggregate = method.aggregate
 
         def recorded(uploads: list[Upload], progress: Progress) -> list[Payload]:
             self.answers.append(aggregate(uploads, progress))
             return self.answers[-1]
 
         self.uploads += uploads
-        self.method.aggregate = recorded
+        method.aggregate = recorded
         try:
-            super()._server_round(uploads)
+            super()._server_step(uploads)
         finally:
-            del self.method.aggregate
+            del method.aggregate
 
     @property
     def states(self) -> dict[str, Any]:
         """All that a checkpoint says of server and clients."""
-        return {"method": self.method.state_dict(), "clients": [client.state_dict() for client in self.clients]}
+        return {"method": self.run.method.state_dict(), "clients": [client.state_dict() for client in self.clients]}
 
 
 class Stopped(Exception):
@@ -57,7 +59,7 @@ class Stop(Callback):
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def on_checkpoint(self, trainer: FederatedTrainer) -> None:
+    def on_checkpoint(self, run: RunState) -> None:
         """Count."""
         self.left -= 1
         if not self.left:
@@ -124,7 +126,7 @@ def check_payloads(run: Recorded, make: Callable[[], Method]) -> None:
 
 def check_upload_spec(run: Recorded, make: Callable[[], Method]) -> None:
     """What ``expects`` says is what ``upload`` sends."""
-    for client, task, round_, reason in run.server.validator.rejected:
+    for client, task, round_, reason in run.run.rejected:
         require(False, f"the upload of client {client} in task {task}, round {round_} is refused at the door: {reason}")
 
 
@@ -229,7 +231,7 @@ def check_state(run: Recorded, make: Callable[[], Method]) -> None:
     state = torch.load(buffer, weights_only=True)
     other = Recorded()
     other.setup(make(), fake_data(), seed=7)
-    other.method.load_state_dict(state["method"])
+    other.run.method.load_state_dict(state["method"])
     for client, values in zip(other.clients, state["clients"], strict=True):
         client.load_state_dict(values)
     same_tensors(other.states, run.states, "restored state")

@@ -7,8 +7,10 @@ from itertools import islice, pairwise
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from fedlscl.callbacks import Callback
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.state import RunState
 from fedlscl.federated.trainer import FederatedTrainer
 
 if TYPE_CHECKING:
@@ -60,18 +62,19 @@ class Rehearsed:
 class Rehearsal(FederatedTrainer):
     """The real loop over two clients, a few tasks and a few rounds of each; nothing is kept or written."""
 
-    def __init__(self, trainer: FederatedTrainer) -> None:
+    def __init__(self, trainer: FederatedTrainer, num_tasks: int) -> None:
         super().__init__(
             rounds_per_task=min(ROUNDS, trainer.rounds_per_task),
             server_every=cast(Any, trainer.server_every),
             accelerator=trainer.accelerator,
             precision=cast(Any, trainer.precision),
             cache_gb=trainer.cache_gb,
-            max_tasks=min(TASKS, trainer.num_tasks),
+            max_tasks=min(TASKS, num_tasks),
             quorum=0,
             max_norm_ratio=0.0,
         )
         self.tasks: list[Rehearsed] = []
+        self.callbacks = [_EvaluationTime(self.tasks)]
 
     def _learn_task(self, task: int, first_round: int) -> None:
         images = [len(client.data.train_ids(task)) for client in self.clients]
@@ -90,18 +93,18 @@ class Rehearsal(FederatedTrainer):
         apart = done.idle - idle + done.evaluation - evaluation
         done.rounds.append(time.perf_counter() - started - apart)
         for name in ("up", "down"):
-            getattr(done, name).append(int(self.traffic[name][:, *progress].sum()))
+            getattr(done, name).append(int(self.traffic[name][:, *progress.position].sum()))
 
     def _train(self, client: Client | None, stage: Stage) -> None:
         done, started = self.tasks[-1], time.perf_counter()
         steps = length_hint(stage.batches, 1) * stage.epochs
-        if client is not None and self.progress.round == 0:
+        if client is not None and self.run.progress.round == 0:
             done.placing += self._place(stage)
         few = list(islice(stage.batches, STEPS + 1)) if client is None or client.id == 0 else []
         if few and steps:
-            self.engine.train(stage._replace(batches=few[:1], epochs=1))
+            self.run.engine.train(stage._replace(batches=few[:1], epochs=1))
             began = time.perf_counter()
-            self.engine.train(stage._replace(batches=few[-STEPS:], epochs=1))
+            self.run.engine.train(stage._replace(batches=few[-STEPS:], epochs=1))
             seconds = steps * (time.perf_counter() - began) / len(few[-STEPS:])
             (done.server if client is None else done.work)[-1] += seconds
         done.idle += time.perf_counter() - started
@@ -112,13 +115,18 @@ class Rehearsal(FederatedTrainer):
         for batch in stage.batches:
             if getattr(batch, "augmented", True) or not self.cache_gb:
                 return 0.0
-            self.engine.place(batch, stage.module.net)
+            self.run.engine.place(batch, stage.module.net)
         return time.perf_counter() - started
 
-    def _evaluate(self, client: Client, phase: str) -> None:
-        started = time.perf_counter()
-        super()._evaluate(client, phase)
-        self.tasks[-1].evaluation += time.perf_counter() - started
+
+class _EvaluationTime(Callback):
+    """Adds the seconds of every evaluation to the rehearsed task."""
+
+    def __init__(self, tasks: list[Rehearsed]) -> None:
+        self.tasks = tasks
+
+    def on_evaluation_end(self, run: RunState, client: Client, phase: str, seconds: float) -> None:
+        self.tasks[-1].evaluation += seconds
 
 
 def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemporalDataModule") -> Forecast:
@@ -126,14 +134,15 @@ def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemp
 
     The run's own objects stay as they are: the rehearsal has clients of its own and a copy of the method.
     """
-    tasks, rounds = range(trainer.num_tasks), trainer.rounds_per_task
+    num_tasks = min(datamodule.num_tasks, trainer.max_tasks or datamodule.num_tasks)
+    tasks, rounds = range(num_tasks), trainer.rounds_per_task
     images = [[len(datamodule.stream(i).train_ids(task)) for task in tasks] for i in range(datamodule.num_clients)]
     # Alone, nobody could hide in a secure sum; together, a pool would not be that of one client.
     number = 1 if method.simulation_only else min(2, len(images))
     chosen = _typical(images, number)
     few = copy(datamodule)
     few._splits, few.num_clients = [datamodule.splits[i] for i in chosen], number
-    rehearsal = Rehearsal(trainer)
+    rehearsal = Rehearsal(trainer, num_tasks)
     rehearsal.fit(method, few, trainer.seed)
     known = rehearsal.tasks
     done = [known[min(task, len(known) - 1)] for task in tasks]

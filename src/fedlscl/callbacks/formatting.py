@@ -12,42 +12,39 @@ from fedlscl.federated.metrics import MASKS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedlscl.federated.trainer import FederatedTrainer
+    from fedlscl.federated.state import RunState
 
 
 # Figures of a run in words, for the terminal.
 
 
-def introduction(trainer: "FederatedTrainer") -> list[str]:
+def introduction(run: "RunState") -> list[str]:
     """What is about to be done, in a few lines."""
-    data, foundation = trainer.datamodule, describe_foundation(trainer)
-    sizes = sorted({len(classes) for split in data.splits for classes in split.classes[: trainer.num_tasks]})
+    data, foundation = run.data, describe_foundation(run)
+    sizes = sorted({len(classes) for client in data["classes"] for classes in client})
     classes = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
-    tasks, rounds = trainer.num_tasks, trainer.rounds_per_task
-    train, test = (
-        sum(len(ids) for split in data.splits for ids in parts(split)[:tasks])
-        for parts in (lambda split: split.train, lambda split: split.test)
-    )
+    tasks, rounds = run.num_tasks, run.rounds_per_task
+    train, test = (sum(map(sum, data[name])) for name in ("train_samples", "test_samples"))
     lines = [
-        f"{type(trainer.method).__name__} on {data.dataset}: {len(trainer.clients)} clients, {tasks} tasks of "
+        f"{type(run.method).__name__} on {data['dataset']}: {len(run.clients)} clients, {tasks} tasks of "
         f"{classes} classes per client, {rounds} rounds per task",
         f"  images      {train:,} for training, {test:,} for testing, of all clients",
-        f"  parameters  {parameter_line(parameter_counts(trainer))}, per client",
+        f"  parameters  {parameter_line(parameter_counts(run))}, per client",
     ]
     if foundation is not None:
         mean, std = (" ".join(f"{value:g}" for value in foundation[name]) for name in ("mean", "std"))
         weights = foundation["fingerprint"][:12]
         lines.append(f"  foundation  {foundation['name']}, weights {weights}, mean {mean}, std {std}")
-    if data.augment != "none":
+    if (augment := run.clients[0].data.augment) != "none":
         alone = "" if foundation is None else ": no cached ViT tokens in training"
-        lines.append(f"  augment     {data.augment}{alone}")
-    slow = trainer.precision == "bf16-mixed" and trainer.fabric.device.type == "cpu" and not fast_bf16()
+        lines.append(f"  augment     {augment}{alone}")
+    slow = run.precision == "bf16-mixed" and run.device.type == "cpu" and not fast_bf16()
     note = " (slow: this processor has no bf16 instructions; take 32-true or auto)" if slow else ""
-    lines.append(f"  device      {trainer.fabric.device}, precision {trainer.precision}{note}, seed {trainer.seed}")
-    if trainer.run_dir is not None:
-        lines.append(f"  run         {trainer.run_dir}")
-    if trainer.step:
-        where = "after the last task" if trainer.progress.task >= tasks else f"from {place(trainer)}"
+    lines.append(f"  device      {run.device}, precision {run.precision}{note}, seed {run.seed}")
+    if run.run_dir is not None:
+        lines.append(f"  run         {run.run_dir}")
+    if run.step:
+        where = "after the last task" if run.progress.task >= tasks else f"from {place(run)}"
         lines.append(f"  goes on     {where}")
     return lines
 
@@ -69,10 +66,10 @@ def accuracies(figures: dict[str, float]) -> str:
     return f"{', '.join(parts)}; among the task's own classes {percent(figures['task/average'])} %"
 
 
-def place(trainer: "FederatedTrainer") -> str:
+def place(run: "RunState") -> str:
     """Where the run is, counted from 1."""
-    task, round_ = trainer.progress
-    return f"task {task + 1}/{trainer.num_tasks}, round {round_ + 1}/{trainer.rounds_per_task}"
+    task, round_ = run.progress.position
+    return f"task {task + 1}/{run.num_tasks}, round {round_ + 1}/{run.rounds_per_task}"
 
 
 def percent(value: float | None) -> str:
@@ -157,20 +154,20 @@ def facts(results: dict[str, Any], costs: dict[str, Any] | None) -> list[tuple[s
     return lines
 
 
-def print_table(trainer: "FederatedTrainer", console: "Console | None" = None) -> None:
+def print_table(run: "RunState", console: "Console | None" = None) -> None:
     """Print the result table, what the run cost and where its files are: coloured on a terminal, else plain text."""
     from rich.console import Console
 
     console = console or Console()
-    done = results(trainer)
+    done = results(run)
     costs, places = None, []
-    if trainer.run_dir is not None:
-        path = trainer.run_dir / "costs.json"
+    if run.run_dir is not None:
+        path = run.run_dir / "costs.json"
         costs = json.loads(path.read_bytes()) if path.is_file() else None
         places = [
-            ("results", str(trainer.run_dir / "results.json")),
-            ("TensorBoard", f"tensorboard --logdir {trainer.run_dir / 'tensorboard'}"),
-            ("checkpoint", str(trainer.run_dir / "checkpoint.pt")),
+            ("results", str(run.run_dir / "results.json")),
+            ("TensorBoard", f"tensorboard --logdir {run.run_dir / 'tensorboard'}"),
+            ("checkpoint", str(run.run_dir / "checkpoint.pt")),
         ]
     method, dataset, clients = done["method"]["name"], done["data"]["dataset"], done["data"]["num_clients"]
     title = f"{method} on {dataset}: accuracy in percent, mean over {clients} clients"

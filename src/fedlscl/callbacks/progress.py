@@ -9,7 +9,7 @@ import numpy as np
 from fedlscl.callbacks import Callback
 from fedlscl.callbacks.formatting import accuracies, in_all, in_bytes, in_hours, introduction, place, print_table
 from fedlscl.federated.metrics import summary
-from fedlscl.federated.trainer import extrapolated
+from fedlscl.federated.state import extrapolated
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fedlscl.federated.client import Client
     from fedlscl.federated.method import Stage
-    from fedlscl.federated.trainer import FederatedTrainer
+    from fedlscl.federated.state import RunState
 
 
 # How much of a run is done: an estimate that becomes exact as clients show their stages.
@@ -105,12 +105,12 @@ class Workload:
         return np.where(is_known, self.known, self.expected * factor)
 
 
-def workload(trainer: "FederatedTrainer") -> Workload:
-    """What is ahead of a trainer whose clients exist."""
-    method, tasks = trainer.method, range(trainer.num_tasks)
-    samples = np.array([[len(client.data.train_ids(task)) for task in tasks] for client in trainer.clients])
+def workload(run: "RunState") -> Workload:
+    """What is ahead of a run whose clients exist."""
+    method, tasks = run.method, range(run.num_tasks)
+    samples = np.array([[len(client.data.train_ids(task)) for task in tasks] for client in run.clients])
     return Workload(
-        np.ceil(samples / method.batch_size) * method.local_epochs, trainer.rounds_per_task, *trainer.progress
+        np.ceil(samples / method.batch_size) * method.local_epochs, run.rounds_per_task, *run.progress.position
     )
 
 
@@ -133,40 +133,40 @@ class ProgressDisplay(Callback):
         self.server: dict[str, tuple[dict[str, float], float]] = {}
         """Last terms and seconds of the server's stages in this round, by their name."""
 
-    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_start(self, run: "RunState") -> None:
         """Say what is about to be done, and put up the bars."""
         from rich.console import Console
 
         self.console = self.console or Console(stderr=True)
-        self.began, self.work = time.perf_counter(), workload(trainer)
+        self.began, self.work = time.perf_counter(), workload(run)
         self.client, self.stage, self.num_batches, self.batch, self.images = 0, "preparing", 0, 0, 0
         self.stage_began = self.began
-        for line in introduction(trainer):
+        for line in introduction(run):
             self._say(line)
-        if self.console.is_interactive and trainer.progress.task < trainer.num_tasks:
+        if self.console.is_interactive and run.progress.task < run.num_tasks:
             from rich.live import Live
 
             self.live = Live(
                 console=self.console,
-                get_renderable=lambda: self._bars(trainer),
+                get_renderable=lambda: self._bars(run),
                 refresh_per_second=UPDATES_PER_SECOND,
                 transient=True,
             )
             self.live.start()
 
-    def on_client_start(self, trainer: "FederatedTrainer", client: "Client") -> None:
+    def on_client_start(self, run: "RunState", client: "Client") -> None:
         """Another turn."""
-        self.work.begin_turn(client.id, *trainer.progress)
+        self.work.begin_turn(client.id, *run.progress.position)
         self.client, self.stage, self.num_batches, self.batch = client.id, "preparing", 0, 0
 
-    def on_stage_start(self, trainer: "FederatedTrainer", client: "Client | None", stage: "Stage") -> None:
+    def on_stage_start(self, run: "RunState", client: "Client | None", stage: "Stage") -> None:
         """Another stage; those of the server count for the turn before them."""
         self.num_batches = length_hint(stage.batches, 0) * stage.epochs
         self.stage = stage.name if client is not None else f"{stage.name} at the server"
         self.batch, self.images, self.stage_began = 0, 0, time.perf_counter()
         self.work.add_stage(self.num_batches)
 
-    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client | None", num_images: int) -> None:
+    def on_batch_end(self, run: "RunState", client: "Client | None", num_images: int) -> None:
         """Count; the bars are drawn by their own clock."""
         self.batch += 1
         self.images += num_images
@@ -174,7 +174,7 @@ class ProgressDisplay(Callback):
 
     def on_stage_end(
         self,
-        trainer: "FederatedTrainer",
+        run: "RunState",
         client: "Client | None",
         stage: "Stage",
         terms: dict[str, float],
@@ -184,47 +184,47 @@ class ProgressDisplay(Callback):
         if client is None:
             _, earlier = self.server.get(stage.name, ({}, 0.0))
             self.server[stage.name] = terms, earlier + seconds
-        elif self.live is None and len(trainer.clients) <= MANY_CLIENTS:
-            self._say_stage(f"{place(trainer)}, client {client.id}, {stage.name}", terms, seconds)
+        elif self.live is None and len(run.clients) <= MANY_CLIENTS:
+            self._say_stage(f"{place(run)}, client {client.id}, {stage.name}", terms, seconds)
 
-    def on_server_end(self, trainer: "FederatedTrainer", seconds: float) -> None:
+    def on_server_end(self, run: "RunState", seconds: float) -> None:
         """What the server trained."""
         for name, (terms, training_seconds) in self.server.items():
             if self.live is None:
-                self._say_stage(f"{place(trainer)}, server, {name}", terms, training_seconds)
+                self._say_stage(f"{place(run)}, server, {name}", terms, training_seconds)
         self.server = {}
 
-    def on_evaluation_start(self, trainer: "FederatedTrainer", client: "Client", phase: str) -> None:
+    def on_evaluation_start(self, run: "RunState", client: "Client", phase: str) -> None:
         """Show that a client is tested."""
         self.client, self.stage, self.num_batches = client.id, f"testing {phase} aggregation", 0
 
-    def on_round_end(self, trainer: "FederatedTrainer") -> None:
+    def on_round_end(self, run: "RunState") -> None:
         """A plain line with the traffic."""
         self.work.end_turn()
         if self.live is None:
-            up, down = (in_bytes(int(trainer.traffic[name][:, *trainer.progress].sum())) for name in ("up", "down"))
-            self._say(f"{place(trainer)}: {up} up, {down} down ({self._outlook()})")
+            up, down = (in_bytes(int(run.traffic[name][:, *run.progress.position].sum())) for name in ("up", "down"))
+            self._say(f"{place(run)}: {up} up, {down} down ({self._outlook()})")
         # The first round of a task may send more than the others, and a server may answer in the last one alone.
-        rounds = trainer.rounds_per_task if trainer.server_every == "task" else min(2, trainer.rounds_per_task)
-        if trainer.step == rounds - 1 and self.work.remaining:
-            up, down = (extrapolated(trainer.traffic, name, rounds) for name in ("up", "down"))
+        rounds = run.rounds_per_task if run.server_every == "task" else min(2, run.rounds_per_task)
+        if run.step == rounds - 1 and self.work.remaining:
+            up, down = (extrapolated(run.traffic, name, rounds) for name in ("up", "down"))
             self._say(in_all(up, down, time.perf_counter() - self.began + self.seconds_left))
 
-    def on_task_end(self, trainer: "FederatedTrainer") -> None:
+    def on_task_end(self, run: "RunState") -> None:
         """The task's accuracies, above the bars or as a line."""
-        task = trainer.progress.task
-        figures = accuracies(summary(trainer.matrix, task))
-        self._say(f"after task {task + 1}/{trainer.num_tasks}: {figures}", "bold green")
+        task = run.progress.task
+        figures = accuracies(summary(run.matrix, task))
+        self._say(f"after task {task + 1}/{run.num_tasks}: {figures}", "bold green")
 
-    def on_fit_end(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_end(self, run: "RunState") -> None:
         """Take the bars down and print the table."""
         self._stop()
-        print_table(trainer)
+        print_table(run)
 
-    def on_exception(self, trainer: "FederatedTrainer") -> None:
+    def on_exception(self, run: "RunState") -> None:
         """Give the terminal back as it was."""
         self._stop()
-        self._say(f"stopped in {place(trainer)}", "bold red")
+        self._say(f"stopped in {place(run)}", "bold red")
 
     def _stop(self) -> None:
         if self.live is not None:
@@ -249,16 +249,16 @@ class ProgressDisplay(Callback):
         """For the rest of the run, at this session's speed."""
         return (time.perf_counter() - self.began) * self.work.remaining / max(self.work.done, 1.0)
 
-    def _bars(self, trainer: "FederatedTrainer") -> "RenderableType":
+    def _bars(self, run: "RunState") -> "RenderableType":
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        task, round_ = trainer.progress
-        clients, gone = len(trainer.clients), time.perf_counter() - self.began
+        task, round_ = run.progress.position
+        clients, gone = len(run.clients), time.perf_counter() - self.began
         rows = [
             ("Run", self.work.fraction, f"{self._outlook()}, {in_hours(gone)} elapsed"),
-            ("Task", task / trainer.num_tasks, f"{task + 1} of {trainer.num_tasks}"),
-            ("Round", round_ / trainer.rounds_per_task, f"{round_ + 1} of {trainer.rounds_per_task}"),
+            ("Task", task / run.num_tasks, f"{task + 1} of {run.num_tasks}"),
+            ("Round", round_ / run.rounds_per_task, f"{round_ + 1} of {run.rounds_per_task}"),
             ("Client", self.client / clients, f"{self.client + 1} of {clients}"),
         ]
         rate = self.images / max(time.perf_counter() - self.stage_began, 1e-3)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fedlscl.federated.client import Client
     from fedlscl.federated.engine import Engine
     from fedlscl.federated.method import Stage
-    from fedlscl.federated.trainer import FederatedTrainer
+    from fedlscl.federated.state import RunState
 
 
 # Which commit of this package works: known where it runs from a checkout.
@@ -68,9 +68,9 @@ def package_commit() -> str | None:
 # What a run is made of, in plain values: its method, its data, its nets.
 
 
-def parameter_counts(trainer: "FederatedTrainer") -> dict[str, Any]:
+def parameter_counts(run: "RunState") -> dict[str, Any]:
     """Parameters of each client's net, the shared foundation included in ``total``, by client."""
-    nets = [client.net for client in trainer.clients]
+    nets = run.nets
     foundation = nets[0].foundation
     shared = 0 if foundation is None else sum(p.numel() for p in foundation.vit.parameters())
     return {
@@ -80,18 +80,18 @@ def parameter_counts(trainer: "FederatedTrainer") -> dict[str, Any]:
     }
 
 
-def describe_foundation(trainer: "FederatedTrainer") -> dict[str, Any] | None:
+def describe_foundation(run: "RunState") -> dict[str, Any] | None:
     """The frozen ViT's name, SHA-256 of its weights, and mean and std of its input; None where the method has none."""
-    foundation = trainer.clients[0].net.foundation
+    foundation = run.nets[0].foundation
     if foundation is None:
         return None
     named = {"name": foundation.config.name, "fingerprint": foundation.fingerprint}
     return named | normalisation(foundation.mean, foundation.std)
 
 
-def describe_small_models(trainer: "FederatedTrainer") -> list[dict[str, Any]]:
+def describe_small_models(run: "RunState") -> list[dict[str, Any]]:
     """Name, mean and std of every small model, without repetition."""
-    models = [part for client in trainer.clients for part in client.net.modules() if isinstance(part, SmallModel)]
+    models = [part for net in run.nets for part in net.modules() if isinstance(part, SmallModel)]
     found = [{"name": model.name} | normalisation(model.mean, model.std) for model in models]
     return [model for place, model in enumerate(found) if model not in found[:place]]
 
@@ -99,22 +99,6 @@ def describe_small_models(trainer: "FederatedTrainer") -> list[dict[str, Any]]:
 def normalisation(mean: Tensor, std: Tensor) -> dict[str, list[float]]:
     """Mean and std (3,) of images in 0..1, to six decimals: without float32's rounding."""
     return {"mean": [round(x, 6) for x in mean.tolist()], "std": [round(x, 6) for x in std.tolist()]}
-
-
-def describe_data(trainer: "FederatedTrainer") -> dict[str, Any]:
-    """The data set and who gets what of it: client x task."""
-    data = trainer.datamodule
-    tasks, streams = range(trainer.num_tasks), [data.stream(client) for client in range(data.num_clients)]
-    return {
-        "dataset": data.dataset,
-        "fingerprint": data.data.fingerprint,
-        "num_classes": data.num_classes,
-        "num_clients": data.num_clients,
-        "num_tasks": trainer.num_tasks,
-        "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
-        "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
-        "test_samples": [[len(stream.test_ids(task)) for task in tasks] for stream in streams],
-    }
 
 
 def plain(value: Any) -> Any:
@@ -156,17 +140,17 @@ COUNTED: "WeakKeyDictionary[Engine, dict[tuple[str, int, int], Flops]]" = WeakKe
 """What was counted in a run, whose engine lives as long: results are written more often than nets change."""
 
 
-def flops_by_client(trainer: "FederatedTrainer") -> dict[str, list[int]]:
+def flops_by_client(run: "RunState") -> dict[str, list[int]]:
     """`Flops` of every client by name, counted once a task.
 
     Nets with equally many parameters of one type count as one architecture.
     """
-    found = COUNTED.setdefault(trainer.engine, {})
+    found = COUNTED.setdefault(run.engine, {})
     rows = []
-    for client in trainer.clients:
+    for client in run.clients:
         key = type(client.net).__name__, sum(p.numel() for p in client.net.parameters()), client.task
         if key not in found:
-            with trainer.engine.on_device(client):
+            with run.engine.on_device(client):
                 found[key] = flops_per_image(client.net)
         rows.append(found[key])
     return {name: list(values) for name, values in zip(Flops._fields, zip(*rows, strict=True), strict=True)}
@@ -230,13 +214,13 @@ class Timed(Callback):
         self._seconds, self._images, self._training_seconds = defaultdict(float), 0, 0.0
         return lap
 
-    def on_batch_end(self, trainer: "FederatedTrainer", client: "Client | None", num_images: int) -> None:
+    def on_batch_end(self, run: "RunState", client: "Client | None", num_images: int) -> None:
         """Count images."""
         self._images += num_images
 
     def on_stage_end(
         self,
-        trainer: "FederatedTrainer",
+        run: "RunState",
         client: "Client | None",
         stage: "Stage",
         terms: dict[str, float],
@@ -246,11 +230,11 @@ class Timed(Callback):
         self._seconds[stage.name] += seconds
         self._training_seconds += seconds
 
-    def on_server_end(self, trainer: "FederatedTrainer", seconds: float) -> None:
+    def on_server_end(self, run: "RunState", seconds: float) -> None:
         """Add the server's seconds."""
         self._seconds["server"] += seconds
 
-    def on_evaluation_end(self, trainer: "FederatedTrainer", client: "Client", phase: str, seconds: float) -> None:
+    def on_evaluation_end(self, run: "RunState", client: "Client", phase: str, seconds: float) -> None:
         """Add an evaluation's seconds."""
         self._seconds["evaluation"] += seconds
 
@@ -258,16 +242,16 @@ class Timed(Callback):
 class CostLog:
     """costs.json: one entry for each process that worked on the run, and their sums."""
 
-    def __init__(self, path: Path, trainer: "FederatedTrainer") -> None:
+    def __init__(self, path: Path, run: "RunState") -> None:
         self.path, self.began = path, time.perf_counter()
-        is_resumed = trainer.step > 0 and path.is_file()
+        is_resumed = run.step > 0 and path.is_file()
         self.earlier: list[dict[str, Any]] = json.loads(path.read_bytes())["sessions"] if is_resumed else []
         self.session: dict[str, Any] = {
             "started": _now(),
-            "first_step": trainer.step,
+            "first_step": run.step,
             "commit": package_commit(),
-            "device": device_name(trainer.fabric.device),
-            "precision": trainer.precision,
+            "device": device_name(run.device),
+            "precision": run.precision,
             "seconds": {},
             "training_seconds": 0.0,
             "images": 0,
@@ -342,81 +326,81 @@ class Results(Timed):
         super().__init__()
         self.costs: CostLog | None = None
 
-    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_start(self, run: "RunState") -> None:
         """Take up the costs of the sessions before this one."""
-        if trainer.run_dir is not None:
-            self.costs = CostLog(trainer.run_dir / "costs.json", trainer)
+        if run.run_dir is not None:
+            self.costs = CostLog(run.run_dir / "costs.json", run)
 
-    def on_round_start(self, trainer: "FederatedTrainer") -> None:
+    def on_round_start(self, run: "RunState") -> None:
         """Start the round's clock."""
         self.round_began = time.perf_counter()
 
-    def on_round_end(self, trainer: "FederatedTrainer") -> None:
+    def on_round_end(self, run: "RunState") -> None:
         """Stop it."""
         if self.costs is not None:
-            self.costs.add_round(trainer.progress.task, trainer.progress.round, time.perf_counter() - self.round_began)
+            self.costs.add_round(run.progress.task, run.progress.round, time.perf_counter() - self.round_began)
 
-    def on_checkpoint(self, trainer: "FederatedTrainer") -> None:
+    def on_checkpoint(self, run: "RunState") -> None:
         """Write the costs."""
         if self.costs is not None:
             self.costs.add(self.lap())
             self.costs.write()
 
-    def on_task_end(self, trainer: "FederatedTrainer") -> None:
+    def on_task_end(self, run: "RunState") -> None:
         """Write the results so far."""
-        if trainer.run_dir is not None:
-            write_results(trainer)
+        if run.run_dir is not None:
+            write_results(run)
 
-    def on_fit_end(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_end(self, run: "RunState") -> None:
         """Write everything once more: a run that was complete already did not come past a task's end."""
-        self.on_task_end(trainer)
-        self.on_checkpoint(trainer)
+        self.on_task_end(run)
+        self.on_checkpoint(run)
 
-    def on_exception(self, trainer: "FederatedTrainer") -> None:
+    def on_exception(self, run: "RunState") -> None:
         """Interrupted work has its costs, too; the results stand as of the last task."""
         with suppress(OSError):
-            self.on_checkpoint(trainer)
+            self.on_checkpoint(run)
 
 
-def write_results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> None:
-    """Write results.json, matrix.csv and rounds.csv; ``data`` as for ``results``."""
-    assert trainer.run_dir is not None
-    done = results(trainer, data)
+def write_results(run: "RunState") -> None:
+    """Write results.json, matrix.csv and rounds.csv."""
+    assert run.run_dir is not None
+    done = results(run)
     files = {
         "results.json": to_json(done),
         "matrix.csv": to_csv(matrix_rows(done["accuracy"])),
-        "rounds.csv": to_csv(round_rows(done["traffic"], trainer.history, done["tasks_done"])),
+        "rounds.csv": to_csv(round_rows(done["traffic"], run.history, done["tasks_done"])),
     }
     for name, text in files.items():
-        write_atomically(trainer.run_dir / name, text.encode())
+        write_atomically(run.run_dir / name, text.encode())
 
 
-def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> dict[str, Any]:
+def results(run: "RunState") -> dict[str, Any]:
     """Everything about a run that is the same whenever it is repeated, in plain values.
 
-    ``data`` is what ``describe_data`` would say, where the trainer has none to look into.
+    ``data`` is what ``describe_data`` would say, where the run has none to look into.
     """
-    done = tasks_done(trainer)
-    values = {name: amounts[:, :done] for name, amounts in trainer.traffic.items()}
+    done = tasks_done(run)
+    values = {name: amounts[:, :done] for name, amounts in run.traffic.items()}
     return {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in ("fedlscl", "torch", "lightning", "timm")},
-        "seed": trainer.seed,
-        "method": {"name": type(trainer.method).__name__, "fields": plain(trainer.method)},
-        "trainer": {name: getattr(trainer, name) for name in ("rounds_per_task", "server_every", "precision")},
-        "data": describe_data(trainer) if data is None else data,
-        "foundation": describe_foundation(trainer),
-        "small_models": describe_small_models(trainer),
+        "seed": run.seed,
+        "method": {"name": type(run.method).__name__, "fields": plain(run.method)},
+        "trainer": {name: getattr(run, name) for name in ("rounds_per_task", "server_every", "precision")},
+        "data": run.data,
+        "foundation": describe_foundation(run),
+        "small_models": describe_small_models(run),
         "parameters": {
-            **parameter_counts(trainer),
+            **parameter_counts(run),
             "uploaded_per_round": [int(client.max()) if done else 0 for client in values["up_values"]],
         },
-        "flops_per_image": flops_by_client(trainer) if data is None else None,
+        "flops_per_image": flops_by_client(run) if run.clients else None,
         "tasks_done": done,
-        "accuracy": to_lists(trainer.matrix),
-        "summary": [plain(summary(trainer.matrix, task)) for task in range(done)],
-        "clients": {mask: _clients(trainer.matrix.of(mask), done) for mask in MASKS},
-        "quarantined": [refusal._asdict() for refusal in trainer.server.validator.rejected],
+        "accuracy": to_lists(run.matrix),
+        "summary": [plain(summary(run.matrix, task)) for task in range(done)],
+        "clients": {mask: _clients(run.matrix.of(mask), done) for mask in MASKS},
+        "quarantined": [refusal._asdict() for refusal in run.rejected],
         "traffic": {
             "up_bytes": int(values["up"].sum()),
             "down_bytes": int(values["down"].sum()),
@@ -425,9 +409,9 @@ def results(trainer: "FederatedTrainer", data: dict[str, Any] | None = None) -> 
     }
 
 
-def tasks_done(trainer: "FederatedTrainer") -> int:
+def tasks_done(run: "RunState") -> int:
     """Tasks that every client has learned and was tested on."""
-    return int((~trainer.matrix.of("seen")[:, :, 0].isnan()).all(0).sum())
+    return int((~run.matrix.of("seen")[:, :, 0].isnan()).all(0).sum())
 
 
 def _clients(matrix: Tensor, done: int) -> dict[str, Any] | None:

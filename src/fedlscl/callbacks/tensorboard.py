@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlscl.callbacks import AT_SERVER, Callback
+from fedlscl.callbacks import Callback
 from fedlscl.callbacks.results import Timed, peak_memory, plain
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.federated.metrics import MASKS, AccuracyMatrix, average_accuracy, summary
+from fedlscl.federated.metrics import AT_SERVER, MASKS, AccuracyMatrix, average_accuracy, summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from fedlscl.federated.client import Client
-    from fedlscl.federated.trainer import FederatedTrainer
+    from fedlscl.federated.state import RunState
 
 
 # The accuracy matrix as a picture.
@@ -120,74 +120,72 @@ class TensorBoard(Timed):
         super().__init__()
         self.writer: SummaryWriter | None = None
 
-    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_start(self, run: "RunState") -> None:
         """Open the folder; a fresh run gets its layout and configuration."""
-        if trainer.run_dir is None or trainer.progress.task >= trainer.num_tasks:
+        if run.run_dir is None or run.progress.task >= run.num_tasks:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(trainer.run_dir / "tensorboard", purge_step=trainer.step)
-        if trainer.step == 0:
+        self.writer = SummaryWriter(run.run_dir / "tensorboard", purge_step=run.step)
+        if run.step == 0:
             self.writer.add_custom_scalars(LAYOUT)
-            config = trainer.run_dir / "config.yaml"
+            config = run.run_dir / "config.yaml"
             if config.is_file():
                 self.writer.add_text("config", f"```yaml\n{config.read_text()}\n```", 0)
 
-    def on_round_start(self, trainer: "FederatedTrainer") -> None:
+    def on_round_start(self, run: "RunState") -> None:
         """Start the round's clock."""
         self.round_began = time.perf_counter()
 
-    def on_round_end(self, trainer: "FederatedTrainer") -> None:
+    def on_round_end(self, run: "RunState") -> None:
         """Loss terms, bytes and seconds of the round."""
         lap = self.lap()
-        scalars = dict(_losses(trainer))
-        refused = [
-            found for found in trainer.server.validator.rejected if (found.task, found.round) == (*trainer.progress,)
-        ]
+        scalars = dict(_losses(run))
+        refused = [found for found in run.rejected if (found.task, found.round) == run.progress.position]
         scalars["door/quarantined"] = len(refused)
         if refused and self.writer is not None:
             text = "\n".join(f"- client {found.client}: {found.reason}" for found in refused)
-            self.writer.add_text("door/quarantined", text, trainer.step)
+            self.writer.add_text("door/quarantined", text, run.step)
         for direction in ("up", "down"):
-            total = int(trainer.traffic[direction][:, *trainer.progress].sum())
+            total = int(run.traffic[direction][:, *run.progress.position].sum())
             scalars[f"traffic/{direction}_bytes"] = total
-            scalars[f"traffic/{direction}_bytes_per_client"] = total / max(1, len(trainer.participants))
+            scalars[f"traffic/{direction}_bytes_per_client"] = total / max(1, len(run.participants))
         scalars |= {f"seconds/{name}": seconds for name, seconds in lap.seconds.items()}
         scalars |= {f"memory/{place}_peak_bytes": size for place, size in peak_memory().items() if size}
         scalars["seconds/round"] = time.perf_counter() - self.round_began
         if lap.training_seconds:
             scalars["speed/images_per_second"] = lap.images / lap.training_seconds
-        self._write(scalars, trainer.step)
+        self._write(scalars, run.step)
 
-    def on_task_end(self, trainer: "FederatedTrainer") -> None:
+    def on_task_end(self, run: "RunState") -> None:
         """Accuracies and the matrix."""
         if self.writer is None:
             return
-        task = trainer.progress.task
-        scalars = {f"accuracy_{name}": value for name, value in summary(trainer.matrix, task).items()}
+        task = run.progress.task
+        scalars = {f"accuracy_{name}": value for name, value in summary(run.matrix, task).items()}
         for mask in MASKS:
-            for client, average in enumerate(average_accuracy(trainer.matrix.of(mask))[:, task].tolist()):
+            for client, average in enumerate(average_accuracy(run.matrix.of(mask))[:, task].tolist()):
                 scalars[f"accuracy_{mask}/client_{client}"] = average
-        self.writer.add_image("accuracy_matrix", matrix_pixels(trainer.matrix), trainer.step, dataformats="HWC")
-        self._write(scalars, trainer.step)
+        self.writer.add_image("accuracy_matrix", matrix_pixels(run.matrix), run.step, dataformats="HWC")
+        self._write(scalars, run.step)
 
-    def on_fit_end(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_end(self, run: "RunState") -> None:
         """Hyper-parameters beside the last accuracies."""
         if self.writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        values = {"method": type(trainer.method).__name__, "seed": trainer.seed, "dataset": trainer.datamodule.dataset}
-        values |= {"rounds_per_task": trainer.rounds_per_task, **dict(_flat(plain(trainer.method)))}
-        names = summary(trainer.matrix, trainer.num_tasks - 1)
+        values = {"method": type(run.method).__name__, "seed": run.seed, "dataset": run.data["dataset"]}
+        values |= {"rounds_per_task": run.rounds_per_task, **dict(_flat(plain(run.method)))}
+        names = summary(run.matrix, run.num_tasks - 1)
         first = [name for name in SHOWN if name in names]
         metrics = {f"accuracy_{name}": 0.0 for name in dict.fromkeys([*first, *names])}
         # In the run's own file: SummaryWriter.add_hparams would open a second one and repeat the metrics in it.
         for proto in hparams(values, metrics):
             self.writer._get_file_writer().add_summary(proto)
-        self.on_exception(trainer)
+        self.on_exception(run)
 
-    def on_exception(self, trainer: "FederatedTrainer") -> None:
+    def on_exception(self, run: "RunState") -> None:
         """Keep what was written."""
         if self.writer is not None:
             self.writer.close()
@@ -200,9 +198,9 @@ class TensorBoard(Timed):
             self.writer.flush()
 
 
-def _losses(trainer: "FederatedTrainer") -> Iterator[tuple[str, float]]:
+def _losses(run: "RunState") -> Iterator[tuple[str, float]]:
     """Loss terms of the round by client (of a stage's last pass where it has several), and means over clients."""
-    entries = [entry for entry in trainer.history if (entry["task"], entry["round"]) == tuple(trainer.progress)]
+    entries = [entry for entry in run.history if (entry["task"], entry["round"]) == run.progress.position]
     by_term: dict[str, list[float]] = {}
     for entry in entries:
         for name, value in entry["terms"].items():
@@ -251,26 +249,26 @@ class FeatureProjector(Callback):
             raise ValueError(f"per_class {per_class} shows nothing: choose 1 or more.")
         self.per_class, self.pick = per_class, pick
 
-    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_start(self, run: "RunState") -> None:
         """Refuse an output that the net lacks before anything is trained."""
-        client = trainer.clients[0]
-        with trainer.engine.on_device(client):
+        client = run.clients[0]
+        with run.engine.on_device(client):
             _, output = next(iter(client.infer(client.data.test_ids(0)[:1])))
         if self.pick not in output._fields:
             raise ValueError(f"pick {self.pick!r} is no output of the net: choose from {', '.join(output._fields)}.")
 
-    def on_fit_end(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_end(self, run: "RunState") -> None:
         """Write points, labels and the projector's configuration beside the event file."""
-        if trainer.run_dir is None:
+        if run.run_dir is None:
             return
-        names, rows, labels = trainer.datamodule.class_names, [], ["\t".join(COLUMNS)]
-        for client in trainer.clients:
-            with trainer.engine.on_device(client):
-                for task, points, classes in self._points(client, trainer.num_tasks):
+        names, rows, labels = run.clients[0].data.data.class_names, [], ["\t".join(COLUMNS)]
+        for client in run.clients:
+            with run.engine.on_device(client):
+                for task, points, classes in self._points(client, run.num_tasks):
                     rows += ["\t".join(f"{value:.5g}" for value in point) for point in points.tolist()]
                     # Counted from 1 for tasks and from 0 for clients, as on the screen.
                     labels += [f"{_cell(names[label])}\t{client.id}\t{task + 1}" for label in classes.tolist()]
-        folder = trainer.run_dir / "tensorboard"
+        folder = run.run_dir / "tensorboard"
         for name, text in (
             ("features.tsv", "\n".join(rows) + "\n"),
             ("metadata.tsv", "\n".join(labels) + "\n"),

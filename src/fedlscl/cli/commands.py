@@ -76,7 +76,7 @@ class Predictor:
         net = method.build_net(client, len(manifest.class_names))
         identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
         state = load_last_good(checkpoint, identity)
-        learned = Progress(*state["progress"]).learned + 1
+        learned = Progress(*state["progress"]).last_trained_task + 1
         classes = sorted(label for task in manifest.splits[client].classes[:learned] for label in task)
         self.prepared = preparation(manifest)
         self.num_reshaped = 0
@@ -193,7 +193,9 @@ class Commands:
         if dry_run:
             self._foretell(model, datamodule, checkpoint, identity)
             return
-        directory = RunDirectory(folder, self.text, None if checkpoint is None else checkpoint.parent)
+        directory = RunDirectory(
+            folder, self.text, datamodule.save_manifest, None if checkpoint is None else checkpoint.parent
+        )
         self.trainer.callbacks = [directory, *observers(), *self.trainer.callbacks]
         try:
             self.trainer.fit(model, datamodule, self.seed, checkpoint, identity)
@@ -229,12 +231,12 @@ class Commands:
         checkpoint = self._trained(model, ckpt_path)
         identity = learned_part(self._identity(datamodule))
         self.trainer.setup(model, datamodule, self.seed)
-        task = self.trainer.restore(checkpoint, identity).learned
+        task = self.trainer.restore(checkpoint, identity).last_trained_task
         rows = []
         for client in self.trainer.clients:
             client.task = task
-            rows.append(self.trainer.local.evaluate(client))
-        print(f"{checkpoint}: accuracy in percent after {task + 1} of {self.trainer.num_tasks} tasks")
+            rows.append(self.trainer.pool.runner.evaluate(client))
+        print(f"{checkpoint}: accuracy in percent after {task + 1} of {self.trainer.run.num_tasks} tasks")
         print("\n".join(accuracy_table(torch.stack(rows))))
 
     def predict(
@@ -281,8 +283,8 @@ class Commands:
         processes, self.trainer.devices = self.trainer.devices, 1
         self.trainer.setup(model, datamodule, self.seed)
         if checkpoint is not None:
-            self.trainer.progress = self.trainer.restore(checkpoint, identity)
-        print("\n".join(introduction(self.trainer)), flush=True)
+            self.trainer.run.progress = self.trainer.restore(checkpoint, identity)
+        print("\n".join(introduction(self.trainer.run)), flush=True)
         self.trainer.devices = processes
         print(in_all(*forecast(self.trainer, model, datamodule)))
         print("Dry run: nothing was written. Leave out --dry_run to begin.")

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,7 @@ from fedlscl.callbacks import Callback
 from fedlscl.data import ClientSplit
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import chosen_precision
-
-if TYPE_CHECKING:
-    from fedlscl.federated.trainer import FederatedTrainer
-
+from fedlscl.federated.state import RunState
 
 # What makes two runs the same.
 
@@ -101,22 +98,25 @@ class RunDirectory(Callback):
     Args:
         folder: where version_N is made.
         config: text of the resolved configuration.
+        save_manifest: writes the split to a file.
         existing: directory of a run to be continued.
     """
 
-    def __init__(self, folder: Path, config: str, existing: Path | None = None) -> None:
-        self.folder, self.config, self.path = folder, config, existing
+    def __init__(
+        self, folder: Path, config: str, save_manifest: Callable[[str], None], existing: Path | None = None
+    ) -> None:
+        self.folder, self.config, self.save_manifest, self.path = folder, config, save_manifest, existing
         self.is_new = existing is None
         self.handle: int | None = None
 
-    def on_fit_start(self, trainer: "FederatedTrainer") -> None:
+    def on_fit_start(self, run: RunState) -> None:
         """Take the directory, and state in it what will run."""
         if self.path is None:
             self.path = new_version(self.folder)
             write_atomically(self.path / CONFIG, self.config.encode())
-            trainer.datamodule.save_manifest(str(self.path / MANIFEST))
+            self.save_manifest(str(self.path / MANIFEST))
         self.handle = lock(self.path)
-        trainer.run_dir = self.path
+        run.run_dir = self.path
 
     def discard(self) -> bool:
         """Remove a new directory that never got a checkpoint; returns whether there is one to continue from."""

@@ -125,7 +125,8 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         num_tasks: tasks T per client, of equally many classes.
         private_classes: classes per client that no other client has.
         public_classes: classes that all clients share; their train samples are divided without overlap.
-        dirichlet_alpha: of the Dirichlet draw that divides a class, above 0 and at most 1e9; small means unequal shares.
+        dirichlet_alpha: concentration of the Dirichlet draw that divides a class, in (0, 1e9]; smaller is more
+            heterogeneous.
         protocol: 'local' gives every client its own classes in its own order; 'global' gives all clients the same
             public classes in the same order and needs private_classes 0.
         batch_size: samples per batch of the plain dataloaders.

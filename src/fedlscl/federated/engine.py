@@ -96,7 +96,7 @@ class Engine:
     def __init__(
         self,
         fabric: Fabric,
-        cache: PrefixCache,
+        cache: PrefixCache | None,
         infer_batch_size: int = 128,
         offloader: ClientOffloader | None = None,
         compile: Compile = "auto",
@@ -147,7 +147,8 @@ class Engine:
 
     def place(self, batch: Batch, net: Net) -> Batch:
         """Move a batch to the device and give it the cached output of the net's frozen part."""
-        return self.cache.attach(self.fabric.to_device(batch), net, self.fabric.autocast)
+        batch = self.fabric.to_device(batch)
+        return batch if self.cache is None else self.cache.attach(batch, net, self.fabric.autocast)
 
     @contextmanager
     def on_device(self, client: Client) -> Iterator[None]:

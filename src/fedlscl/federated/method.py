@@ -36,7 +36,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the federation is; it unpacks into task and round, both counted from 0."""
+    """Position of a run: task and round, both counted from 0."""
 
     task: int
     round: int
@@ -45,12 +45,13 @@ class Progress:
     final: bool = False
     """Whether this is the run's last task."""
 
-    def __iter__(self) -> Iterator[int]:
-        """The place alone: it is what seeds, checkpoints and tables know of progress."""
-        return iter((self.task, self.round))
+    @property
+    def position(self) -> tuple[int, int]:
+        """Task and round."""
+        return self.task, self.round
 
     @property
-    def learned(self) -> int:
+    def last_trained_task(self) -> int:
         """The newest task that was trained on before this place; -1 at the start."""
         return self.task if self.round else self.task - 1
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.callbacks import AT_SERVER
-
 # The accuracy of every client, after every task, on every task; and what the field derives from it.
 
+AT_SERVER = -1
+"""Client id in ``history`` entries of stages that the server trained."""
 MASKS = ("task", "seen")
 """Columns that compete: classes of the sample's task (the paper's Table 1), or all that the client has met."""
 PHASES = ("before", "after")

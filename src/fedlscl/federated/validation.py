@@ -165,7 +165,7 @@ def sender_error(upload: Upload, progress: Progress, num_clients: int, times: in
         return f"sender {one_line(client)!r} is none of the {num_clients} clients"
     if times > 1:
         return f"it sent {times} uploads"
-    if not all(type(number) is int for number in place) or place != tuple(progress):
+    if not all(type(number) is int for number in place) or place != progress.position:
         return f"it is for task {one_line(upload.task)}, round {one_line(upload.round)}, counted from 0"
     return ""
 

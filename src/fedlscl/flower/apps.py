@@ -207,23 +207,22 @@ def server_app(folder: str | Path) -> ServerApp:
 
 
 def run(federation: "Federation", grid: Grid, context: Context) -> None:
-    """Coordinate a run in the folder ``run-dir``, or go on with the one that is there."""
+    """Train a federation in the folder ``run-dir``, or continue the run that is there."""
     import os
 
     from fedlscl.cli.runs import lock
     from fedlscl.federated.metrics import summary
-    from fedlscl.flower.server import Coordinator
+    from fedlscl.flower.server import run_server
 
     run_dir, deadline = place(context.run_config, "run-dir"), float(context.run_config["deadline"])
     transport = FlowerTransport(grid, federation.num_clients, say)
-    coordinator = Coordinator(federation, transport, run_dir, deadline, say)
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = lock(run_dir)
     try:
-        knowledge = coordinator.fit()
+        matrix = run_server(federation, transport, run_dir, deadline, say).matrix
     finally:
         os.close(handle)
-    average = summary(knowledge.matrix, federation.num_tasks - 1)["seen/average"]
+    average = summary(matrix, federation.num_tasks - 1)["seen/average"]
     say(f"done: mean accuracy over all tasks (seen) {average:.4f}; results in {run_dir}")
 
 

@@ -15,7 +15,8 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.engine import Engine, connect
 from fedlscl.federated.method import Method
-from fedlscl.federated.trainer import FederatedTrainer, LocalWork
+from fedlscl.federated.pool import ClientRunner
+from fedlscl.federated.trainer import FederatedTrainer
 
 OF_A_PLACE = ("root", "manifest", "cache_dir", "num_workers", "download")
 """Options of the data that each node chooses for itself."""
@@ -55,13 +56,13 @@ class Federation:
         """Tasks of the run."""
         return min(self.datamodule.num_tasks, self.trainer.max_tasks or self.datamodule.num_tasks)
 
-    def local_work(self, folder: Path | None = None) -> LocalWork:
-        """A node's turns, over the node's data; frozen ViT tokens are kept in ``folder`` for the next process."""
+    def client_runner(self, folder: Path | None = None) -> ClientRunner:
+        """Runs a client of the node on its data; frozen ViT tokens are kept in ``folder`` for the next process."""
         trainer = self.trainer
         dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
         cache = PrefixCache(self.datamodule, trainer.cache_gb * 2**30, dtype, folder)
         fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
-        return LocalWork(deepcopy(self.method), Engine(fabric, cache), self.seed)
+        return ClientRunner(deepcopy(self.method), Engine(fabric, cache), self.seed)
 
 
 def read_federation(config: Path, root: str | None = None, manifest: str | None = None) -> Federation:

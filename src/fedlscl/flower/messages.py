@@ -20,7 +20,7 @@ BEGIN, TRAIN, TEST_BEFORE, UPLOAD, DOWNLOAD, END, TEST_AFTER = KINDS = (
     "end_task",
     "test_after",
 )
-"""What a node can be told to do: the turns of `LocalWork`."""
+"""What a node can be told to do: the methods of `ClientRunner`."""
 ANSWER = "answer"
 """Prefix of the tensors that a download takes over."""
 
@@ -163,7 +163,7 @@ OF_A_ROUND = (TRAIN, TEST_BEFORE, UPLOAD)
 
 @dataclass
 class PendingCommands:
-    """One client's commands, numbered from 1."""
+    """One client's commands, numbered from 1; each is carried out once, whatever is lost on the way."""
 
     client: int
     number: int = 0
@@ -174,44 +174,26 @@ class PendingCommands:
     """Those that it is not known to have carried out."""
     answer: Payload | None = None
     """For the download among them."""
-    begun: int = -1
-    """The newest task that it was told to begin."""
-    ended: int = -1
 
-    def tell(self, kind: str, task: int, round_: int) -> None:
+    def add(self, kind: str, task: int, round_: int) -> None:
         """Add a command."""
         self.number += 1
         self.commands.append(Command(self.number, kind, task, round_))
 
-    def turn_over(self, task: int, last_round: int) -> None:
-        """Add the end of the task before, if there is one, and the beginning of a task."""
-        if task:
-            self.end(task - 1, last_round)
-        if self.begun < task:
-            self.tell(BEGIN, task, 0)
-            self.begun = task
-
-    def end(self, task: int, last_round: int) -> None:
-        """Add the end of a task and its test, once."""
-        if self.ended < task:
-            self.tell(END, task, last_round)
-            self.tell(TEST_AFTER, task, last_round)
-            self.ended = task
-
-    def give(self, answer: Payload, progress: Progress) -> None:
+    def add_download(self, answer: Payload, progress: Progress) -> None:
         """Add the answer to the client's upload."""
         self.answer = answer
-        self.tell(DOWNLOAD, *progress)
+        self.add(DOWNLOAD, progress.task, progress.round)
 
     def request(self, run: str, identity: str) -> Request:
-        """All that is open."""
+        """All open commands."""
         return Request(self.client, run, identity, self.acknowledged, list(self.commands), self.answer)
 
-    def done_in(self, reply: Reply) -> list[tuple[Command, Result]]:
-        """What a reply says to have done of what is open, and what it gave.
+    def completed(self, reply: Reply) -> list[tuple[Command, Result]]:
+        """The open commands that a reply reports as carried out, with their results.
 
         Raises:
-            ValueError: if the reply is another client's, or does not fit what was told.
+            ValueError: if the reply is another client's, or does not match the commands.
         """
         if reply.client != self.client:
             raise ValueError(f"it says that it is client {reply.client}")
@@ -224,22 +206,23 @@ class PendingCommands:
         return [(command, results[command.number]) for command in done]
 
     def acknowledge(self, reply: Reply) -> None:
-        """Strike out what was done."""
+        """Remove what was carried out."""
         self.commands = [command for command in self.commands if command.number > reply.done]
         self.acknowledged = reply.done
         if not any(command.kind == DOWNLOAD for command in self.commands):
             self.answer = None
 
-    def miss(self) -> None:
-        """Strike out what belongs to a round that went by without the client."""
+    def drop_round(self) -> None:
+        """Remove commands of a round that ended without the client."""
         self.commands = [command for command in self.commands if command.kind not in OF_A_ROUND]
 
     def state_dict(self, answers: list[Payload]) -> dict[str, Any]:
-        """Numbers and text; the answer as its place among all, since many clients may get the same."""
-        place = next((i for i, answer in enumerate(answers) if answer is self.answer), None)
-        return {**vars(self), "commands": [list(command) for command in self.commands], "answer": place}
+        """Numbers and text; the answer as its index in ``answers``, since many clients may get the same."""
+        index = next((i for i, answer in enumerate(answers) if answer is self.answer), None)
+        return {**vars(self), "commands": [list(command) for command in self.commands], "answer": index}
 
     def load_state_dict(self, state: dict[str, Any], answers: list[Payload]) -> None:
         """Restore what ``state_dict`` gave."""
-        place, commands = state["answer"], [Command(*command) for command in state["commands"]]
-        vars(self).update({**state, "commands": commands, "answer": None if place is None else answers[place]})
+        self.client, self.number, self.acknowledged = state["client"], state["number"], state["acknowledged"]
+        self.commands = [Command(*command) for command in state["commands"]]
+        self.answer = None if state["answer"] is None else answers[state["answer"]]

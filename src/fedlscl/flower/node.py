@@ -108,10 +108,10 @@ class Node:
 
     def _client(self, state: dict[str, Any] | None) -> Client:
         """The client as it was when the state was saved."""
-        self.local = self.federation.local_work(self.folder / "tokens")
+        self.runner = self.federation.client_runner(self.folder / "tokens")
         data = self.federation.datamodule
-        net = self.local.build(self.index, data.num_classes)
-        client = Client(id=self.index, net=net, data=data.stream(self.index), engine=self.local.engine)
+        net = self.runner.build(self.index, data.num_classes)
+        client = Client(id=self.index, net=net, data=data.stream(self.index), engine=self.runner.engine)
         if state is not None:
             client.load_state_dict(state["client"])
         return client
@@ -120,26 +120,26 @@ class Node:
         """Carry out one command; returns what is sent about it: an upload, counts, or accuracies."""
         client.task, client.round = command.task, command.round
         if command.kind == BEGIN:
-            self.local.begin_task(client)
+            self.runner.begin_task(client)
             return self._description(client), {}
         if command.kind == TRAIN:
-            self.local.train(client, self._train)
+            self.runner.train(client, self._train)
         elif command.kind == UPLOAD:
-            upload = self.local.upload(client)
+            upload = self.runner.upload(client)
             counts = {"class_counts": upload.class_counts}
             return {"samples": upload.num_samples}, prefixed("payload", upload.payload) | counts
         elif command.kind == DOWNLOAD and answer is not None:
-            self.local.download(client, answer)
+            self.runner.download(client, answer)
         elif command.kind == END:
-            self.local.end_task(client)
+            self.runner.end_task(client)
         elif command.kind in (TEST_BEFORE, TEST_AFTER):
-            return {}, {"accuracies": self.local.evaluate(client)}
+            return {}, {"accuracies": self.runner.evaluate(client)}
         else:
             raise ValueError(f"command {command.kind!r} is unknown: use the same version of fedlscl everywhere.")
         return {}, {}
 
     def _train(self, client: Client | None, stage: Stage) -> None:
-        self.local.engine.train(stage)
+        self.runner.engine.train(stage)
 
     def _description(self, client: Client) -> dict[str, Any]:
         data = self.federation.datamodule

@@ -169,7 +169,7 @@ def start_size(channels: Sequence[int], size: int) -> int:
 
 # Terms by which a classifier judges images made of noise, as pure functions (TARGET 2303.06937, MFCL 2311.07784).
 #
-# ``statistics`` are rows (mean, variance, running mean, running variance) of a batch at each BatchNorm layer, (channels,)
+# ``statistics``: rows (mean, variance, running mean, running variance) of a batch at each BatchNorm layer, (channels,)
 # each.
 
 Rows = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]

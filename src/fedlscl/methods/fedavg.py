@@ -97,8 +97,8 @@ class FedProx(FedAvg):
 
 # EWC (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796) on FedAvg.
 #
-# Online form: one anchor and one Fisher, decayed by gamma. The Fisher is the empirical one from per-sample gradients; it
-# is taken of the global model on the client's own data and never leaves the client (ours).
+# Online form: one anchor and one Fisher, decayed by gamma. The Fisher is the empirical one from per-sample gradients;
+# it is taken of the global model on the client's own data and never leaves the client (ours).
 
 FISHER, ANCHOR = "fisher.", "anchor."
 """Prefixes of a client's memory."""
