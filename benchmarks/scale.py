@@ -47,7 +47,7 @@ def federation(trainer: dict, method: dict, data: dict) -> dict:
             self.round_began = time.perf_counter()
 
         def on_round_end(self, trainer: FederatedTrainer) -> None:
-            task, round_ = trainer.progress
+            task, round_ = trainer.progress.position
             seconds = time.perf_counter() - self.round_began
             self.rows.append({"task": task, "round": round_, "seconds": seconds, "rss_mb": resident()})
 

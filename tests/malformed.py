@@ -139,17 +139,17 @@ class Tamper(Callback):
         self.client, self.place, self.spoil = client, (task, round_), spoil
 
     def on_fit_start(self, trainer):
-        filter = trainer.server.filter
+        filter = trainer.validator.filter
 
         def tampered(uploads, progress):
             arrived = []
             for upload in uploads:
-                is_bad = upload.client == self.client and (*progress,) == self.place
+                is_bad = upload.client == self.client and progress.position == self.place
                 items = self.spoil(upload) if is_bad else [upload]
-                arrived += deliver(trainer.server.validator, upload, items, progress)
+                arrived += deliver(trainer.validator, upload, items, progress)
             return filter(arrived, progress)
 
-        trainer.server.filter = tampered
+        trainer.validator.filter = tampered
 
 
 def _name(upload, picker):

@@ -13,7 +13,8 @@ from fedlscl import methods
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.federated.trainer import Server
+from fedlscl.federated.trainer import aggregate, train_server
+from fedlscl.federated.validation import UploadValidator
 from fedlscl.testing import Recorded, tensors
 from robustness_sections.notes import Notes
 from tiny_methods import METHODS
@@ -35,7 +36,7 @@ class Moments(Recorded):
     """Keeps the moments before all server steps."""
 
     def _server_round(self, uploads: list[Upload]) -> None:
-        state = deepcopy(self.server.validator.state_dict())
+        state = deepcopy(self.validator.state_dict())
         self.moments = [*getattr(self, "moments", []), Moment(deepcopy(self.method), state, uploads, self.progress)]
         super()._server_round(uploads)
 
@@ -49,7 +50,7 @@ def moments_of(name: str, clients: int) -> tuple[Moments, list[Moment]]:
     method = METHODS[name]()
     run = Moments()
     run.fit(replace(method, num_clients=clients) if isinstance(method, methods.FedWeIT) else method, data)
-    assert run.server.validator.rejected == []
+    assert run.validator.rejected == []
     return run, run.moments
 
 
@@ -83,25 +84,26 @@ def step(
     run: Moments, moment: Moment, honest: list[Upload], bad: Upload, arrived: list[Any]
 ) -> tuple[dict[str, Any], bool]:
     """What the server answers and keeps, and whether it refused the bad upload and no other."""
-    server = Server(deepcopy(moment.method), run.seed, deepcopy(run.server.validator))
-    server.validator.method, server.validator.norms, server.validator.rejected = server.method, {}, []
-    server.validator.load_state_dict(moment.validator)
+    method, validator = deepcopy(moment.method), deepcopy(run.validator)
+    validator.method, validator.norms, validator.rejected = method, {}, []
+    validator.load_state_dict(moment.validator)
     all_uploads = sorted(
-        [*honest, *malformed.deliver(server.validator, bad, arrived, moment.progress)],
+        [*honest, *malformed.deliver(validator, bad, arrived, moment.progress)],
         key=lambda upload: bad.client if upload not in honest else upload.client,
     )
-    admitted = server.filter(all_uploads, moment.progress)
-    is_refused = len(server.validator.rejected) == 1 and [u.client for u in admitted] == [u.client for u in honest]
+    admitted = validator.filter(all_uploads, moment.progress)
+    is_refused = len(validator.rejected) == 1 and [u.client for u in admitted] == [u.client for u in honest]
     answers: dict[str, Payload] = {}
     if admitted:
-        server.train(admitted, moment.progress, lambda client, stage: run.engine.train(stage))
-        answers = {str(client): answer for client, answer in server.aggregate(admitted, moment.progress).items()}
-    return {"answers": answers, "method": server.method.state_dict(), "norms": norms(server)}, is_refused
+        job = method, run.run.seed, admitted, moment.progress
+        train_server(*job, lambda client, stage: run.run.engine.train(stage))
+        answers = {str(client): answer for client, answer in aggregate(*job).items()}
+    return {"answers": answers, "method": method.state_dict(), "norms": norms(validator)}, is_refused
 
 
-def norms(server: Server) -> dict[str, torch.Tensor]:
+def norms(validator: UploadValidator) -> dict[str, torch.Tensor]:
     """What the door remembers."""
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in server.validator.norms.items()}
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in validator.norms.items()}
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:

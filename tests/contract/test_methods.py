@@ -32,11 +32,9 @@ def run(request):
 
 
 # That runs resume is tested with killed processes, in tests/test_resume.py.
-@pytest.mark.parametrize(
-    "promise", [check_one for check_one in contract.CHECKS if check_one is not contract.check_resume]
-)
-def test_promise(check_one, run):
-    check_one(run, METHODS[type(run.method).__name__])
+@pytest.mark.parametrize("check", [check for check in contract.CHECKS if check is not contract.check_resume])
+def test_check(check, run):
+    check(run, METHODS[type(run.method).__name__])
 
 
 def test_messages_are_counted(run):

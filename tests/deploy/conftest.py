@@ -15,7 +15,7 @@ from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower import apps
 from fedlscl.flower.apps import FlowerTransport
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.server import Coordinator
+from fedlscl.flower.server import run_server
 
 
 class LocalGrid(Grid):
@@ -80,9 +80,7 @@ def network(make_data, tmp_path, monkeypatch):
 
         def fit(deadline=60.0):
             transport = FlowerTransport(grid, len(contexts), said.append, pause=0.01, retry=0.02)
-            coordinator = Coordinator(federation(), transport, folder / "run", deadline, said.append)
-            coordinator.fit()
-            return coordinator
+            return run_server(federation(), transport, folder / "run", deadline, said.append)
 
         return SimpleNamespace(grid=grid, fit=fit, said=said, folder=folder, federation=federation)
 

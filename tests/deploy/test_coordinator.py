@@ -8,38 +8,36 @@ import pytest
 import torch
 from flwr.app import Message
 
+from absences import NamedAbsences
 from fedlscl.callbacks.results import write_results
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.flower import server
 from fedlscl.flower.apps import carried
-from fedlscl.flower.server import Coordinator
 from tiny_methods import METHODS
 
 ALL = sorted(set(METHODS) - {"Joint", "JointLSCL"})
 
 
-def values(knowledge_or_trainer):
-    return knowledge_or_trainer.matrix.values.nan_to_num(-1)
+def values(trainer):
+    return trainer.matrix.values.nan_to_num(-1)
 
 
-def same_run(coordinator, trainer):
+def same_run(served, trainer):
     """All that the server knows is what the simulation knows, to the bit."""
-    knowledge = coordinator.knowledge
-    assert torch.equal(values(knowledge), values(trainer))
-    assert all(torch.equal(knowledge.traffic[name], trainer.traffic[name]) for name in trainer.traffic)
+    assert torch.equal(values(served), values(trainer))
+    assert all(torch.equal(served.traffic[name], trainer.traffic[name]) for name in trainer.traffic)
 
 
-def same_files(coordinator, trainer):
+def same_files(served, trainer):
     """Results as ``fedlscl fit`` writes them; what is trained at the moment, at what effort, nodes alone know."""
-    trainer.run_dir = coordinator.run_dir / "simulated"
-    trainer.run_dir.mkdir()
-    write_results(trainer)
-    assert (trainer.run_dir / "matrix.csv").read_bytes() == (coordinator.run_dir / "matrix.csv").read_bytes()
-    found, wanted = (
-        json.loads((path / "results.json").read_bytes()) for path in (coordinator.run_dir, trainer.run_dir)
-    )
+    trainer.run.run_dir = served.run_dir / "simulated"
+    trainer.run.run_dir.mkdir()
+    write_results(trainer.run)
+    assert (trainer.run.run_dir / "matrix.csv").read_bytes() == (served.run_dir / "matrix.csv").read_bytes()
+    found, wanted = (json.loads((path / "results.json").read_bytes()) for path in (served.run_dir, trainer.run.run_dir))
     for result in (found, wanted):
         del result["parameters"]["trainable"]
         result.pop("flops_per_image", None)
@@ -49,10 +47,10 @@ def same_files(coordinator, trainer):
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_ends_as_in_simulation(name, network, federate):
     rounds = 2 if name == "FedLSCL" else 1
-    coordinator = network(METHODS[name](), rounds_per_task=rounds).fit()
+    served = network(METHODS[name](), rounds_per_task=rounds).fit()
     trainer = federate(METHODS[name](), rounds_per_task=rounds)
-    same_run(coordinator, trainer)
-    same_files(coordinator, trainer)
+    same_run(served, trainer)
+    same_files(served, trainer)
 
 
 class Killed(Exception):
@@ -94,7 +92,7 @@ def test_a_server_that_is_killed_goes_on(network, undisturbed, monkeypatch, wher
         with pytest.raises(Killed):
             made.fit()
     same_run(made.fit(), undisturbed)
-    assert any("going on from" in line for line in made.said)
+    assert any("resuming after" in line for line in made.said)
 
 
 def kill_coordinator(patched, where, round_):
@@ -102,24 +100,24 @@ def kill_coordinator(patched, where, round_):
     calls = {"rounds": 0}
 
     def counted(name, after):
-        original = getattr(Coordinator, name)
+        original = getattr(FederatedTrainer, name)
 
         def method(self, *arguments):
             if after:
                 original(self, *arguments)
-            if name == "_server_round" or arguments[0] != Progress(0, 0):
+            if name == "_server_step" or arguments[0] != Progress(0, 0):
                 calls["rounds"] += 1
                 if calls["rounds"] == round_ + 1:
                     raise Killed
             return None if after else original(self, *arguments)
 
-        patched.setattr(Coordinator, name, method)
+        patched.setattr(FederatedTrainer, name, method)
 
     counted(
         *{
-            "before_aggregation": ("_server_round", False),
-            "before_checkpoint": ("_server_round", True),
-            "after_checkpoint": ("_save", True),
+            "before_aggregation": ("_server_step", False),
+            "before_checkpoint": ("_server_step", True),
+            "after_checkpoint": ("save", True),
         }[where]
     )
 
@@ -149,13 +147,13 @@ def test_a_node_that_is_away_misses_its_round_as_in_simulation(network, federate
         )
 
     made.grid.fault = fault
-    coordinator = made.fit(deadline=3.0)
+    served = made.fit(deadline=3.0)
     absences = frozenset({(1, 0, 1)})
     trainer = FederatedTrainer(rounds_per_task=2, accelerator="cpu")
-    trainer.sampling = replace(trainer.sampling, absences=absences)
+    trainer.sampling = NamedAbsences(absences=absences)
     trainer.fit(small(), made.federation().datamodule)
-    same_run(coordinator, trainer)
-    assert json.loads((coordinator.run_dir / "network.json").read_text())[1]["missed"] == [1]
+    same_run(served, trainer)
+    assert json.loads((served.run_dir / "network.json").read_text())[1]["missed"] == [1]
 
 
 def test_a_round_ends_with_its_deadline(network):
@@ -264,9 +262,9 @@ def test_a_server_once_in_a_task_ends_as_in_simulation(network, federate):
 def test_another_configuration_does_not_go_on_in_the_same_folder(network):
     made = network(small())
     made.fit()
-    other = Coordinator(replace(made.federation(), identity="other"), None, made.folder / "run")
+    other = replace(made.federation(), identity="other")
     with pytest.raises(ValueError, match="holds another run: choose another folder"):
-        other.fit()
+        server.run_server(other, None, made.folder / "run")
 
 
 @pytest.mark.parametrize("name", ["Joint", "JointLSCL"])

@@ -14,24 +14,24 @@ PLACES = [Progress(task, round_) for task in range(4) for round_ in range(50)]
 
 @given(st.floats(0.01, 1), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_as_many_are_asked_as_the_share_says(participation, clients, seed):
-    participants = ClientSampling(participation=participation).participants(clients, seed, Progress(1, 2))
+    participants = ClientSampling(participation=participation).sample(clients, seed, Progress(1, 2))
     assert len(participants) == max(1, round(participation * clients))
     assert participants == sorted(set(participants)) and set(participants) <= set(range(clients))
 
 
 def test_everybody_comes_unless_told_otherwise():
-    assert ClientSampling().participants(5, 42, Progress(0, 0)) == [0, 1, 2, 3, 4]
+    assert ClientSampling().sample(5, 42, Progress(0, 0)) == [0, 1, 2, 3, 4]
 
 
 def test_each_round_draws_anew_and_alike_for_the_same_seed():
     half = ClientSampling(participation=0.5)
-    draws = [tuple(half.participants(10, 42, place)) for place in PLACES]
-    assert draws == [tuple(half.participants(10, 42, place)) for place in PLACES]
+    draws = [tuple(half.sample(10, 42, place)) for place in PLACES]
+    assert draws == [tuple(half.sample(10, 42, place)) for place in PLACES]
     assert len(set(draws)) > len(draws) / 2 and {client for draw in draws for client in draw} == set(range(10))
 
 
 def test_failures_come_as_often_as_asked():
-    attended = [len(ClientSampling(failure_rate=0.3).participants(10, 42, place)) for place in PLACES]
+    attended = [len(ClientSampling(failure_rate=0.3).sample(10, 42, place)) for place in PLACES]
     assert abs(sum(attended) / (10 * len(PLACES)) - 0.7) < 0.03
 
 
@@ -61,7 +61,7 @@ class Absences(Callback):
         for client, net in self.before.items():
             self.absent += 1
             assert all(value.equal(net[name]) for name, value in trainer.clients[client].net.state_dict().items())
-            place = client, *trainer.progress
+            place = client, *trainer.progress.position
             assert not any(trainer.traffic[name][place] for name in trainer.traffic)
 
 
@@ -77,13 +77,6 @@ def test_every_method_goes_on_without_those_who_are_absent(name, federate):
 def test_a_round_without_quorum_ends_the_run_and_says_so(federate):
     with pytest.raises(ValueError, match=r"quorum 2 is not met: 1 of 2 clients answered in task 1, round 1; lower"):
         federate(METHODS["FedAvg"](), participation=0.5, quorum=2)
-
-
-def test_absences_may_be_named():
-    named = ClientSampling(absences=frozenset({(1, 0, 2), (3, 0, 2), (0, 1, 0)}))
-    assert named.participants(4, 42, Progress(0, 2)) == [0, 2]
-    assert named.participants(4, 42, Progress(0, 1)) == [0, 1, 2, 3]
-    assert named.participants(4, 42, Progress(1, 0)) == [1, 2, 3]
 
 
 def test_a_round_in_which_nobody_has_a_sample_is_not_aggregated():

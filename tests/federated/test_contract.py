@@ -95,12 +95,12 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(
-    ("promise", "method", "options", "message"), BROKEN, ids=lambda part: getattr(part, "__name__", "")
+    ("check", "method", "options", "message"), BROKEN, ids=lambda part: getattr(part, "__name__", "")
 )
-def test_a_broken_promise_is_named(check_one, method, options, message):
+def test_a_broken_promise_is_named(check, method, options, message):
     run = contract.learn(method(**options))
     with pytest.raises(AssertionError, match=message):
-        check_one(run, lambda: method(**options))
+        check(run, lambda: method(**options))
 
 
 def test_state_that_a_checkpoint_cannot_read_is_refused():

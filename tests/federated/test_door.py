@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import malformed
+from absences import NamedAbsences
 from fedlscl import methods
 from fedlscl.callbacks.results import Results
 from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated import validation as doors
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.trainer import ClientSampling
 from fedlscl.federated.validation import RejectedUpload, UploadLimits, UploadValidator
 from fedlscl.testing import Recorded, Stop, Stopped, fake_data, learn, same_tensors
 from tiny_methods import METHODS, SMALL, VIT
@@ -44,7 +44,7 @@ def run(request, four):
     """A finished run of four clients, with all messages."""
     trainer = Recorded()
     trainer.fit(FAST[request.param](), deepcopy(four))
-    assert trainer.server.validator.rejected == []
+    assert trainer.validator.rejected == []
     return trainer
 
 
@@ -54,7 +54,7 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
     picker = random.Random(kind)
     for _ in range(3):
         progress = Progress(picker.randrange(2), picker.randrange(2))
-        uploads = [upload for upload in run.uploads if (upload.task, upload.round) == (*progress,)]
+        uploads = [upload for upload in run.uploads if (upload.task, upload.round) == progress.position]
         place = picker.choice([n for n, upload in enumerate(uploads) if upload.payload] or [None])
         if place is None:
             continue
@@ -64,7 +64,7 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
         admitted = validator.filter([*uploads[:place], *arrived, *uploads[place + 1 :]], progress)
         assert admitted == [*uploads[:place], *uploads[place + 1 :]]
         (refusal,) = validator.rejected
-        assert (refusal.task, refusal.round) == (*progress,) and "cannot be checked" not in refusal.reason
+        assert (refusal.task, refusal.round) == progress.position and "cannot be checked" not in refusal.reason
         assert kind == "unknown_sender" or refusal.client == bad.client
         assert refusal.reason.isprintable() and len(refusal.reason) < 300
 
@@ -73,10 +73,10 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
 def without_one(four):
     """A run that one client misses in the last round, without that client."""
     trainer = Recorded()
-    trainer.sampling = ClientSampling(absences=frozenset({(2, 1, 1)}))
+    trainer.sampling = NamedAbsences(absences=frozenset({(2, 1, 1)}))
     trainer.fit(FAST["FedAvg"](), deepcopy(four))
     trainer.clients.pop(2)
-    assert trainer.server.validator.rejected == []
+    assert trainer.validator.rejected == []
     return trainer
 
 
@@ -86,11 +86,11 @@ def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four, without_one):
     picker = random.Random(kind)
     tampered = Recorded(callbacks=[malformed.Tamper(2, 1, 1, lambda upload: malformed.KINDS[kind](upload, picker))])
     tampered.fit(FAST["FedAvg"](), deepcopy(four))
-    assert len(tampered.server.validator.rejected) == 1
+    assert len(tampered.validator.rejected) == 1
     tampered.clients.pop(2)
     same_tensors(tampered.states, without_one.states, "a run with a refused upload")
     assert [len(answers) for answers in tampered.answers] == [4, 4, 4, 3]
-    norms = [trainer.server.validator.norms for trainer in (tampered, without_one)]
+    norms = [trainer.validator.norms for trainer in (tampered, without_one)]
     assert norms[0] == norms[1]
 
 
@@ -98,9 +98,9 @@ def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four, without_one):
 def test_who_misses_a_whole_task_comes_back(name, federate):
     """No honest upload is refused, whoever was there when."""
     trainer = Recorded(rounds_per_task=1)
-    trainer.sampling = ClientSampling(absences=frozenset({(1, 0, 0)}))
+    trainer.sampling = NamedAbsences(absences=frozenset({(1, 0, 0)}))
     trainer.fit(METHODS[name](), fake_data())
-    assert trainer.server.validator.rejected == []
+    assert trainer.validator.rejected == []
     assert [len(answers) for answers in trainer.answers] == [1, 2]
     assert not trainer.matrix.of("seen")[:, -1].isnan().any()
 
@@ -109,14 +109,14 @@ def test_heterogeneous_small_models_pass():
     options = {"small_models": ("test_resnet", "test_byobnet"), "shared_initialisation": False}
     run = learn(replace(METHODS["FedLSCL"](), **options))
     assert len({len(client.net.state_dict()) for client in run.clients}) == 2
-    assert run.server.validator.rejected == []
+    assert run.validator.rejected == []
 
 
 def test_secure_sums_and_noise_pass():
     config = replace(METHODS["FedLSCL"]().collaborator, analytic_weight=0.0, adapted_weight=0.0)
     for options in ({"secure_sum": True}, {"secure_sum": True, "collaborator": config, "noise_multiplier": 1.0}):
         run = learn(replace(METHODS["FedLSCL"](), **options))
-        assert run.server.validator.rejected == []
+        assert run.validator.rejected == []
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_secure_sums_and_noise_pass():
 def test_who_averages_may_do_so_robustly(name, aggregation):
     """What each rule does with what is sent is tested in tests/test_aggregation.py."""
     run = learn(replace(METHODS[name](), aggregation=aggregation), rounds_per_task=1)
-    assert run.method.aggregation == aggregation and run.server.validator.rejected == []
+    assert run.method.aggregation == aggregation and run.validator.rejected == []
 
 
 @pytest.mark.parametrize("name", ["FedLSCL", "FedRidge", "FedWeIT", "Local", "LoRM", "PILoRA"])
@@ -144,10 +144,10 @@ def test_a_method_that_says_nothing_of_its_upload_has_its_values_checked_alone()
             return [{n: v for n, v in upload.payload.items() if n != "mine"} for upload in uploads]
 
     run = learn(Own(**SMALL))
-    assert run.server.validator.rejected == []
+    assert run.validator.rejected == []
     bad = replace(run.uploads[0], payload={"mine": torch.tensor([float("nan")])})
-    assert run.server.validator.filter([bad], FIRST) == []
-    assert run.server.validator.rejected == [RejectedUpload(0, 0, 0, "'mine' is not finite")]
+    assert run.validator.filter([bad], FIRST) == []
+    assert run.validator.rejected == [RejectedUpload(0, 0, 0, "'mine' is not finite")]
 
 
 @pytest.fixture

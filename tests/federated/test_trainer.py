@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from fedlscl.callbacks import AT_SERVER, Callback
+from fedlscl.callbacks import Callback
 from fedlscl.callbacks.formatting import introduction
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress, Stage
+from fedlscl.federated.metrics import AT_SERVER
 from fedlscl.federated.payload import num_bytes
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
@@ -192,7 +193,7 @@ def test_the_server_may_meet_the_clients_once_per_task(make_method, federate):
     method = make_method("fedvit")
     upload, aggregate = method.upload, method.aggregate
     method.upload = lambda client: uploads.append((client.task, client.round)) or upload(client)
-    method.aggregate = lambda messages, progress: seen.append(tuple(progress)) or aggregate(messages, progress)
+    method.aggregate = lambda messages, progress: seen.append(progress.position) or aggregate(messages, progress)
     trainer = federate(method, rounds_per_task=3, server_every="task")
     assert seen == [(0, 2), (1, 2)]
     assert uploads == [(0, 2), (0, 2), (1, 2), (1, 2)]
@@ -258,7 +259,7 @@ def test_traffic_is_what_was_really_sent(make_method, federate):
 
     def record_answers(uploads, progress):
         answers = aggregate(uploads, progress)
-        num_synced_rounds.update({(i, *progress): answer for i, answer in enumerate(answers)})
+        num_synced_rounds.update({(i, *progress.position): answer for i, answer in enumerate(answers)})
         return answers
 
     method.upload, method.aggregate = record, record_answers
@@ -348,7 +349,7 @@ def test_stages_of_the_server_are_in_the_history_and_heard_of(serving):
 
 
 def test_methods_are_told_the_last_round_and_the_final_task(serving):
-    told = [(*progress, progress.last, progress.final) for progress, *_ in serving[1][0].method.places[::2]]
+    told = [(*progress.position, progress.last, progress.final) for progress, *_ in serving[1][0].method.places[::2]]
     assert told == [(0, 0, False, False), (0, 1, True, False), (1, 0, False, True), (1, 1, True, True)]
 
 
@@ -400,9 +401,9 @@ def test_augmented_training_serves_no_cached_tokens_says_so_and_repeats_to_the_b
 
     class Spy(Callback):
         def on_stage_start(self, trainer, client, stage):
-            place = trainer.engine.place
+            place = trainer.run.engine.place
             monkeypatch.setattr(
-                trainer.engine, "place", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
+                trainer.run.engine, "place", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
             )
 
         def on_stage_end(self, trainer, client, stage, terms, seconds):

@@ -416,7 +416,7 @@ def test_heads_before_the_last_round_do_not_touch_the_sums_that_stay(make_method
     method = make_method({"adapted_weight": 2.0, "analytic_weight": 2.0})
     trainer = federate(method, rounds_per_task=2, max_tasks=1)
     kept = {name: value.clone() for name, value in trainer.method.sums.items()}
-    uploads = [trainer.local.upload(client) for client in trainer.clients]
+    uploads = [trainer.pool.runner.upload(client) for client in trainer.clients]
     trainer.method.aggregate(uploads, Progress(0, 0))
     assert set(kept) == {f"{head}.{name}" for head in ("analytic", "adapted") for name in ("gram", "products")}
     assert all(torch.equal(kept[name], value) for name, value in trainer.method.sums.items())
@@ -425,7 +425,7 @@ def test_heads_before_the_last_round_do_not_touch_the_sums_that_stay(make_method
 def test_permuting_clients_permutes_answers(watched):
     trainer, _ = watched
     trainer.progress = type(trainer.progress)(1, 1)
-    uploads = [trainer.local.upload(client) for client in trainer.clients]
+    uploads = [trainer.pool.runner.upload(client) for client in trainer.clients]
     plain = trainer.method.aggregate(uploads, trainer.progress)
     swapped = trainer.method.aggregate(uploads[::-1], trainer.progress)
     for left, right in zip(plain, swapped[::-1], strict=True):

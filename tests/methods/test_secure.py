@@ -22,10 +22,10 @@ class KeysFirst(FedLSCL):
     """The plain path with nothing fused in the run's first exchange; what was sent then counts in the second."""
 
     def aggregate(self, uploads, progress):
-        if tuple(progress) == (0, 0):
+        if progress.position == (0, 0):
             self.first = {upload.client: upload.payload for upload in uploads}
             return [{} for _ in uploads]
-        if tuple(progress) == (0, 1):
+        if progress.position == (0, 1):
             for upload in uploads:
                 late = self.first[upload.client].items()
                 upload.payload.update({name: value for name, value in late if name.startswith("analytic.")})

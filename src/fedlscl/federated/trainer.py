@@ -18,8 +18,8 @@ from fedlscl.federated.distributed import Ranks
 from fedlscl.federated.engine import Engine, Precision, chosen_precision, connect
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
-from fedlscl.federated.payload import Upload
-from fedlscl.federated.pool import ClientPool, LocalPool, train_seeded
+from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, train_seeded
 from fedlscl.federated.seeding import Turn, seed_turn
 from fedlscl.federated.state import RunState, Traffic, count
 from fedlscl.federated.validation import UploadLimits, UploadValidator
@@ -236,16 +236,9 @@ class FederatedTrainer:
         self.sampling.check_quorum(len(uploads), run.num_clients, progress)
         if not any(upload.num_samples for upload in uploads):
             return
-
-        def seed(number: int) -> None:
-            place = (progress.task, progress.round, number) if number else (progress.task, progress.round)
-            seed_turn(run.seed, Turn.SERVER_TRAIN, *place)
-
-        train_seeded(run.method.server_stages(uploads, progress), None, self._train, seed)
+        train_server(run.method, run.seed, uploads, progress, self._train)
         started = time.perf_counter()
-        seed_turn(run.seed, Turn.SERVER, progress.task, progress.round)
-        payloads = run.method.aggregate(uploads, progress)
-        answers = {upload.client: payload for upload, payload in zip(uploads, payloads, strict=True)}
+        answers = aggregate(run.method, run.seed, uploads, progress)
         self._call("on_server_end", time.perf_counter() - started)
         for client, answer in answers.items():
             count(run.traffic, "down", client, progress, answer)
@@ -273,6 +266,11 @@ class FederatedTrainer:
             getattr(callback, hook)(self.run, *args)
 
     @property
+    def method(self) -> Method:
+        """The run's copy of the method, with its server state."""
+        return self.run.method
+
+    @property
     def matrix(self) -> AccuracyMatrix:
         """Accuracies of the run."""
         return self.run.matrix
@@ -291,6 +289,22 @@ class FederatedTrainer:
     def history(self) -> list[dict[str, Any]]:
         """Loss terms of the run's stages."""
         return self.run.history
+
+
+def train_server(method: Method, seed: int, uploads: list[Upload], progress: Progress, train_stage: TrainStage) -> None:
+    """Training at the server, where the method has any; every stage has its own seed."""
+
+    def seed_stage(number: int) -> None:
+        seed_turn(seed, Turn.SERVER_TRAIN, *progress.position, *([number] if number else []))
+
+    train_seeded(method.server_stages(uploads, progress), None, train_stage, seed_stage)
+
+
+def aggregate(method: Method, seed: int, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
+    """The method's answer to each sender, by client."""
+    seed_turn(seed, Turn.SERVER, *progress.position)
+    answers = method.aggregate(uploads, progress)
+    return {upload.client: answer for upload, answer in zip(uploads, answers, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +333,8 @@ class ClientSampling:
             >>> ClientSampling(participation=0.5).sample(4, 42, Progress(0, 0))
             [1, 2]
         """
-        place = (progress.task, progress.round)
-        generator = np.random.default_rng(np.random.SeedSequence([seed, Turn.ATTENDANCE, *place]))
+        entropy = [seed, Turn.ATTENDANCE, *progress.position]
+        generator = np.random.default_rng(np.random.SeedSequence(entropy))
         sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
         fails = generator.random(num_clients) < self.failure_rate
         return sorted(int(client) for client in sampled if not fails[client])
