@@ -3,7 +3,7 @@ import pytest
 from fedlscl.data.images import names_hash
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.server import Description, Knowledge, check_classes, described
+from fedlscl.flower.server import Description, FlowerPool, check_classes, parse_description
 from tiny_methods import METHODS
 
 
@@ -15,23 +15,22 @@ AB, BA, ABC = description("a", "b"), description("b", "a"), description("a", "b"
 
 
 @pytest.fixture
-def knowledge(make_data):
-    return Knowledge(Federation(METHODS["FedAvg"](), make_data(), FederatedTrainer(accelerator="cpu"), 42, "id"))
+def pool(make_data):
+    return FlowerPool(Federation(METHODS["FedAvg"](), make_data(), FederatedTrainer(accelerator="cpu"), 42, "id"), None)
 
 
 @pytest.mark.parametrize(
     ("said", "expected"),
     [([AB], AB), ([BA, AB, AB], AB), ([ABC, AB, BA, ABC], ABC), ([AB, BA], AB), ([BA, AB], BA), ([], None)],
 )
-def test_most_clients_decide_and_the_lowest_in_a_tie(knowledge, said, expected):
-    assert knowledge.reference(said) == expected
+def test_most_clients_decide_and_the_lowest_in_a_tie(pool, said, expected):
+    assert pool._reference(said) == expected
 
 
-def test_what_was_accepted_first_stays(knowledge):
-    knowledge.enter(1, 0, BA)
-    assert knowledge.reference([AB, AB, AB]) == BA and knowledge.num_classes == 2
-    knowledge.load_state_dict(knowledge.state_dict())
-    assert knowledge.reference([AB]) == BA
+def test_what_was_accepted_first_stays(pool):
+    pool.descriptions[1][0] = BA
+    assert pool._reference([AB, AB, AB]) == BA and pool.num_classes == 2
+    assert pool._reference([AB]) == BA
 
 
 @pytest.mark.parametrize(
@@ -57,6 +56,6 @@ def test_unicode_form_and_trailing_space_are_accepted():
     [{"class_names": None}, {"class_names": "a" * 63}, {"class_names": ["a"]}, {"fingerprint": 3}, {"classes": [2]}],
 )
 def test_a_malformed_description_is_refused(changed):
-    assert described(AB._asdict()) == AB
+    assert parse_description(AB._asdict()) == AB
     with pytest.raises(ValueError, match=r"malformed: use the same version|classes that its data set has not"):
-        described(AB._asdict() | changed)
+        parse_description(AB._asdict() | changed)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress
-from fedlscl.flower.messages import OF_A_ROUND, TRAIN, UPLOAD, PendingCommands, Reply, Result
+from fedlscl.flower.messages import BEGIN, END, OF_A_ROUND, TEST_AFTER, TRAIN, UPLOAD, PendingCommands, Reply, Result
 
 ROUNDS = 2
 
@@ -29,19 +29,22 @@ def test_whatever_is_lost_nothing_is_done_twice_and_no_end_of_a_task_is_left_out
     for step, fate in enumerate([*fates, "arrives"]):
         task, round_ = divmod(step, ROUNDS)
         if round_ == 0:
-            pending.turn_over(task, ROUNDS - 1)
-        pending.tell(TRAIN, task, round_)
-        pending.tell(UPLOAD, task, round_)
-        letter = pending.letter("run", "identity")
+            if task:
+                pending.add(END, task - 1, ROUNDS - 1)
+                pending.add(TEST_AFTER, task - 1, ROUNDS - 1)
+            pending.add(BEGIN, task, 0)
+        pending.add(TRAIN, task, round_)
+        pending.add(UPLOAD, task, round_)
+        letter = pending.request("run", "identity")
         if fate != "letter lost":
             reply = node.answer(letter)
             reply = node.answer(letter) if fate == "twice" else reply
             if fate != "reply lost":
-                heard += [command for command, _ in pending.done_in(reply)]
+                heard += [command for command, _ in pending.completed(reply)]
                 pending.acknowledge(reply)
                 if any(command.kind == UPLOAD and command[2:] == (task, round_) for command in heard):
-                    pending.give({}, Progress(task, round_))
-        pending.miss()
+                    pending.add_download({}, Progress(task, round_))
+        pending.drop_round()
     numbers = [command.number for command in node.did]
     assert numbers == sorted(set(numbers))
     # All that is no part of a round was done in order and heard of, up to the present task.
@@ -55,7 +58,7 @@ def test_whatever_is_lost_nothing_is_done_twice_and_no_end_of_a_task_is_left_out
 
 def test_a_reply_about_what_was_never_told_is_refused():
     pending = PendingCommands(0)
-    pending.turn_over(0, 0)
+    pending.add(BEGIN, 0, 0)
     for reply, reason in [
         (Reply(1, 1, []), "says that it is client 1"),
         (Reply(0, 2, []), "did command 2 of 0 to 1"),
@@ -63,5 +66,5 @@ def test_a_reply_about_what_was_never_told_is_refused():
         (Reply(0, 1, []), "no result of command 1"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            pending.done_in(reply)
+            pending.completed(reply)
     assert pending.acknowledged == 0 and len(pending.commands) == 1

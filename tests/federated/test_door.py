@@ -223,7 +223,7 @@ def test_whatever_a_check_raises_the_round_goes_on(fedavg, monkeypatch):
         raise RuntimeError("two\nlines") if upload.client == 1 else ValueError("mind\x1b")
 
     uploads = [honest(fedavg, client) for client in range(2)]
-    monkeypatch.setattr(fedavg.method, "expects", broken)
+    monkeypatch.setattr(fedavg.method, "upload_spec", broken)
     assert fedavg.filter(uploads, FIRST) == []
     assert [refusal.reason for refusal in fedavg.rejected] == [
         "cannot be checked (ValueError: mind?)",

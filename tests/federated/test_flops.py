@@ -53,6 +53,6 @@ def test_counting_leaves_no_trace(training, collaborator_config):
 
 
 def test_results_have_them_for_every_client(whole):
-    found = flops_by_client(whole.trainer)
+    found = flops_by_client(whole.trainer.run)
     assert set(found) == set(Flops._fields)
     assert found["training"] == [flops_per_image(client.net).training for client in whole.trainer.clients]

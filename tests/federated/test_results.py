@@ -28,7 +28,7 @@ def test_results_say_what_was_run(record, whole, collaborator_config):
     assert record["method"]["name"] == "FedLSCL"
     assert record["method"]["fields"]["collaborator"]["foundation"]["name"] == collaborator_config.foundation.name
     assert record["seed"] == 42 and record["tasks_done"] == 2
-    assert record["data"]["fingerprint"] == whole.trainer.datamodule.data.fingerprint
+    assert record["data"]["fingerprint"] == whole.trainer.clients[0].data.data.fingerprint
     assert record["data"]["classes"][1][0] == whole.trainer.clients[1].data.classes(0).tolist()
     assert record["foundation"]["fingerprint"] == whole.trainer.clients[0].net.foundation.fingerprint
     assert set(record["versions"]) == {"fedlscl", "torch", "lightning", "timm"}
@@ -46,7 +46,7 @@ def test_parameters_count_the_foundation_once(record, whole):
 def test_uploaded_parameters_are_counted(foundation_config, observe):
     trainer = observe(FedAvg(foundation=foundation_config, local_epochs=1)).trainer
     head = trainer.clients[0].net.head
-    assert results(trainer)["parameters"]["uploaded_per_round"] == [head.weight.numel() + head.bias.numel()] * 2
+    assert results(trainer.run)["parameters"]["uploaded_per_round"] == [head.weight.numel() + head.bias.numel()] * 2
 
 
 def test_results_hold_matrix_summary_and_traffic(record, whole):
@@ -108,11 +108,11 @@ def test_without_a_folder_nothing_is_written(observe, foundation_config, tmp_pat
     monkeypatch.chdir(tmp_path)
     trainer = observe(FedAvg(foundation=foundation_config, local_epochs=1)).trainer
     assert not list(tmp_path.iterdir())
-    assert results(trainer)["foundation"]["name"] == foundation_config.name
+    assert results(trainer.run)["foundation"]["name"] == foundation_config.name
 
 
 def test_state_of_a_method_is_no_field(foundation_config, observe):
-    record = results(observe(FedNCM(foundation=foundation_config)).trainer)
+    record = results(observe(FedNCM(foundation=foundation_config)).trainer.run)
     assert "sums" not in record["method"]["fields"]
     assert json.loads(to_json(record)) == record
 
@@ -162,7 +162,7 @@ def test_plain_table_is_aligned():
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_printed_table_names_the_files(whole, is_terminal):
     screen = io.StringIO()
-    print_table(whole.trainer, Console(file=screen, force_terminal=is_terminal, width=80))
+    print_table(whole.trainer.run, Console(file=screen, force_terminal=is_terminal, width=80))
     text = screen.getvalue()
     assert ("\x1b[" in text) == is_terminal
     for words in ("FedLSCL on fake", "all seen", "worst client", "trainable of", "images/s", "tensorboard --logdir"):

@@ -418,8 +418,8 @@ def test_augmented_training_serves_no_cached_tokens_says_so_and_repeats_to_the_b
     assert seen and all(batch.prefix is None and batch.augmented for batch in seen)
     for one, other in zip(first.clients, second.clients, strict=True):
         assert all(torch.equal(value, other.net.state_dict()[name]) for name, value in one.net.state_dict().items())
-    assert any("augment" in line and "no cached ViT tokens" in line for line in introduction(first))
+    assert any("augment" in line and "no cached ViT tokens" in line for line in introduction(first.run))
     seen.clear()
     plain = run()
     assert seen and all(batch.prefix is not None for batch in seen)
-    assert not any("augment" in line for line in introduction(plain))
+    assert not any("augment" in line for line in introduction(plain.run))

@@ -129,7 +129,9 @@ class _EvaluationTime(Callback):
         self.tasks[-1].evaluation += seconds
 
 
-def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemporalDataModule") -> Forecast:
+def forecast(
+    trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemporalDataModule", seed: int = 42
+) -> Forecast:
     """Rehearse with two typical clients, and reckon for all clients, tasks and rounds.
 
     The run's own objects stay as they are: the rehearsal has clients of its own and a copy of the method.
@@ -143,7 +145,7 @@ def forecast(trainer: FederatedTrainer, method: Method, datamodule: "SpatialTemp
     few = copy(datamodule)
     few._splits, few.num_clients = [datamodule.splits[i] for i in chosen], number
     rehearsal = Rehearsal(trainer, num_tasks)
-    rehearsal.fit(method, few, trainer.seed)
+    rehearsal.fit(method, few, seed)
     known = rehearsal.tasks
     done = [known[min(task, len(known) - 1)] for task in tasks]
     asked = len(images) * trainer.sampling.participation / number

@@ -286,7 +286,7 @@ class Commands:
             self.trainer.run.progress = self.trainer.restore(checkpoint, identity)
         print("\n".join(introduction(self.trainer.run)), flush=True)
         self.trainer.devices = processes
-        print(in_all(*forecast(self.trainer, model, datamodule)))
+        print(in_all(*forecast(self.trainer, model, datamodule, self.seed)))
         print("Dry run: nothing was written. Leave out --dry_run to begin.")
 
     def _folder(self, model: Method) -> Path:

@@ -12,7 +12,7 @@ from fedlscl.federated.engine import Engine
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.metrics import AccuracyMatrix
 from fedlscl.federated.payload import Payload, num_bytes
-from fedlscl.federated.validation import RejectedUpload
+from fedlscl.federated.validation import RejectedUpload, UploadValidator
 from fedlscl.nets.net import Net
 
 Traffic = dict[str, Tensor]
@@ -44,8 +44,8 @@ class RunState:
     """The data set and each client's share of it, as results.json states it."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage: task, round, client, stage and the means of its loss terms."""
-    rejected: list[RejectedUpload] = field(default_factory=list)
-    """Uploads that validation rejected so far."""
+    validator: UploadValidator | None = None
+    """Checks uploads; None as long as no client has stated the number of classes."""
     matrix: AccuracyMatrix = field(init=False)
     traffic: Traffic = field(init=False)
 
@@ -57,6 +57,11 @@ class RunState:
     def nets(self) -> list[Net]:
         """One net per client."""
         return [client.net for client in self.clients] or self.remote_nets
+
+    @property
+    def rejected(self) -> list[RejectedUpload]:
+        """Uploads that validation rejected so far."""
+        return [] if self.validator is None else self.validator.rejected
 
     @property
     def step(self) -> int:

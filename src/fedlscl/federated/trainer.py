@@ -158,7 +158,6 @@ class FederatedTrainer:
             engine=engine,
             run_dir=self.run_dir,
         )
-        self.validator: UploadValidator | None = None
         self.pool = pool or LocalPool(self.run, datamodule, self.ranks, self._train, self._call)
         if pool is not None:
             pool.attach(self.run, self.limits)
@@ -172,9 +171,8 @@ class FederatedTrainer:
         run.matrix.values, run.traffic, run.history = state["matrix"], state["traffic"], state["history"]
         self.pool.load_state_dict(state, progress)
         self._prepare_server()
-        if self.validator is not None:
-            self.validator.load_state_dict(state["validator"])
-            run.rejected = self.validator.rejected
+        if run.validator is not None:
+            run.validator.load_state_dict(state["validator"])
         return progress
 
     def save(self, progress: Progress) -> None:
@@ -189,7 +187,7 @@ class FederatedTrainer:
             "identity": self.identity,
             "progress": [progress.task, progress.round],
             "method": run.method.state_dict(),
-            "validator": {} if self.validator is None else self.validator.state_dict(),
+            "validator": {} if run.validator is None else run.validator.state_dict(),
             **clients,
             "matrix": run.matrix.values,
             "traffic": run.traffic,
@@ -219,9 +217,9 @@ class FederatedTrainer:
         aggregates = self.server_every == "round" or progress.last
         uploads, unreadable = self.pool.train(progress, run.participants, with_uploads=aggregates)
         self._prepare_server()
-        if self.validator is not None:
+        if run.validator is not None:
             for client, reason in unreadable.items():
-                self.validator.reject(client, progress, reason)
+                run.validator.reject(client, progress, reason)
         if aggregates:
             self._server_step(uploads)
         self._call("on_round_end")
@@ -229,10 +227,10 @@ class FederatedTrainer:
     def _server_step(self, uploads: list[Upload]) -> None:
         """Validate the uploads, train at the server where the method does, aggregate, and send the answers."""
         run, progress = self.run, self.run.progress
-        if self.validator is not None:
+        if run.validator is not None:
             for upload in uploads:
                 count(run.traffic, "up", upload.client, progress, upload.payload)
-            uploads = self.validator.filter(uploads, progress)
+            uploads = run.validator.filter(uploads, progress)
         self.sampling.check_quorum(len(uploads), run.num_clients, progress)
         if not any(upload.num_samples for upload in uploads):
             return
@@ -257,9 +255,9 @@ class FederatedTrainer:
 
     def _prepare_server(self) -> None:
         """Build the upload validator as soon as the number of classes is known."""
-        if self.validator is None and (num_classes := self.pool.num_classes) is not None:
-            self.validator = UploadValidator(self.run.method, self.run.num_clients, num_classes, self.limits)
-            self.run.rejected = self.validator.rejected
+        run = self.run
+        if run.validator is None and (num_classes := self.pool.num_classes) is not None:
+            run.validator = UploadValidator(run.method, run.num_clients, num_classes, self.limits)
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks if self.ranks.is_first else ():
@@ -269,6 +267,11 @@ class FederatedTrainer:
     def method(self) -> Method:
         """The run's copy of the method, with its server state."""
         return self.run.method
+
+    @property
+    def validator(self) -> UploadValidator | None:
+        """Checks the run's uploads."""
+        return self.run.validator
 
     @property
     def matrix(self) -> AccuracyMatrix:
