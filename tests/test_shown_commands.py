@@ -126,6 +126,7 @@ RUN_BY = {
     FLOWER: "tests/flower_network.py",
     r"cmp runs/flower/matrix\.csv": "tests/flower_network.py",
     r"python benchmarks/publish\.py$": "tests/test_published.py",
+    r"python -c \"import torch, safetensors": "tests/nets/test_vit.py",
 }
 """Commands that a whole test of their own stands for, in more words."""
 

@@ -92,7 +92,7 @@ def describe_foundation(run: "RunState") -> dict[str, Any] | None:
 def describe_small_models(run: "RunState") -> list[dict[str, Any]]:
     """Name, mean and std of every small model, without repetition."""
     models = [part for net in run.nets for part in net.modules() if isinstance(part, SmallModel)]
-    found = [{"name": model.name} | normalisation(model.mean, model.std) for model in models]
+    found = [{"name": model.name, **model.normalisation} for model in models]
     return [model for place, model in enumerate(found) if model not in found[:place]]
 
 

@@ -53,8 +53,9 @@ class SmallModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"small_model {name!r} {error}: choose another timm model.") from error
         cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained else {}
-        self.register_buffer("mean", torch.tensor(cfg.get("mean", MEAN)), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg.get("std", STD)), persistent=False)
+        self.normalisation = {"mean": list(cfg.get("mean", MEAN)), "std": list(cfg.get("std", STD))}
+        for name, values in self.normalisation.items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
