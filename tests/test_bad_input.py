@@ -104,7 +104,7 @@ def refused(tmp_path, capsys):
         ("--data.test_per_class 0", "test_per_class must be an integer of at least 1, got 0"),
         ("--data.train_per_class 1000000000", "fake images must take at most 2,147,483,648 bytes, got"),
         ("--data.num_workers 1000000", "num_workers must be an integer between 0 and 256, got 1000000"),
-        ("--data.dirichlet_alpha 1e308", "concentration must be above 0 and at most 1e+09, got 1e+308"),
+        ("--data.dirichlet_alpha 1e308", "dirichlet_alpha must be above 0 and at most 1e+09, got 1e+308"),
         ("--data.dataset imagenet --data.image_size null", "dataset='imagenet' is unknown: use 'cifar100'"),
         ("--data.dataset folder", "dataset='folder' is read from a folder: set root to it"),
         ("--data.dataset folder --data.root no/where", "image folder no/where is missing: set root to a folder"),

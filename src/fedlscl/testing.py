@@ -127,7 +127,7 @@ def check_payloads(run: Recorded, make: Callable[[], Method]) -> None:
 def check_upload_spec(run: Recorded, make: Callable[[], Method]) -> None:
     """What ``expects`` says is what ``upload`` sends."""
     for client, task, round_, reason in run.run.rejected:
-        require(False, f"the upload of client {client} in task {task}, round {round_} is refused at the door: {reason}")
+        require(False, f"the upload of client {client} in task {task}, round {round_} is rejected: {reason}")
 
 
 def check_memory(run: Recorded, make: Callable[[], Method]) -> None:

@@ -238,9 +238,9 @@ def test_a_node_with_other_classes_is_left_out_until_they_are_corrected(hospital
     assert line.startswith(f"client 1 is left out: {said}")
     state = load_checkpoint(hospitals.folder / "run" / "checkpoint.pt")
     assert {refusal["client"] for refusal in state["validator"]["rejected"]} == {1}
-    assert state["knowledge"]["traffic"]["up"][1].sum() == 0 < state["knowledge"]["traffic"]["up"][0].sum()
+    assert state["traffic"]["up"][1].sum() == 0 < state["traffic"]["up"][0].sum()
     hospital(hospitals.folder / "1", NAMES)
-    assert not hospitals.fit().knowledge.matrix.values[:, 1].isnan().all()
+    assert not hospitals.fit().matrix.values[:, 1].isnan().all()
 
 
 def test_unicode_forms_and_trailing_spaces_of_names_do_not_divide_nodes(hospitals):

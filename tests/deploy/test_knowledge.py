@@ -57,5 +57,5 @@ def test_unicode_form_and_trailing_space_are_accepted():
 )
 def test_a_malformed_description_is_refused(changed):
     assert parse_description(AB._asdict()) == AB
-    with pytest.raises(ValueError, match=r"malformed: use the same version|classes that its data set has not"):
+    with pytest.raises(ValueError, match=r"malformed: use the same version|classes that its data set does not have"):
         parse_description(AB._asdict() | changed)

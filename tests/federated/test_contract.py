@@ -85,7 +85,7 @@ class HoldsOn(FedAvg):
 BROKEN = [
     (contract.check_finite, NotFinite, SMALL, "state /clients/0/memory/broken is not finite"),
     (contract.check_payloads, SendsGradients, SMALL, "message 'head.weight' "),
-    (contract.check_upload_spec, SaysOtherwise, SMALL, "refused at the door: 'head.bias' is not expected"),
+    (contract.check_upload_spec, SaysOtherwise, SMALL, "is rejected: 'head.bias' is not expected"),
     (contract.check_memory, SharesMemory, SMALL, "shares memory with its client"),
     (contract.check_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
     (contract.check_determinism, Draws, SMALL, "sends another 'drawn'"),

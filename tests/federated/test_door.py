@@ -256,11 +256,11 @@ def test_who_was_left_out_is_said_everywhere_and_survives_a_restart(tmp_path):
     for folder in (whole.run_dir, stopped.run_dir):
         events = EventAccumulator(str(folder / "tensorboard"), {"tensors": 0})
         events.Reload()
-        assert [(point.step, point.value) for point in events.Scalars("door/quarantined")] == [
+        assert [(point.step, point.value) for point in events.Scalars("uploads/rejected")] == [
             (0, 0),
             (1, 1),
             (2, 0),
             (3, 0),
         ]
-        (text,) = events.Tensors("door/quarantined/text_summary")
+        (text,) = events.Tensors("uploads/rejected/text_summary")
         assert text.step == 1 and text.tensor_proto.string_val[0].decode() == "- client 1: 'w' is no plain tensor"

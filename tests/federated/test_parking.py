@@ -38,7 +38,7 @@ def test_a_parked_client_tells_its_state_without_coming_back():
 
 
 def test_a_memory_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="clients_gb -1 is no amount of memory"):
+    with pytest.raises(ValueError, match="clients_gb must be >= 0, got -1"):
         FederatedTrainer(clients_gb=-1)
 
 

@@ -91,7 +91,7 @@ def test_every_tag_is_in_a_group(events):
     assert groups == {
         "accuracy_seen",
         "accuracy_task",
-        "validator",
+        "uploads",
         "loss",
         "memory",
         "seconds",

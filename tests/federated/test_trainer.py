@@ -7,6 +7,7 @@ from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER
 from fedlscl.federated.payload import num_bytes
+from fedlscl.federated.pool import LocalPool
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
 from fedlscl.modules.learner import ClassificationModule
@@ -171,18 +172,15 @@ def test_a_checkpoint_holds_tensors_and_plain_values_and_no_foundation_weights(w
 
 
 @pytest.mark.parametrize("name", ["fedlscl", "fedavg"])
-def test_who_works_first_changes_nothing(make_method, make_data, federate, name):
+def test_who_works_first_changes_nothing(make_method, make_data, federate, name, monkeypatch):
     """The server adds up in the order of the clients' ids, whoever answered first."""
 
-    class Backwards(FederatedTrainer):
-        def _local_round(self, client):
-            """All clients' work when the first one is asked, the last client first."""
-            if client.id == 0:
-                for each in reversed(self.clients):
-                    super()._local_round(each)
-
     plain = federate(make_method(name), data=make_data(num_clients=3, fake_classes=8), rounds_per_task=ROUNDS)
-    backwards = Backwards(rounds_per_task=ROUNDS, accelerator="cpu")
+    backwards = FederatedTrainer(rounds_per_task=ROUNDS, accelerator="cpu")
+    train = LocalPool.train
+    monkeypatch.setattr(
+        LocalPool, "train", lambda pool, progress, sampled, **more: train(pool, progress, sampled[::-1], **more)
+    )
     backwards.fit(make_method(name), make_data(num_clients=3, fake_classes=8))
     assert same(nets(plain), nets(backwards))
     assert [entry["client"] for entry in backwards.history[:3]] == [2, 1, 0]
@@ -216,10 +214,10 @@ def test_a_round_of_server_every_task_equals_longer_local_work(make_method, fede
 
 def test_max_tasks_stops_early_without_changing_what_was_learned(make_method, federate):
     short, long = federate(make_method("fedavg"), max_tasks=1), federate(make_method("fedavg"))
-    assert short.num_tasks == 1 and short.matrix.values.shape[-2:] == (1, 1)
+    assert short.run.num_tasks == 1 and short.matrix.values.shape[-2:] == (1, 1)
     assert torch.equal(short.matrix.of("task")[:, 0, 0], long.matrix.of("task")[:, 0, 0])
     assert short.history == [entry for entry in long.history if entry["task"] == 0]
-    assert federate(make_method("fedvit"), max_tasks=9).num_tasks == TASKS
+    assert federate(make_method("fedvit"), max_tasks=9).run.num_tasks == TASKS
 
 
 def test_the_matrix_holds_what_the_final_nets_score(whole):
@@ -354,7 +352,7 @@ def test_methods_are_told_the_last_round_and_the_final_task(serving):
 
 
 def test_progress_is_saved_as_its_place(whole):
-    assert list(Progress(1, 2, last=True, final=True)) == [1, 2]
+    assert Progress(1, 2, last=True, final=True).position == (1, 2)
     assert load_checkpoint(whole[1] / "1.pt")["progress"] == [0, 1]
 
 
@@ -386,9 +384,9 @@ def test_the_cache_changes_no_more_than_rounding(make_method, federate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds_per_task": 0}, "rounds_per_task 0 trains nothing"),
-        ({"max_tasks": 0}, "max_tasks 0 trains nothing"),
-        ({"cache_gb": -1.0}, "cache_gb -1.0 is no amount"),
+        ({"rounds_per_task": 0}, "rounds_per_task must be >= 1, got 0"),
+        ({"max_tasks": 0}, "max_tasks must be >= 1, got 0"),
+        ({"cache_gb": -1.0}, "cache_gb must be >= 0, got -1.0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):
@@ -401,9 +399,9 @@ def test_augmented_training_serves_no_cached_tokens_says_so_and_repeats_to_the_b
 
     class Spy(Callback):
         def on_stage_start(self, trainer, client, stage):
-            place = trainer.run.engine.place
+            place = trainer.engine.place
             monkeypatch.setattr(
-                trainer.run.engine, "place", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
+                trainer.engine, "place", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
             )
 
         def on_stage_end(self, trainer, client, stage, terms, seconds):

@@ -7,7 +7,7 @@ from fedlscl.methods import FedNCM, FedRidge
 
 def pooled(trainer):
     """Features (double) and labels of all training samples of all clients and tasks, each once."""
-    data = trainer.datamodule
+    data = trainer.pool.datamodule
     ids = torch.cat([client.data.train_ids(task) for client in trainer.clients for task in range(2)])
     assert len(ids.unique()) == len(ids)
     batch = data.fetch(ids)

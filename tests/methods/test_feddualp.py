@@ -22,10 +22,10 @@ class Watched(FederatedTrainer):
 
     def keep(self, moment):
         state = self.clients[0].net.state_dict()
-        self.states[moment, self.progress.task] = {name: value.clone() for name, value in state.items()}
+        self.states[moment, self.run.progress.task] = {name: value.clone() for name, value in state.items()}
 
     def _learn_task(self, task, first_round):
-        self.progress = type(self.progress)(task, first_round)
+        self.run.progress = type(self.run.progress)(task, first_round)
         self.keep("before")
         super()._learn_task(task, first_round)
         self.keep("after")

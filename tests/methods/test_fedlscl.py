@@ -161,7 +161,7 @@ def test_the_buffer_holds_the_best_samples_of_every_class(watched):
             assert (client.buffer.labels == label).sum() == min(M, int(counts[label]))
         batch = client.data.fetch(client.train_ids)
         with torch.no_grad():
-            losses = sample_losses(client.net.eval()(batch.images).trained, batch.labels, client.classes)
+            losses = sample_losses(client.net.eval()(batch.images).head_logits, batch.labels, client.classes)
         for label in client.classes:
             kept = torch.isin(batch.ids, client.buffer.ids) & (batch.labels == label)
             dropped = ~kept & (batch.labels == label)
@@ -424,10 +424,10 @@ def test_heads_before_the_last_round_do_not_touch_the_sums_that_stay(make_method
 
 def test_permuting_clients_permutes_answers(watched):
     trainer, _ = watched
-    trainer.progress = type(trainer.progress)(1, 1)
+    trainer.run.progress = type(trainer.progress)(1, 1)
     uploads = [trainer.pool.runner.upload(client) for client in trainer.clients]
-    plain = trainer.method.aggregate(uploads, trainer.progress)
-    swapped = trainer.method.aggregate(uploads[::-1], trainer.progress)
+    plain = trainer.method.aggregate(uploads, trainer.run.progress)
+    swapped = trainer.method.aggregate(uploads[::-1], trainer.run.progress)
     for left, right in zip(plain, swapped[::-1], strict=True):
         torch.testing.assert_close(left["generator"], right["generator"], rtol=1e-5, atol=1e-7)
 

@@ -168,7 +168,7 @@ def test_a_teacher_teaches_what_its_trained_head_says(collaborator, batch):
     before = module.loss(batch)["distillation"].item()
     for net in (teacher, collaborator):
         net.analytic.set(torch.randn(6, 64), torch.randn(6))
-    assert not torch.equal(teacher(batch.images).logits, teacher(batch.images).trained)
+    assert not torch.equal(teacher(batch.images).logits, teacher(batch.images).head_logits)
     assert module.loss(batch)["distillation"].item() == before > 0
 
 

@@ -21,7 +21,7 @@ def net(foundation_config):
     for layer in net.lora:
         for factor in layer.up[:2]:
             nn.init.normal_(factor, std=0.1)
-    net.learn(2)
+    net.set_trainable(2)
     return net
 
 
@@ -70,7 +70,7 @@ def test_terms_are_those_of_the_paper(net, batch):
 
 
 def test_the_first_task_has_nothing_to_be_orthogonal_to(net, batch):
-    net.learn(0)
+    net.set_trainable(0)
     assert PrototypeModule(net, 0, CLASSES).loss(batch)["orthogonality"].item() == 0.0
 
 

@@ -181,17 +181,17 @@ def test_an_analytic_head_adds_to_the_trained_one_at_evaluation(
     config = replace(collaborator_config, analytic_weight=share, collaboration=collaboration)
     net = awake(config) if collaboration else Collaborator(config, 5).eval()
     output = net(images)
-    assert torch.equal(output.logits, output.trained) and torch.equal(output.trained, net.head(output.tokens))
+    assert torch.equal(output.logits, output.head_logits) and torch.equal(output.head_logits, net.head(output.tokens))
     weight, bias = torch.randn(5, 64), torch.randn(5)
     net.analytic.set(weight, bias)
     solved = net(images)
-    assert torch.equal(solved.trained, output.trained)
+    assert torch.equal(solved.head_logits, output.head_logits)
     frozen = net.foundation.vit(entering)
-    expected = output.trained + share * (torch.nn.functional.normalize(frozen) @ weight.T + bias)
+    expected = output.head_logits + share * (torch.nn.functional.normalize(frozen) @ weight.T + bias)
     torch.testing.assert_close(solved.logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(solved.logits, solved.trained) == (share == 0)
+    assert torch.equal(solved.logits, solved.head_logits) == (share == 0)
     training = net.train()(images)
-    assert torch.equal(training.logits, training.trained)
+    assert torch.equal(training.logits, training.head_logits)
     assert not {"analytic.weight", "analytic.bias"} & {name for name, _ in net.named_parameters()}
 
 
@@ -201,11 +201,11 @@ def test_an_adapted_head_reads_the_adapted_features(collaborator_config, images,
     weight, bias = torch.randn(5, 64), torch.randn(5)
     net.adapted.set(weight, bias)
     output = net(images)
-    expected = output.trained + share * (torch.nn.functional.normalize(output.tokens) @ weight.T + bias)
+    expected = output.head_logits + share * (torch.nn.functional.normalize(output.tokens) @ weight.T + bias)
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(output.logits, output.trained) == (share == 0)
+    assert torch.equal(output.logits, output.head_logits) == (share == 0)
     training = net.train()(images)
-    assert torch.equal(training.logits, training.trained)
+    assert torch.equal(training.logits, training.head_logits)
 
 
 @pytest.mark.parametrize(

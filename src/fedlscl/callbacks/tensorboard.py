@@ -142,10 +142,10 @@ class TensorBoard(Timed):
         lap = self.lap()
         scalars = dict(_losses(run))
         refused = [found for found in run.rejected if (found.task, found.round) == run.progress.position]
-        scalars["door/quarantined"] = len(refused)
+        scalars["uploads/rejected"] = len(refused)
         if refused and self.writer is not None:
             text = "\n".join(f"- client {found.client}: {found.reason}" for found in refused)
-            self.writer.add_text("door/quarantined", text, run.step)
+            self.writer.add_text("uploads/rejected", text, run.step)
         for direction in ("up", "down"):
             total = int(run.traffic[direction][:, *run.progress.position].sum())
             scalars[f"traffic/{direction}_bytes"] = total

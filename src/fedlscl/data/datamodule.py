@@ -15,7 +15,7 @@ from fedlscl.data.loader import Augment, batches
 from fedlscl.data.split import (
     MAX_CLIENTS,
     ClientSplit,
-    check_concentration,
+    check_dirichlet_alpha,
     check_integers,
     dirichlet_split,
     spatial_temporal_split,
@@ -172,7 +172,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         check_integers(1, num_tasks=num_tasks, batch_size=batch_size)
         check_integers(0, private_classes=private_classes, public_classes=public_classes, seed=seed)
         check_integers(0, MAX_WORKERS, num_workers=num_workers)
-        check_concentration(dirichlet_alpha)
+        check_dirichlet_alpha(dirichlet_alpha)
         check_sizes(image_size, train_per_class, test_per_class, fake_classes)
         for option, value, choices in (
             ("protocol", protocol, get_args(Protocol)),

@@ -63,7 +63,7 @@ def load_npz(path: Path) -> ImageData:
         if (largest := int(labels.max())) >= len(names):
             remedy = "name every class" if "class_names" in arrays else "add train images of that class"
             raise ValueError(
-                f"{part}_npz_labels of {path} must be below {len(names)}, got {largest}: {remedy} or correct the labels"
+                f"{part}_labels of {path} must be below {len(names)}, got {largest}: {remedy} or correct the labels"
             )
     class_names = tuple(str(name) for name in names)
     return ImageData(

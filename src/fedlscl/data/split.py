@@ -10,7 +10,7 @@ import numpy as np
 CLASS_ORDER, TASK_ORDER, SAMPLES = range(3)
 MAX_CLIENTS = 100_000
 """More than this would exhaust memory (ours)."""
-MAX_CONCENTRATION = 1e9
+MAX_DIRICHLET_ALPHA = 1e9
 """Shares are even long before; near the largest float the draw overflows and they are not (ours)."""
 
 
@@ -67,7 +67,7 @@ def spatial_temporal_split(
     check_integers(1, MAX_CLIENTS, num_clients=num_clients)
     check_integers(1, num_tasks=num_tasks)
     check_integers(0, seed=seed)
-    check_concentration(dirichlet_alpha)
+    check_dirichlet_alpha(dirichlet_alpha)
     check_integers(0, private_classes=private_classes, public_classes=public_classes)
     order = _class_order(train_labels, seed)
     needed = private_classes * num_clients + public_classes
@@ -119,7 +119,7 @@ def dirichlet_split(
 
     Example:
         >>> labels = np.repeat(np.arange(4), 10)
-        >>> kwargs = dict(num_clients=2, num_tasks=2, num_classes=4, concentration=0.1, seed=42)
+        >>> kwargs = dict(num_clients=2, num_tasks=2, num_classes=4, dirichlet_alpha=0.1, seed=42)
         >>> first, second = dirichlet_split(labels, labels, **kwargs)
         >>> first.classes == second.classes
         True
@@ -127,7 +127,7 @@ def dirichlet_split(
     check_integers(1, MAX_CLIENTS, num_clients=num_clients)
     check_integers(1, num_tasks=num_tasks)
     check_integers(0, seed=seed)
-    check_concentration(dirichlet_alpha)
+    check_dirichlet_alpha(dirichlet_alpha)
     order = _class_order(train_labels, seed)
     if num_classes > len(order):
         raise ValueError(
@@ -194,15 +194,15 @@ def check_integers(low: int, high: int | None = None, /, **values: int | None) -
             raise ValueError(f"{name} must be an integer {bounds}, got {value}: correct it, or leave it out")
 
 
-def check_concentration(dirichlet_alpha: float) -> None:
-    """Refuse a concentration that is not a number above 0, or so large that the draw overflows.
+def check_dirichlet_alpha(dirichlet_alpha: float) -> None:
+    """Refuse an alpha that is not a number above 0, or so large that the draw overflows.
 
     Raises:
         ValueError: naming it.
     """
-    if not 0 < dirichlet_alpha <= MAX_CONCENTRATION:
+    if not 0 < dirichlet_alpha <= MAX_DIRICHLET_ALPHA:
         raise ValueError(
-            f"concentration must be above 0 and at most {MAX_CONCENTRATION:g}, got {dirichlet_alpha}: 1 gives uneven "
+            f"dirichlet_alpha must be above 0 and at most {MAX_DIRICHLET_ALPHA:g}, got {dirichlet_alpha}: 1 gives uneven "
             "shares, 1000 nearly even ones"
         )
 
