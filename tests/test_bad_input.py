@@ -67,7 +67,7 @@ def refused(tmp_path, capsys):
             for value in ("-1", "true", "null", "1.0", "4294967296", "x", "1e3")
         ),
         ("--trainer.rounds_per_task", "argument --trainer.rounds_per_task: expected one argument"),
-        ("--trainer.rounds_per_task 0", "rounds_per_task 0 trains nothing: choose 1 or more."),
+        ("--trainer.rounds_per_task 0", "rounds_per_task must be >= 1, got 0."),
         ("--method.lr 0", "lr 0.0 trains nothing: choose more than 0."),
         ("--method.batch_size 0", "batch_size 0 trains nothing: choose more than 0."),
         ("--method.generator_lr -1", "generator_lr -1.0 cannot be used: choose more than 0."),

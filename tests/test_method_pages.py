@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedlscl import methods
-from fedlscl.cli.app import HEADER, method_rows
+from fedlscl.cli.app import LIST_HEADER as HEADER
+from fedlscl.cli.app import method_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

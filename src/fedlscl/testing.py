@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlscl.callbacks import Callback
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.federated.state import RunState
+from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.nets.vit import fingerprint
 

@@ -7,10 +7,9 @@ from itertools import islice, pairwise
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from fedlscl.callbacks import Callback
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress, Stage
-from fedlscl.federated.state import RunState
+from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlscl.callbacks import Callback
 from fedlscl.callbacks.formatting import accuracies, in_all, in_bytes, in_hours, introduction, place, print_table
 from fedlscl.federated.metrics import summary
-from fedlscl.federated.state import extrapolated
+from fedlscl.federated.state import Callback, extrapolated
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedlscl
-from fedlscl.callbacks import Callback
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import (
     MASKS,
@@ -35,6 +34,7 @@ from fedlscl.federated.metrics import (
     to_json,
     to_lists,
 )
+from fedlscl.federated.state import Callback
 from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.net import Net
 

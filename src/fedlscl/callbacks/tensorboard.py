@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlscl.callbacks import Callback
 from fedlscl.callbacks.results import Timed, peak_memory, plain
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import AT_SERVER, MASKS, AccuracyMatrix, average_accuracy, summary
+from fedlscl.federated.state import Callback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

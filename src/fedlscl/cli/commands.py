@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlscl.callbacks import Callback
 from fedlscl.callbacks.formatting import aligned, percent
 from fedlscl.cli.runs import (
     MANIFEST,
@@ -31,6 +30,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import connect
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.metrics import MASKS
+from fedlscl.federated.state import Callback
 from fedlscl.federated.trainer import FederatedTrainer
 
 # Classes of image files by one client's trained net; needs the run directory, not the data set.

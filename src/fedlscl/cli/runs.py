@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fedlscl.callbacks import Callback
 from fedlscl.data import ClientSplit
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import chosen_precision
-from fedlscl.federated.state import RunState
+from fedlscl.federated.state import Callback, RunState
 
 # What makes two runs the same.
 

@@ -202,8 +202,8 @@ def check_dirichlet_alpha(dirichlet_alpha: float) -> None:
     """
     if not 0 < dirichlet_alpha <= MAX_DIRICHLET_ALPHA:
         raise ValueError(
-            f"dirichlet_alpha must be above 0 and at most {MAX_DIRICHLET_ALPHA:g}, got {dirichlet_alpha}: 1 gives uneven "
-            "shares, 1000 nearly even ones"
+            f"dirichlet_alpha must be above 0 and at most {MAX_DIRICHLET_ALPHA:g}, got {dirichlet_alpha}: 1 gives "
+            "uneven shares, 1000 nearly even ones"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fedlscl.callbacks import Callback
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
@@ -21,7 +20,7 @@ from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, train_seeded
 from fedlscl.federated.seeding import Turn, seed_turn
-from fedlscl.federated.state import RunState, Traffic, count
+from fedlscl.federated.state import Callback, RunState, Traffic, count
 from fedlscl.federated.validation import UploadLimits, UploadValidator
 
 

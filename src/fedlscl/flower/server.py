@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fedlscl.callbacks import Callback
 from fedlscl.callbacks.results import write_results
 from fedlscl.cli.runs import CHECKPOINT, CONFIG
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
@@ -20,7 +19,7 @@ from fedlscl.federated.method import Progress
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import LARGEST_HEADER, Payload, Upload, one_line
 from fedlscl.federated.pool import ClientRunner, Uploads
-from fedlscl.federated.state import RunState
+from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.federated.validation import UploadLimits
 from fedlscl.flower.federation import Federation

@@ -107,9 +107,9 @@ def moment_error(moment: Tensor, noisy: bool = False) -> str:
     With noise it may have any size.
 
     Example:
-        >>> moment_flaw(torch.eye(3) / 2)
+        >>> moment_error(torch.eye(3) / 2)
         ''
-        >>> moment_flaw(torch.eye(3))
+        >>> moment_error(torch.eye(3))
         'moments are larger than those of unit features'
     """
     # In bf16 a unit norm is one up to 2^-8.
@@ -126,9 +126,9 @@ def sums_error(sums: MomentSums, counts: Tensor) -> str:
     Example:
         >>> from fedlscl.functional.analytic import moment_sums
         >>> sums = moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2)
-        >>> sums_flaw(sums, torch.tensor([1, 2]))
+        >>> sums_error(sums, torch.tensor([1, 2]))
         ''
-        >>> sums_flaw(sums, torch.tensor([2, 1]))
+        >>> sums_error(sums, torch.tensor([2, 1]))
         'products count other samples than were announced'
     """
     if not sums.products[-1].equal(counts.to(sums.products.dtype)):
