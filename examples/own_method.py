@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedlscl import FederatedTrainer, FoundationConfig, Method, SpatialTemporalDataModule
 from fedlscl.federated.client import Client, class_means
+from fedlscl.federated.method import StreamShape
 from fedlscl.federated.metrics import summary
 from fedlscl.methods import FedAvg
 from fedlscl.nets.heads import FoundationClassifier
@@ -18,9 +19,9 @@ from fedlscl.testing import check
 class Imprinted(FedAvg):
     """Two hooks of FedAvg change; everything else is inherited."""
 
-    def build_net(self, client: int, num_classes: int) -> FoundationClassifier:
+    def build_net(self, client: int, stream: StreamShape) -> FoundationClassifier:
         """A frozen ViT with a head whose rows are directions."""
-        return FoundationClassifier(self.foundation or FoundationConfig(), num_classes, head="cosine")
+        return FoundationClassifier(self.foundation or FoundationConfig(), stream.num_classes, head="cosine")
 
     def begin_task(self, client: Client) -> None:
         """The rows of the task's classes point to the mean features of the client's own samples."""

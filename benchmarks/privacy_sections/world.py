@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.data.images import ImageData
+from fedlscl.federated.method import StreamShape
 from fedlscl.federated.seeding import Turn, seed_turn
 from fedlscl.methods import FedLSCL
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
@@ -103,7 +104,7 @@ class World:
     def start(self) -> Collaborator:
         """The net from which every client starts; the public seed gives it."""
         seed_turn(SEED, Turn.BUILD)
-        return self.method().build_net(0, self.num_classes)
+        return self.method().build_net(0, StreamShape(self.num_classes))
 
     def learn(self, pool: Pool) -> Collaborator:
         """A client's net after one round on a pool."""

@@ -2,14 +2,12 @@
 
 import random
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 import malformed
-from fedlscl import methods
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.payload import Payload, Upload
@@ -49,7 +47,7 @@ def moments_of(name: str, clients: int) -> tuple[Moments, list[Moment]]:
     )  # fmt: skip
     method = METHODS[name]()
     run = Moments()
-    run.fit(replace(method, num_clients=clients) if isinstance(method, methods.FedWeIT) else method, data)
+    run.fit(method, data)
     assert run.validator.rejected == []
     return run, run.moments
 

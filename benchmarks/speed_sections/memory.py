@@ -20,6 +20,7 @@ def measure() -> list[dict]:
 
     from fedlscl.federated.cache import PrefixCache
     from fedlscl.federated.engine import Engine
+    from fedlscl.federated.method import StreamShape
 
     shape = CollaboratorConfig(foundation=FoundationConfig(name="deit_tiny_patch16_224", weights="random"))
     method, data = FedLSCL(collaborator=shape), SpatialTemporalDataModule(num_clients=2, num_tasks=1)
@@ -27,7 +28,7 @@ def measure() -> list[dict]:
     clients: list[Client] = []
 
     def add() -> None:
-        client = Client(id=len(clients), net=method.build_net(0, 10), data=data.stream(0), engine=engine)
+        client = Client(id=len(clients), net=method.build_net(0, StreamShape(10)), data=data.stream(0), engine=engine)
         with engine.on_device(client):
             client.snapshot()
         clients.append(client)

@@ -29,7 +29,7 @@ def test_most_clients_decide_and_the_lowest_in_a_tie(pool, said, expected):
 
 def test_what_was_accepted_first_stays(pool):
     pool.descriptions[1][0] = BA
-    assert pool._reference([AB, AB, AB]) == BA and pool.num_classes == 2
+    assert pool._reference([AB, AB, AB]) == BA and pool.stream.num_classes == 2
     assert pool._reference([AB]) == BA
 
 

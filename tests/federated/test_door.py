@@ -16,7 +16,7 @@ from fedlscl import methods
 from fedlscl.callbacks.results import Results
 from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated import validation as doors
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.federated.validation import RejectedUpload, UploadLimits, UploadValidator
 from fedlscl.testing import Recorded, Stop, Stopped, fake_data, learn, same_tensors
@@ -59,7 +59,7 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
         if place is None:
             continue
         bad = uploads[place]
-        validator = UploadValidator(run.method, 4, 16)
+        validator = UploadValidator(run.method, StreamShape(16, 4, 2))
         arrived = malformed.deliver(validator, bad, malformed.KINDS[kind](bad, picker), progress)
         admitted = validator.filter([*uploads[:place], *arrived, *uploads[place + 1 :]], progress)
         assert admitted == [*uploads[:place], *uploads[place + 1 :]]
@@ -152,13 +152,13 @@ def test_a_method_that_says_nothing_of_its_upload_has_its_values_checked_alone()
 
 @pytest.fixture
 def fedavg():
-    return UploadValidator(FAST["FedAvg"](), 3, 6)
+    return UploadValidator(FAST["FedAvg"](), StreamShape(6, 3))
 
 
 @functools.cache
 def built():
     torch.manual_seed(0)
-    return FAST["FedAvg"]().build_net(0, 6).state_dict()
+    return FAST["FedAvg"]().build_net(0, StreamShape(6)).state_dict()
 
 
 def honest(validator, client, scale=1.0):
@@ -180,7 +180,7 @@ def test_a_norm_out_of_all_proportion_is_refused_however_few_there_are(fedavg, o
 @given(st.lists(st.floats(1.0, 999.0), min_size=1, max_size=3), st.floats(0, 1e-6))
 def test_no_honest_client_is_refused_because_of_another(scales, tiny):
     """Norms differ by less than the factor, and one client of four sends next to nothing."""
-    validator = UploadValidator(FAST["FedAvg"](), 4, 6)
+    validator = UploadValidator(FAST["FedAvg"](), StreamShape(6, 4))
     uploads = [honest(validator, client, scale) for client, scale in enumerate(scales)]
     admitted = validator.filter([*uploads, honest(validator, 3, tiny)], FIRST)
     assert {upload.client for upload in admitted} >= set(range(len(scales)))
@@ -189,7 +189,7 @@ def test_no_honest_client_is_refused_because_of_another(scales, tiny):
 def test_what_is_remembered_makes_later_rounds_stricter_and_survives_a_restart(fedavg):
     for _ in range(5):
         assert len(fedavg.filter([honest(fedavg, client) for client in range(3)], FIRST)) == 3
-    other = UploadValidator(FAST["FedAvg"](), 3, 6)
+    other = UploadValidator(FAST["FedAvg"](), StreamShape(6, 3))
     other.load_state_dict(fedavg.state_dict())
     for validator in (fedavg, other):
         # Two of three collude; the rounds before are more than they are.
@@ -200,7 +200,7 @@ def test_what_is_remembered_makes_later_rounds_stricter_and_survives_a_restart(f
 
 
 def test_norms_may_be_left_alone():
-    validator = UploadValidator(FAST["FedAvg"](), 3, 6, UploadLimits(max_norm_ratio=0))
+    validator = UploadValidator(FAST["FedAvg"](), StreamShape(6, 3), UploadLimits(max_norm_ratio=0))
     assert len(validator.filter([honest(validator, 0), honest(validator, 1), honest(validator, 2, 1e30)], FIRST)) == 3
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.validation import UploadValidator
 from fedlscl.functional.analytic import is_semidefinite
 from fedlscl.functional.distillation import Sums, solve, symmetric, upper_triangle
@@ -90,7 +90,7 @@ def test_they_are_refused_of_two_clients_too(method, spoil, reason):
     run = run_of(method)
     honest, other = run.uploads[:2]
     bad = replace(other, payload={**other.payload, **spoil(other.payload)})
-    validator = UploadValidator(run.method, 2, 6)
+    validator = UploadValidator(run.method, StreamShape(6, 2, 2))
     assert validator.filter([honest, bad], FIRST) == [honest]
     (refusal,) = validator.rejected
     assert reason in refusal.reason and refusal.client == bad.client

@@ -4,7 +4,7 @@ import torch
 from fedlscl.callbacks import Callback
 from fedlscl.callbacks.formatting import introduction
 from fedlscl.federated.checkpoint import load_checkpoint
-from fedlscl.federated.method import Progress, Stage
+from fedlscl.federated.method import Progress, Stage, StreamShape
 from fedlscl.federated.metrics import AT_SERVER
 from fedlscl.federated.payload import num_bytes
 from fedlscl.federated.pool import LocalPool
@@ -308,7 +308,7 @@ class Serving(FedAvg):
 
     def server_stages(self, uploads, progress):
         for number in range(self.num_stages):
-            net = self.build_net(0, 6)
+            net = self.build_net(0, StreamShape(6))
             self.places.append((progress, number, torch.rand(()).item(), len(uploads)))
             batch = self.data.fetch(self.data.train_ids(0))
             yield Stage("serving", ClassificationModule(net, self.data.classes(0)), [batch], 1)

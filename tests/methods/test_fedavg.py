@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedlscl.callbacks import Callback
+from fedlscl.federated.method import StreamShape
 from fedlscl.methods import EWC, FedAvg, FedProx, Local, LwF
 from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.heads import FoundationClassifier
@@ -116,7 +117,7 @@ def test_clients_that_train_alone_send_nothing(federate, small, nets):
 
 
 def test_nets_are_as_configured(foundation_config):
-    net = FedAvg(small_model="test_byobnet", small_image_size=20).build_net(0, 5)
+    net = FedAvg(small_model="test_byobnet", small_image_size=20).build_net(0, StreamShape(5))
     assert isinstance(net, SmallClassifier) and net.small.image_size == 20 and net.head.weight.shape[0] == 5
-    frozen = FedAvg(foundation=replace(foundation_config, image_size=48)).build_net(0, 5)
+    frozen = FedAvg(foundation=replace(foundation_config, image_size=48)).build_net(0, StreamShape(5))
     assert frozen.foundation.image_size == 48

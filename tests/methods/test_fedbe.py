@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedlscl.federated.method import StreamShape
 from fedlscl.functional.aggregation import weighted_average
 from fedlscl.methods.fedbe import FedBE
 from fedlscl.nets.vit import fingerprint
@@ -175,4 +176,4 @@ def test_it_learns_the_first_task(foundation_config, federate, make_data):
 @pytest.mark.parametrize("capacities", [(), (2, 0)])
 def test_clients_without_blocks_are_refused(foundation_config, capacities):
     with pytest.raises(ValueError, match="leave clients without a block: give 1 or more each"):
-        FedBE(foundation=foundation_config, **TINY, capacities=capacities).build_net(0, 6)
+        FedBE(foundation=foundation_config, **TINY, capacities=capacities).build_net(0, StreamShape(6))

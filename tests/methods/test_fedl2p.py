@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fedlscl.federated.method import StreamShape
 from fedlscl.methods.prompts import FedL2P, PromptingModule
 from fedlscl.nets.prompts import PromptPool
 from fedlscl.nets.vit import fingerprint
@@ -64,7 +65,7 @@ def test_a_message_is_prompts_keys_and_head_and_the_vit_stays(make, federate):
 
 def test_the_cards_sizes(foundation_config):
     """3.9 Mbit for 100 classes at width 768; here the width is 64."""
-    net = FedL2P(foundation=foundation_config).build_net(0, 100)
+    net = FedL2P(foundation=foundation_config).build_net(0, StreamShape(100))
     assert sum(p.numel() for p in net.parameters()) == 10 * 5 * 64 + 10 * 64 + 100 * 65
     assert 10 * 5 * 768 + 10 * 768 + 100 * 769 == 122_980
 

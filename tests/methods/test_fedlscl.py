@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedlscl.callbacks import Callback
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.functional.analytic import discriminant_solution, moment_sums
 from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
@@ -262,7 +262,7 @@ def test_without_a_buffer_moments_are_of_the_tasks_samples(make_method, federate
 
 
 def test_a_client_without_data_has_nothing_to_teach(make_method):
-    net = make_method().build_net(0, 4)
+    net = make_method().build_net(0, StreamShape(4))
     client = SimpleNamespace(net=net, train_ids=torch.tensor([], dtype=torch.long))
     moment = feature_moment(client, client.train_ids)
     assert moment.shape == (17, 17) and not moment.any()

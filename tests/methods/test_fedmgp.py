@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.methods.prompts import FedMGP
 from fedlscl.nets.vit import FoundationConfig
 
-TINY = {"length": 3, "fine_length": 2, "hidden": 8, "num_tasks": 2, "local_epochs": 2, "batch_size": 8}
+TINY = {"length": 3, "fine_length": 2, "hidden": 8, "local_epochs": 2, "batch_size": 8}
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def upload(client, payload, counts):
 
 def test_one_client_gets_back_what_it_sent_and_equal_ones_what_they_agree_on(make):
     method = make()
-    payload = {name: p.detach() for name, p in method.build_net(0, 6).coarse.state_dict().items()}
+    payload = {name: p.detach() for name, p in method.build_net(0, StreamShape(6, 2, 2)).coarse.state_dict().items()}
     for uploads in (
         [upload(0, payload, [1, 2, 0, 0, 0, 0])],
         [upload(i, payload, [1, 2, 0, 0, i, 0]) for i in range(5)],
@@ -102,7 +102,7 @@ def test_one_client_gets_back_what_it_sent_and_equal_ones_what_they_agree_on(mak
 def test_a_download_changes_the_coarse_part_only(make):
     method = make()
     torch.manual_seed(0)
-    net, other = method.build_net(0, 6), method.build_net(1, 6)
+    net, other = method.build_net(0, StreamShape(6, 2, 2)), method.build_net(1, StreamShape(6, 2, 2))
     before, client = copied(net), type("Client", (), {"net": net})
     method.download(client, {name: p.detach() for name, p in other.coarse.state_dict().items()})
     assert moved(before, copied(net)) == {name for name in before if name.startswith("coarse.")}
@@ -132,11 +132,6 @@ def test_keys_have_a_rate_of_their_own_and_classes_their_prefix(make, federate):
     assert fine.module.slot_of_class.tolist() == list(range(6))
     groups = fine.module.configure_optimizers().param_groups
     assert [len(group["params"]) for group in groups if group["lr"] == 0.5] == [1]
-
-
-def test_more_tasks_than_heads_are_refused_in_one_line(make, federate):
-    with pytest.raises(ValueError, match=r"^num_tasks 1 is less than the stream's 2: raise method\.num_tasks\.$"):
-        federate(make(num_tasks=1))
 
 
 def test_the_first_task_is_learned_better_than_by_chance(make, federate):

@@ -3,11 +3,11 @@ from copy import deepcopy
 import pytest
 import torch
 
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.methods.lorm import LoRM, merge_head, pack, regression_mean, shares
 
-TINY = {"local_epochs": 1, "batch_size": 8, "num_tasks": 2, "rank": 2, "lr": 0.01}
+TINY = {"local_epochs": 1, "batch_size": 8, "rank": 2, "lr": 0.01}
 LAYERS = 24
 """Six blocks of test_vit, four layers each."""
 
@@ -108,7 +108,7 @@ def test_grams_are_of_the_inputs_of_the_net_just_trained(run, foundation_config)
     client = run.clients[-1]
     (_, uploads, _) = run.method.rounds[-1]
     state = run.method.turns[-1][3]
-    net = run.method.build_net(0, 6)
+    net = run.method.build_net(0, StreamShape(6, 2, 2))
     net.load_state_dict(state)
     rows = []
     layer = net.foundation.linear(0, "attn.proj")
@@ -214,8 +214,3 @@ def test_it_learns_the_first_task(foundation_config, federate, make_data):
     method = LoRM(foundation=foundation_config, **(TINY | {"local_epochs": 4}))
     trainer = federate(method, make_data(train_per_class=16), rounds_per_task=2, max_tasks=1)
     assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.75
-
-
-def test_more_tasks_than_modules_are_refused(foundation_config, federate):
-    with pytest.raises(ValueError, match="num_tasks 1 is less than the stream's 2"):
-        federate(LoRM(foundation=foundation_config, **(TINY | {"num_tasks": 1})))

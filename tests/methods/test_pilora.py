@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.methods.pilora import PILoRA, prototype_weights, raw_class_means
 
-TINY = {"local_epochs": 1, "batch_size": 8, "num_tasks": 2, "lr": 0.05}
+TINY = {"local_epochs": 1, "batch_size": 8, "lr": 0.05}
 START = Progress(0, 0)
 
 
@@ -89,7 +89,7 @@ def test_factors_are_averaged_by_samples(method):
 
 
 def test_before_training_the_model_is_the_frozen_vit(method):
-    net = method.build_net(0, 6).eval()
+    net = method.build_net(0, StreamShape(6, 2, 2)).eval()
     images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     bare = net(images, None, 0).features
     torch.testing.assert_close(net(images).features, bare, rtol=0, atol=0)
@@ -170,11 +170,6 @@ def test_class_means_are_of_raw_features(foundation_config, federate):
 
 
 def test_it_learns_the_first_task(foundation_config, federate, make_data):
-    method = PILoRA(foundation=foundation_config, **(TINY | {"local_epochs": 5, "num_tasks": 2}))
+    method = PILoRA(foundation=foundation_config, **(TINY | {"local_epochs": 5}))
     trainer = federate(method, make_data(train_per_class=16), rounds_per_task=2, max_tasks=1)
     assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.75
-
-
-def test_more_tasks_than_modules_are_refused(foundation_config, federate):
-    with pytest.raises(ValueError, match=r"num_tasks 1 is less than the stream's 2: raise method\.num_tasks"):
-        federate(PILoRA(foundation=foundation_config, **(TINY | {"num_tasks": 1})))

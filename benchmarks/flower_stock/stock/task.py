@@ -3,13 +3,14 @@
 import torch
 
 from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.federated.method import StreamShape
 from fedlscl.methods import FedAvg
 from fedlscl.modules.learner import ClassificationModule
 
 
 def build():
     torch.manual_seed(42)
-    return FedAvg(small_model="test_resnet", small_image_size=32).build_net(0, 10)
+    return FedAvg(small_model="test_resnet", small_image_size=32).build_net(0, StreamShape(10))
 
 
 def train(net, client):

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -160,6 +161,8 @@ def print_methods() -> None:
 SEED_RULE = "seed_everything must be a whole number from 0 to 4294967295, got {}."
 YAML = get_loader("yaml")
 BATCH_SIZE = inspect.signature(SpatialTemporalDataModule).parameters["batch_size"].default
+SIZED_BY_DATA = ("FedDualP", "FedMGP", "FedWeIT", "LoRM", "PILoRA")
+"""Methods that once had options for the numbers of tasks and clients."""
 METHOD_OPTIONS = ("--method", "--method.class_path", "--method.help")
 
 
@@ -209,9 +212,14 @@ def method_name(given: str) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """Load YAML as jsonargparse does, with names of public methods in any case."""
+    """Load YAML as jsonargparse does, with names of public methods in any case, without options that the data set."""
     value = YAML(text)
     group = value.get("method") if isinstance(value, dict) else None
+    if isinstance(group, dict) and str(group.get("class_path")).split(".")[-1] in SIZED_BY_DATA:
+        for options in (group, group.get("init_args")):
+            for name in {"num_tasks", "num_clients"} & set(options or ()):
+                warnings.warn(f"method.{name} is no longer an option: data.{name} is used.", stacklevel=1)
+                del options[name]
     for holder, key in ((value, "method"), (group, "class_path"), (value, "class_path")):
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = method_name(holder[key])

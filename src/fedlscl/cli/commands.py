@@ -28,7 +28,7 @@ from fedlscl.data.images import centre_crop, covering, read_image
 from fedlscl.data.manifest import preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import connect
-from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.method import Method, Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.state import Callback
 from fedlscl.federated.trainer import FederatedTrainer
@@ -73,7 +73,8 @@ class Predictor:
         if not 0 <= client < len(manifest.splits):
             raise ValueError(f"client={client} does not exist: choose 0 to {len(manifest.splits) - 1}.")
         # Before the identity, which can only say that something differs: building says which file is missing.
-        net = method.build_net(client, len(manifest.class_names))
+        splits = manifest.splits
+        net = method.build_net(client, StreamShape(len(manifest.class_names), len(splits), len(splits[0].classes)))
         identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
         state = load_last_good(checkpoint, identity)
         learned = Progress(*state["progress"]).last_trained_task + 1

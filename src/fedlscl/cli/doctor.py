@@ -21,6 +21,7 @@ from fedlscl.cli.report import Parser
 from fedlscl.data.datasets import contents, imagenet_r_folder, list_folder, load_images, part_meant
 from fedlscl.data.images import ImageData
 from fedlscl.federated.engine import chosen_precision
+from fedlscl.federated.method import StreamShape
 from fedlscl.nets.vit import Foundation, FoundationConfig
 
 # Data sets and weights: what lies in a folder, what a configuration needs, and whether it loads.
@@ -73,7 +74,8 @@ def needed_by(config: str, root: Path | None) -> Iterator[Finding]:
         return f"{_described(data.data)}; {data.num_clients} clients x {data.num_tasks} tasks"
 
     def build() -> str:
-        net = method.build_net(0, data.num_classes if loaded.is_well else 1000)
+        num_classes = data.num_classes if loaded.is_well else 1000
+        net = method.build_net(0, StreamShape(num_classes, data.num_clients, data.num_tasks))
         vit = net.foundation
         frozen = "no frozen ViT" if vit is None else f"{vit.config.name}, weights {vit.fingerprint[:12]}"
         return f"{type(net).__name__} of {sum(p.numel() for p in net.parameters()):,} parameters; {frozen}"

@@ -25,6 +25,16 @@ Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]
 """How an averaging server averages."""
 
 
+class StreamShape(NamedTuple):
+    """Sizes of the clients' streams that nets are built for."""
+
+    num_classes: int
+    """Classes of the data set."""
+    num_clients: int = 1
+    num_tasks: int = 1
+    """Tasks of each client's stream, whether or not the run reaches all of them."""
+
+
 class Stage(NamedTuple):
     """A piece of local work: one objective, its batches, and how often to go through them."""
 
@@ -110,8 +120,8 @@ class Method(ABC):
             raise ValueError(f"trim {self.trim} leaves nobody: choose 0 or more, below 0.5.")
 
     @abstractmethod
-    def build_net(self, client: int, num_classes: int) -> Net:
-        """The net of one client; the trainer seeds every client alike before the call."""
+    def build_net(self, client: int, stream: StreamShape) -> Net:
+        """Build the net of one client; the same seed is set before each client's call."""
 
     def begin_task(self, client: Client) -> None:
         """Prepare for new classes, before the task's first round."""

@@ -14,7 +14,7 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.client import Client
 from fedlscl.federated.distributed import Ranks, gather_accuracies, gather_clients, gather_history
 from fedlscl.federated.engine import Engine
-from fedlscl.federated.method import Method, Progress, Stage
+from fedlscl.federated.method import Method, Progress, Stage, StreamShape
 from fedlscl.federated.metrics import MASKS, correct
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.federated.seeding import Turn, seed_turn
@@ -37,8 +37,8 @@ class ClientPool(Protocol):
     """Carries out the clients' part of Algorithm 1."""
 
     @property
-    def num_classes(self) -> int | None:
-        """Classes of the data set; None as long as no client has stated it."""
+    def stream(self) -> StreamShape | None:
+        """Sizes of the data; None as long as no client has stated its classes."""
         ...
 
     def begin_task(self, task: int, first_round: int) -> None:
@@ -99,9 +99,10 @@ class LocalPool:
         run.data = describe_data(datamodule, run.num_tasks)
 
     @property
-    def num_classes(self) -> int:
+    def stream(self) -> StreamShape:
         """Classes of the data set."""
-        return self.datamodule.num_classes
+        data = self.datamodule
+        return StreamShape(data.num_classes, data.num_clients, data.num_tasks)
 
     def begin_task(self, task: int, first_round: int) -> None:
         """Set the task on all clients; on a fresh task call the method's hook."""
@@ -159,7 +160,7 @@ class LocalPool:
             client.task, client.round = min(progress.task, self.run.num_tasks - 1), progress.round
 
     def _build_client(self, index: int) -> Client:
-        net = self.runner.build(index, self.datamodule.num_classes)
+        net = self.runner.build(index, self.stream)
         client = Client(id=index, net=net, data=self.datamodule.stream(index), engine=self.run.engine)
         self.run.engine.offloader.leave(client)
         return client
@@ -186,10 +187,10 @@ class ClientRunner:
     def __init__(self, method: Method, engine: Engine, seed: int) -> None:
         self.method, self.engine, self.seed = method, engine, seed
 
-    def build(self, index: int, num_classes: int) -> Net:
+    def build(self, index: int, stream: StreamShape) -> Net:
         """The net of a client; all clients are seeded alike."""
         seed_turn(self.seed, Turn.BUILD)
-        return self.method.build_net(index, num_classes)
+        return self.method.build_net(index, stream)
 
     def begin_task(self, client: Client) -> None:
         """Before the first round of ``client.task``."""

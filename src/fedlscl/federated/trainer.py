@@ -253,10 +253,10 @@ class FederatedTrainer:
         self._call("on_stage_end", client, stage, terms, seconds)
 
     def _prepare_server(self) -> None:
-        """Build the upload validator as soon as the number of classes is known."""
+        """Build the upload validator as soon as the sizes of the data are known."""
         run = self.run
-        if run.validator is None and (num_classes := self.pool.num_classes) is not None:
-            run.validator = UploadValidator(run.method, run.num_clients, num_classes, self.limits)
+        if run.validator is None and (stream := self.pool.stream) is not None:
+            run.validator = UploadValidator(run.method, stream, self.limits)
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks if self.ranks.is_first else ():

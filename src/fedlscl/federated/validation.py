@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.method import Method, Progress, StreamShape
 from fedlscl.federated.payload import Payload, Upload, one_line
 from fedlscl.nets.net import Net
 
@@ -62,13 +62,12 @@ class UploadValidator:
 
     Args:
         method: says what an honest upload is made of.
-        num_clients: clients are numbered below it.
-        num_classes: length of class counts.
+        stream: clients are numbered below its number of clients, and class counts have its number of classes.
         limits: how large an upload may be.
     """
 
-    def __init__(self, method: Method, num_clients: int, num_classes: int, limits: UploadLimits | None = None) -> None:
-        self.method, self.num_clients, self.num_classes = method, num_clients, num_classes
+    def __init__(self, method: Method, stream: StreamShape, limits: UploadLimits | None = None) -> None:
+        self.method, self.stream = method, stream
         self.limits = limits or UploadLimits()
         self.norms: dict[str, list[float]] = {}
         self.rejected: list[RejectedUpload] = []
@@ -120,8 +119,8 @@ class UploadValidator:
         """What is wrong with an upload by itself; nothing if nothing is."""
         try:
             return (
-                sender_error(upload, progress, self.num_clients, times)
-                or counts_error(upload.class_counts, self.num_classes)
+                sender_error(upload, progress, self.stream.num_clients, times)
+                or counts_error(upload.class_counts, self.stream.num_classes)
                 or tensors_error(upload.payload, self.limits.num_bytes)
                 or self._spec_error(upload)
                 or values_error(upload.payload)
@@ -134,7 +133,7 @@ class UploadValidator:
         if self._net is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                self._net = self.method.build_net(0, self.num_classes)
+                self._net = self.method.build_net(0, self.stream)
         expected = self.method.upload_spec(upload, self._net)
         if expected is None:
             return ""

@@ -12,7 +12,7 @@ from fedlscl.cli.runs import identify_data
 from fedlscl.data.images import names_hash
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Stage
+from fedlscl.federated.method import Stage, StreamShape
 from fedlscl.federated.payload import Payload
 from fedlscl.flower.federation import Federation
 from fedlscl.flower.messages import (
@@ -110,7 +110,7 @@ class Node:
         """The client as it was when the state was saved."""
         self.runner = self.federation.client_runner(self.folder / "tokens")
         data = self.federation.datamodule
-        net = self.runner.build(self.index, data.num_classes)
+        net = self.runner.build(self.index, StreamShape(data.num_classes, data.num_clients, data.num_tasks))
         client = Client(id=self.index, net=net, data=data.stream(self.index), engine=self.runner.engine)
         if state is not None:
             client.load_state_dict(state["client"])

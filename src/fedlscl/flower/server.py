@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlscl.callbacks.results import write_results
 from fedlscl.cli.runs import CHECKPOINT, CONFIG
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import LARGEST_HEADER, Payload, Upload, one_line
 from fedlscl.federated.pool import ClientRunner, Uploads
@@ -123,10 +123,10 @@ class FlowerPool:
         run.data = self._describe_data()
 
     @property
-    def num_classes(self) -> int | None:
-        """What all clients state; None before the first description."""
-        reference = self._reference([])
-        return None if reference is None else reference.num_classes
+    def stream(self) -> StreamShape | None:
+        """With the number of classes that all clients state; None before the first description."""
+        reference, data = self._reference([]), self.federation.datamodule
+        return None if reference is None else StreamShape(reference.num_classes, data.num_clients, data.num_tasks)
 
     def begin_task(self, task: int, first_round: int) -> None:
         """Add the command to all clients."""
@@ -256,9 +256,9 @@ class FlowerPool:
 
     def _update_run(self) -> None:
         self.run.data = self._describe_data()
-        if not self.run.remote_nets and (num_classes := self.num_classes) is not None:
+        if not self.run.remote_nets and (stream := self.stream) is not None:
             runner = ClientRunner(self.run.method, self.run.engine, self.run.seed)
-            self.run.remote_nets = [runner.build(p.client, num_classes).to("meta") for p in self.pending]
+            self.run.remote_nets = [runner.build(p.client, stream).to("meta") for p in self.pending]
 
     def _describe_data(self) -> dict[str, Any]:
         """The same as `describe_data` gives of a simulation, as far as the clients have come."""
@@ -271,7 +271,7 @@ class FlowerPool:
         return {
             "dataset": self.federation.datamodule.dataset,
             "fingerprint": prints[0] if len(prints) == 1 else prints,
-            "num_classes": self.num_classes,
+            "num_classes": self.stream and self.stream.num_classes,
             "num_clients": len(self.descriptions),
             "num_tasks": len(self.descriptions[0]),
             "classes": table("classes"),

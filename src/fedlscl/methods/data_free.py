@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Progress, Stage
+from fedlscl.federated.method import Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import cross_entropy, distillation
 from fedlscl.methods.fedavg import FedAvg
@@ -484,7 +484,7 @@ class DataFree(FedAvg):
         met = torch.stack([upload.class_counts for upload in uploads]).sum(0) > 0
         self.seen = met | self.seen if len(self.seen) else met
         if not progress.final:
-            teacher = self.build_net(0, len(met))
+            teacher = self.build_net(0, StreamShape(len(met)))
             teacher.load_state_dict(self.average(uploads))
             classes = self.seen.nonzero()[:, 0]
             self.parcel = {CLASSES: classes}

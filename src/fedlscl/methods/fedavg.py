@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.modules.learner import (
@@ -46,11 +46,11 @@ class FedAvg(Method):
     foundation: FoundationConfig | None = None
     """A frozen ViT in place of the CNN; only the linear head is then trained and sent."""
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A CNN with a head, or a frozen ViT with a head."""
         if self.foundation is not None:
-            return FoundationClassifier(self.foundation, num_classes)
-        return SmallClassifier(self.small_model, num_classes, self.small_image_size, self.pretrained)
+            return FoundationClassifier(self.foundation, stream.num_classes)
+        return SmallClassifier(self.small_model, stream.num_classes, self.small_image_size, self.pretrained)
 
 
 @dataclass(kw_only=True)

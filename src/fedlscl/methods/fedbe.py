@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.heads import make_head
@@ -192,11 +192,11 @@ class FedBE(Method):
     """Learning rate of the blocks (ours); ``lr`` is that of the head."""
     importance: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def build_net(self, client: int, num_classes: int) -> ExpandedViT:
+    def build_net(self, client: int, stream: StreamShape) -> ExpandedViT:
         """The expanded ViT with a linear head."""
         if not self.capacities or min(self.capacities) < 1:
             raise ValueError(f"capacities {list(self.capacities)} leave clients without a block: give 1 or more each.")
-        head = make_head("linear", foundation(self.foundation).width, num_classes)
+        head = make_head("linear", foundation(self.foundation).width, stream.num_classes)
         return ExpandedViT(self.foundation, head, self.num_expanded)
 
     def stages(self, client: Client) -> Iterator[Stage]:

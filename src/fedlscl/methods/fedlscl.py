@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import MethodCard, Progress, Stage
+from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import MomentSums, added, discriminant_solution, moment_sums, sums_error
 from fedlscl.functional.distillation import one_by_one_distill, second_moment, symmetric
@@ -208,14 +208,14 @@ class FedLSCL(PrivateSums):
                 "collaborator.analytic_weight and collaborator.adapted_weight to 0."
             )
 
-    def build_net(self, client: int, num_classes: int) -> Collaborator:
+    def build_net(self, client: int, stream: StreamShape) -> Collaborator:
         """A collaborator with this client's small model."""
         if not self.shared_initialisation:
             torch.manual_seed(torch.initial_seed() + 1 + client)
         config = self.collaborator
         if self.small_models:
             config = replace(config, small_model=self.small_models[client % len(self.small_models)])
-        return Collaborator(config, num_classes)
+        return Collaborator(config, stream.num_classes)
 
     def begin_task(self, client: Client) -> None:
         """Imprint the rows of the new classes."""

@@ -19,12 +19,11 @@ from torch.func import functional_call
 
 from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import MethodCard, Progress, Stage
+from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import masked_average
 from fedlscl.functional.objectives import retention
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.heads import LinearHead
@@ -327,10 +326,6 @@ class FedWeIT(FedAvg):
         uploads="70 % of the base's channels; once per task its sparse weights",
     )
 
-    num_tasks: int = 5
-    """Sets of weights, one for each task of the stream."""
-    num_clients: int = 5
-    """Whose weights attention covers."""
     lambda_sparse: float = 1e-3
     """lambda_1 of ||A_t||_1, and the size below which an entry of A_t is 0 where it is sent and evaluated."""
     lambda_retain: float = 100.0
@@ -350,16 +345,14 @@ class FedWeIT(FedAvg):
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity {self.sparsity} is no fraction of channels to keep back: choose 0 to below 1.")
 
-    def build_net(self, client: int, num_classes: int) -> DecomposedClassifier:
+    def build_net(self, client: int, stream: StreamShape) -> DecomposedClassifier:
         """A decomposed CNN with parts for all tasks."""
-        shape = {"num_tasks": self.num_tasks, "num_clients": self.num_clients, "threshold": self.lambda_sparse}
-        return DecomposedClassifier(self.small_model, num_classes, self.small_image_size, self.pretrained, **shape)
+        cnn = self.small_model, stream.num_classes, self.small_image_size, self.pretrained
+        shape = {"num_tasks": stream.num_tasks, "num_clients": stream.num_clients, "threshold": self.lambda_sparse}
+        return DecomposedClassifier(*cnn, **shape)
 
     def begin_task(self, client: Client) -> None:
         """Put the last task's weights away and remember the base as it is."""
-        require_modules(client, self.num_tasks)
-        if client.id >= self.num_clients:
-            raise ValueError(f"num_clients {self.num_clients} leaves out client {client.id}: raise method.num_clients.")
         client.net.begin(client.classes, client.task)
 
     def stages(self, client: Client) -> Iterator[Stage]:
@@ -410,7 +403,7 @@ class FedWeIT(FedAvg):
         """Take over the channels that somebody sent, and the A_t that came with them."""
         for name, layer in client.net.convolutions.items():
             layer.conv.weight[payload[SENT + name]] = payload[BASE + name].to(layer.conv.weight)
-            for j in range(self.num_clients):
+            for j in range(len(layer.knowledge)):
                 if f"{j}.{VALUES}{name}" in payload:
                     values, bits = (payload[f"{j}.{part}{name}"] for part in (VALUES, BITS))
                     layer.knowledge[j] = unpack(values, bits, layer.anchor.shape).to(layer.knowledge)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import discriminant_solution
 from fedlscl.methods.fedavg import FedAvg
@@ -41,7 +41,8 @@ class _Pool(Method):
         for name, values in {"ids": client.train_ids, "classes": client.classes}.items():
             self.pool[name] = torch.cat([self.pool.get(name, values[:0]), values]).unique()
         if client.id == TRAINER and self.from_scratch:
-            client.net.load_state_dict(self.build_net(client.id, len(client.net.head.weight)).state_dict())
+            fresh = self.build_net(client.id, StreamShape(len(client.net.head.weight)))
+            client.net.load_state_dict(fresh.state_dict())
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """One client learns the pool; the others wait."""
@@ -100,9 +101,9 @@ class JointLSCL(_Pool):
     shrinkage: float = 0.2
     """Of the analytic heads' covariance."""
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A collaborator."""
-        return Collaborator(self.collaborator, num_classes)
+        return Collaborator(self.collaborator, stream.num_classes)
 
     def objective(self, client: Client) -> Learner:
         """Stage 1, from class means; BatchNorm is at rest."""

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage, federated_average
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import is_gram
-from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.heads import make_head
 from fedlscl.nets.lora_vit import LoraViT
@@ -166,8 +165,6 @@ class LoRM(Method):
     """Images per step."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
-    num_tasks: int = 5
-    """LoRA modules per layer, one for each task of the stream."""
     rank: int = 16
     """LoRA rank; the scale alpha / rank is one."""
     blocks: Sequence[int] | None = None
@@ -181,16 +178,19 @@ class LoRM(Method):
     gram_model: Literal["trained", "prediction"] = "trained"
     """Whose inputs the Grams are of: the net with the task's module alone, or the one that predicts (released code)."""
     energy: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """Sum of all clients' diagonal Grams by layer, (num_tasks, in_features)."""
+    num_modules: int = field(default=0, init=False, repr=False)
+    """LoRA modules per layer of the nets: tasks of the stream."""
 
-    def build_net(self, client: int, num_classes: int) -> LoraViT:
+    def build_net(self, client: int, stream: StreamShape) -> LoraViT:
         """A LoRA of each task on every adapted layer, and a linear head."""
-        head = make_head("linear", foundation(self.foundation).width, num_classes)
-        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": self.num_tasks}
+        self.num_modules = stream.num_tasks
+        head = make_head("linear", foundation(self.foundation).width, stream.num_classes)
+        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": stream.num_tasks}
         return LoraViT(self.foundation, head, **shape)
 
     def begin_task(self, client: Client) -> None:
         """Predict with the plain mean of the tasks' modules until the server answers."""
-        require_modules(client, self.num_tasks)
         for layer in client.net.lora:
             layer.share.zero_()
             layer.share[: client.task + 1] = 1 / (client.task + 1)
@@ -274,7 +274,7 @@ class LoRM(Method):
             upload.payload.get(f"energy.{layer}", diagonal(gram)) for upload, gram in zip(uploads, grams, strict=True)
         ]
         total = torch.stack([part.double() for part in parts]).sum(0)
-        energy = self.energy.get(layer, total.new_zeros(self.num_tasks, len(total))).clone()
+        energy = self.energy.get(layer, total.new_zeros(self.num_modules, len(total))).clone()
         energy[task] = total
         self.energy[layer] = energy
         weights = torch.zeros_like(energy)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import weighted_average
 from fedlscl.functional.objectives import cross_entropy
@@ -123,8 +123,6 @@ class PILoRA(Method):
     """Images per step (64 in the released code)."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT (self-supervised DINO in the paper)."""
-    num_tasks: int = 5
-    """LoRA modules, one for each task of the stream."""
     rank: int = 4
     """LoRA rank."""
     blocks: Sequence[int] = (0,)
@@ -144,15 +142,11 @@ class PILoRA(Method):
     server_temperature: float = 0.2
     """Temperature of the prototype weights at the server."""
 
-    def build_net(self, client: int, num_classes: int) -> LoraViT:
+    def build_net(self, client: int, stream: StreamShape) -> LoraViT:
         """A LoRA of each task on the frozen ViT, and prototypes."""
-        head = PrototypeHead(foundation(self.foundation).width, num_classes, self.temperature)
-        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": self.num_tasks}
+        head = PrototypeHead(foundation(self.foundation).width, stream.num_classes, self.temperature)
+        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": stream.num_tasks}
         return LoraViT(self.foundation, head, **shape)
-
-    def begin_task(self, client: Client) -> None:
-        """Refuse a stream that is longer than the net."""
-        require_modules(client, self.num_tasks)
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train this task's LoRA and the prototypes of its classes."""
@@ -237,11 +231,3 @@ def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
 def task_lora(net: Net, task: int) -> dict[str, Tensor]:
     """The factors of one task by their names in the state dict."""
     return {name: p for name, p in net.named_parameters() if name.startswith("lora.") and name.endswith(f".{task}")}
-
-
-def require_modules(client: Client, num_tasks: int) -> None:
-    """Refuse a stream with more tasks than the net has modules for."""
-    if client.data.num_tasks > num_tasks:
-        raise ValueError(
-            f"num_tasks {num_tasks} is less than the stream's {client.data.num_tasks}: raise method.num_tasks."
-        )

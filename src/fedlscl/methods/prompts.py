@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Stage
+from fedlscl.federated.method import Method, MethodCard, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
-from fedlscl.methods.pilora import require_modules
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.net import Net
 from fedlscl.nets.prompts import PrefixedViT, Prefixes, Prompted, PromptedViT, PromptPool, cosine, run_blocks, uniform
@@ -151,10 +150,10 @@ class FedL2P(Method):
     batch_size: int = 16
     """Images per step; its official rate is 0.03 * batch_size / 256, ours Adam's `lr`."""
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A prompted ViT."""
         pool = PromptPool(self.pool, self.length, foundation(self.foundation).width, self.top, self.vote)
-        return PromptedViT(self.foundation, num_classes, pool)
+        return PromptedViT(self.foundation, stream.num_classes, pool)
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Cross-entropy over the task's classes and the pull."""
@@ -189,8 +188,6 @@ class FedDualP(Method):
     """Blocks with the expert prefix."""
     expert_length: int = 5
     """Keys, and values, that an expert adds to a block; 20 officially for ImageNet-R."""
-    num_tasks: int = 5
-    """Experts, one for each task of the stream (10 officially, for 10 tasks)."""
     copy_previous: bool = True
     """A task's expert starts as that of the task before; its key does not."""
     key_lr: float = 0.01
@@ -202,16 +199,15 @@ class FedDualP(Method):
     batch_size: int = 16
     """Images per step (24 officially); its official rate is 0.03 * batch_size / 256, ours Adam's `lr`."""
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A ViT with prefixes."""
         return PrefixedViT(
-            self.foundation, num_classes, self.general_blocks, self.expert_blocks,
-            self.general_length, self.expert_length, self.num_tasks,
+            self.foundation, stream.num_classes, self.general_blocks, self.expert_blocks,
+            self.general_length, self.expert_length, stream.num_tasks,
         )  # fmt: skip
 
     def begin_task(self, client: Client) -> None:
         """Copy the last task's expert; every client holds the server's copy, so that all do the same."""
-        require_modules(client, self.num_tasks)
         if client.task and self.copy_previous:
             with torch.no_grad():
                 experts = client.net.expert.prompts
@@ -263,8 +259,6 @@ class FedMGP(Method):
     """Keys, and values, that a class's prefix adds to a block."""
     hidden: int = 512
     """Units between features and logits, in the shared head and in each private one."""
-    num_tasks: int = 5
-    """Private heads, one for each task of the stream."""
     key_lr: float = 0.01
     """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
     lambda_pull: float = 0.1
@@ -274,15 +268,15 @@ class FedMGP(Method):
     batch_size: int = 16
     """Images per step; its official rate is 0.03 * batch_size / 256, ours Adam's `lr`."""
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A coarse and a fine part over one ViT."""
         pool = PromptPool(self.pool, self.length, foundation(self.foundation).width, self.top)
-        coarse = PromptedViT(self.foundation, num_classes, pool, self.hidden)
-        return MultiGranularityViT(coarse, num_classes, self.fine_blocks, self.fine_length, self.hidden, self.num_tasks)
+        coarse = PromptedViT(self.foundation, stream.num_classes, pool, self.hidden)
+        fine = self.fine_blocks, self.fine_length, self.hidden, stream.num_tasks
+        return MultiGranularityViT(coarse, stream.num_classes, *fine)
 
     def begin_task(self, client: Client) -> None:
         """Give the task's classes its head."""
-        require_modules(client, self.num_tasks)
         client.net.meet(client.classes, client.task)
 
     def stages(self, client: Client) -> Iterator[Stage]:

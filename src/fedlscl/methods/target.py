@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlscl.data import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import MethodCard, Stage
+from fedlscl.federated.method import MethodCard, Stage, StreamShape
 from fedlscl.methods.data_free import (
     BETAS,
     CLASSES,
@@ -99,7 +99,7 @@ class TARGET(DataFree):
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Batch after batch of images; a new synthesizer and a new student in every task."""
-        student = self.build_net(0, len(self.seen))
+        student = self.build_net(0, StreamShape(len(self.seen)))
         slow = Synthesizer(self.noise_dim, self.synthesis_channels, self.synthesis_size)
         meta = torch.optim.Adam(slow.parameters(), self.synthesis_lr * self.synthesis_steps, BETAS)
         images, averages = [], []

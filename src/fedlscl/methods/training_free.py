@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import MomentSums, added, moment_sums, ridge_solution, sums_error
 from fedlscl.nets.heads import FoundationClassifier
@@ -70,9 +70,9 @@ class FedNCM(_Statistics):
 
     card: ClassVar = MethodCard("control", trains="nothing: class means on the frozen ViT", uploads="sums of features")
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A frozen ViT and one direction per class."""
-        return FoundationClassifier(self.foundation, num_classes, head="cosine")
+        return FoundationClassifier(self.foundation, stream.num_classes, head="cosine")
 
     def statistics(self, client: Client) -> dict[str, Tensor]:
         """Counts times class means of the task, (num_classes, width)."""
@@ -107,9 +107,9 @@ class FedRidge(_Statistics):
     ridge: float = 0.01
     """Regularisation relative to the mean eigenvalue of the Gram matrix (ours)."""
 
-    def build_net(self, client: int, num_classes: int) -> Net:
+    def build_net(self, client: int, stream: StreamShape) -> Net:
         """A frozen ViT and a linear head."""
-        return FoundationClassifier(self.foundation, num_classes, head="unit")
+        return FoundationClassifier(self.foundation, stream.num_classes, head="unit")
 
     def statistics(self, client: Client) -> dict[str, Tensor]:
         """Gram matrix (width + 1, width + 1) and products with the labels (width + 1, num_classes) of the task."""
