@@ -13,10 +13,12 @@ had = @awk -F'[ ,]+' '/^ *"up_bytes"/ { mb = $$3 / 1e6 } /^ "total_seconds"/ { s
 	END { printf "%-10s  $(2); %.2f MB up; %.0f s\n", "$(1)", mb, s }' \
 	$$(ls -td runs/digits/$(1)/version_* | head -n 1 | sed 's|.*|&/results.json &/costs.json|')
 
+DIGITS = $(BIN)/fedlscl fit --config configs/data/digits.yaml
+
 demo: $(READY)
-	$(BIN)/fedlscl fit --config configs/digits/fedavg.yaml
-	$(BIN)/fedlscl fit --config configs/digits/fedavg_vit.yaml
-	$(BIN)/fedlscl fit --config configs/digits/fedridge.yaml
+	$(DIGITS) --config configs/method/fedavg.yaml --config configs/digits/cnn.yaml
+	$(DIGITS) --config configs/method/fedavg_vit.yaml --config configs/digits/fedavg_vit.yaml
+	$(DIGITS) --config configs/method/fedridge.yaml --config configs/digits/training_free.yaml
 	$(BIN)/fedlscl fit --config configs/digits.yaml
 	$(BIN)/fedlscl report runs/digits
 	@echo "Not the same in all runs (the ViT is pretrained and frozen; a CNN starts from scratch):"

@@ -10,7 +10,7 @@ where it publishes 86.95, 81.75 and 82.76 % for concentrations 0.5, 0.1 and 0.05
 import argparse
 import sys
 
-from presets import Run, once
+from presets import Run, configuration, once
 from sweep import drive
 
 CONCENTRATIONS = (0.5, 0.1, 0.05)
@@ -41,7 +41,9 @@ def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
             if method == "lorm":
                 rank, lr = LORM[dirichlet_alpha]
                 changes += ["--method.rank", str(rank), "--method.lr", str(lr), "--method.batch_size", "16"]
-            rows.append(Run(f"{method}_b{dirichlet_alpha}", options.folder / f"{method}.yaml", changes, once(options)))
+            rows.append(
+                Run(f"{method}_b{dirichlet_alpha}", configuration(options.data, method), changes, once(options))
+            )
     return {"dirichlet": rows}
 
 

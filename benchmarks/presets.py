@@ -1,4 +1,4 @@
-"""What an experiment's rows are at each size: the configuration of a row, its options, and how often it is repeated."""
+"""The rows of an experiment at each size: configurations, options, and how often a row is repeated."""
 
 import argparse
 import json
@@ -11,7 +11,9 @@ import yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FOLDERS = {"cpu": "cifar100_small", "gpu": "cifar100_deit_tiny", "paper": "imagenet_r"}
-"""Where the configurations of a preset are; `--configs` names another folder."""
+"""The data set of a preset, a name in configs/data; `--configs` names another one."""
+KINDS = {"collaborator": "collaborative", "small_model": "cnn", "lr": "vit"}
+"""Files that methods share, by an option that shows the kind of net."""
 SEEDS = (42, 1999, 2024)
 """The paper's."""
 ONCE = {"cpu": SEEDS[:1]}
@@ -24,7 +26,7 @@ class Run(NamedTuple):
     """One row of a table before it is run: ``seeds`` are those that the preset asks for."""
 
     name: str
-    config: Path
+    configs: Sequence[Path]
     options: Sequence[str] = ()
     seeds: Sequence[int] = SEEDS
 
@@ -33,7 +35,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.
     """The options that all drivers share, from the command line where none are given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--preset", choices=FOLDERS, default="cpu", help="size of the experiment")
-    parser.add_argument("--configs", help="folder of configurations, in place of the preset's own")
+    parser.add_argument("--configs", help="a name in configs/data instead of the preset's own")
     parser.add_argument("--data_root", default="data", help="where datasets and weights are")
     parser.add_argument("--seeds", type=int, nargs="+", help="for all rows; else those of the preset, row by row")
     parser.add_argument("--only", nargs="+", help="names of the rows to run")
@@ -41,10 +43,30 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.
     parser.add_argument("--jobs", type=int, help="processes at once; on a CPU one for each core, else 1")
     parser.add_argument("--limit_s", type=float, help="stop after so many seconds; call again to go on")
     options = parser.parse_args(arguments)
-    options.folder = CONFIGS / (options.configs or FOLDERS[options.preset])
-    options.base = options.folder.with_suffix(".yaml")
+    options.data = options.configs or FOLDERS[options.preset]
+    options.base = [CONFIGS / f"{options.data}.yaml"]
     options.jobs = options.jobs or (os.cpu_count() if options.preset == "cpu" else 1)
     return options
+
+
+def methods(data: str) -> list[str]:
+    """The rows of a data set: where it has nets of its own, the methods that have a configuration with these nets."""
+    names = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+    has_own_nets = (CONFIGS / data / "collaborative.yaml").is_file()
+    return [name for name in names if not has_own_nets or len(configuration(data, name)) == 3]
+
+
+def configuration(data: str, method: str) -> list[Path]:
+    """The files of a run in the order of ``--config``: data set, method, and what differs for this pair.
+
+    The last one is configs/DATA/METHOD.yaml, or else one that methods with the same kind of net share; a data set
+    without changes has neither.
+    """
+    base = CONFIGS / "method" / f"{method}.yaml"
+    settings = yaml.safe_load(base.read_text())["method"]["init_args"]
+    kind = next((kind for name, kind in KINDS.items() if name in settings), "training_free")
+    changes = [CONFIGS / data / f"{name}.yaml" for name in (method, kind)]
+    return [CONFIGS / "data" / f"{data}.yaml", base, *[path for path in changes if path.is_file()][:1]]
 
 
 def once(options: argparse.Namespace) -> Sequence[int]:
@@ -60,7 +82,7 @@ def variant(name: str, options: argparse.Namespace, **changes: Any) -> Run:
         options: of the driver.
         changes: by option, with __ for a dot.
     """
-    known = yaml.safe_load(options.base.read_text())["method"]["init_args"]
+    known = yaml.safe_load(options.base[0].read_text())["method"]["init_args"]
     arguments: list[str] = []
     for key, value in changes.items():
         path, here = key.split("__"), known

@@ -54,7 +54,8 @@ def execute(run: Run, seed: int, out: Path, options: argparse.Namespace, deadlin
     left = None if deadline is None else deadline - time.monotonic()
     if left is not None and left <= 0:
         return False
-    command = [sys.executable, "-m", "fedlscl", "fit", "--config", str(run.config)]
+    command = [sys.executable, "-m", "fedlscl", "fit"]
+    command += [word for file in run.configs for word in ("--config", str(file))]
     command += ["--seed_everything", str(seed), "--data.root", options.data_root]
     folder = out / place(run, seed)
     if copied(run, seed, folder, out):
@@ -99,8 +100,8 @@ def place(run: Run, seed: int) -> Path:
 
 
 def asked(run: Run) -> str:
-    """What a row is, whatever the seed: its configuration's text and the options after it."""
-    return hashlib.sha256("\0".join([run.config.read_text(), *run.options]).encode()).hexdigest()
+    """What a row is, whatever the seed: the text of its configurations and the options after them."""
+    return hashlib.sha256("\0".join([*(file.read_text() for file in run.configs), *run.options]).encode()).hexdigest()
 
 
 def note(folder: Path, kind: str = "asked") -> Path:

@@ -2,27 +2,26 @@
 
     python benchmarks/table1.py --preset cpu --data_root DATA
 
-The rows are configs/<folder>.yaml and configs/<folder>/*.yaml; `fedlscl fit --config FILE` runs one alone.
+The rows are the files in configs/method, on a data set of configs/data (`presets.configuration`).
 """
 
 import argparse
 import sys
 
-from presets import SEEDS, Run, once
+from presets import SEEDS, Run, configuration, methods, once
 from sweep import drive
 
-VARIANTS = ("fedlscl_no_", "fedlscl_only_")
-"""Rows of the ablation, not of this table."""
 REPEATED = ("fedlscl", "lorm", "fedncm", "fedridge")
 """What the cpu preset repeats over all seeds: Fed-LSCL, LoRM and the controls."""
 
 
 def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """A row for each configuration of the preset."""
-    files = sorted(path for path in options.folder.glob("*.yaml") if not path.name.startswith(VARIANTS))
-    rows = [("fedlscl", options.base), *((path.stem, path) for path in files)]
+    """A row for each method of the preset, Fed-LSCL first."""
     return {
-        "table1": [Run(name, path, seeds=SEEDS if name in REPEATED else once(options)) for name, path in rows],
+        "table1": [
+            Run(name, configuration(options.data, name), seeds=SEEDS if name in REPEATED else once(options))
+            for name in sorted(methods(options.data), key=lambda name: name != "fedlscl")
+        ]
     }
 
 

@@ -48,7 +48,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def asked(run: Run) -> dict[str, Any]:
-    wanted = dict(leaves(yaml.safe_load(run.config.read_text())))
+    wanted = dict(leaf for file in run.configs for leaf in leaves(yaml.safe_load(file.read_text())))
     names, values = run.options[::2], run.options[1::2]
     wanted |= {name.removeprefix("--"): yaml.safe_load(value) for name, value in zip(names, values, strict=True)}
     return {name: value for name, value in wanted.items() if name not in PINNED_ELSEWHERE}

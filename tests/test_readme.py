@@ -73,8 +73,13 @@ CONTROLS = {"FedRidge", "FedAvg+ViT"}
 
 def names_in_the_demo():
     """The runs of `make demo`, by the names that its table has."""
-    configs = [yaml.safe_load((ROOT / path).read_text()) for path in re.findall(r"--config (\S+)", DEMO)]
-    return {config["trainer"].get("name", config["method"]["class_path"]) for config in configs}
+    runs = [re.findall(r"--config (\S+)", line) for line in DEMO.splitlines() if "--config" in line]
+    configs = [[yaml.safe_load((ROOT / path).read_text()) for path in files] for files in runs]
+    return {
+        next((config["trainer"]["name"] for config in files if "name" in config.get("trainer", {})), None)
+        or files[0]["method"]["class_path"]
+        for files in configs
+    }
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
