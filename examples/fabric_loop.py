@@ -1,4 +1,4 @@
-"""Our nets in a Fabric loop of one's own: two clients, the frozen part computed once, and Eq. 5 at the end.
+"""Our nets in your own Fabric loop: two clients, the frozen part computed once, and Eq. 5 at the end.
 
 Run it with ``python examples/fabric_loop.py``; it takes seconds and needs no download.
 """
@@ -23,7 +23,7 @@ CONFIG = CollaboratorConfig(
 
 
 def train(fabric: Fabric, net: Collaborator, images: Tensor, labels: Tensor) -> list[float]:
-    """Eq. 3 for one client, as one writes it; blocks before the adapted one run once per image, not once per epoch."""
+    """Eq. 3 for one client; blocks before the adapted one run once per image, not once per epoch."""
     classes = labels.unique()
     with torch.no_grad():
         prefix = torch.cat([net.frozen_prefix(part) for part in images.split(128)])
@@ -44,7 +44,7 @@ def train(fabric: Fabric, net: Collaborator, images: Tensor, labels: Tensor) -> 
 
 
 def class_means(net: Collaborator, images: Tensor, labels: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the rows of the head start: each class's mean feature."""
+    """Classes (C,) and their mean features (C, width), at which the rows of the head start."""
     tokens = torch.nn.functional.normalize(net.eval()(images, prefix).tokens)
     classes = labels.unique()
     return classes, torch.stack([tokens[labels == label].mean(0) for label in classes])
@@ -52,7 +52,7 @@ def class_means(net: Collaborator, images: Tensor, labels: Tensor, prefix: Tenso
 
 @torch.no_grad()
 def accuracy(net: Collaborator, images: Tensor, labels: Tensor) -> float:
-    """Share that is classified right among the classes at hand."""
+    """Accuracy among the classes of ``labels``."""
     classes = labels.unique()
     answers = classes[net.eval()(images).logits[:, classes].argmax(1)]
     return float((answers == labels).float().mean())
@@ -75,7 +75,7 @@ def main() -> dict[str, float]:
     for client in range(2):
         stream = data.stream(client)
         train_batch, test_batch = data.fetch(stream.train_ids(0)), data.fetch(stream.test_ids(0))
-        torch.manual_seed(42)  # all clients start alike
+        torch.manual_seed(42)  # all clients start from the same weights
         net = Collaborator(CONFIG, data.num_classes)
         losses = train(fabric, net, train_batch.images, train_batch.labels)
         found |= {f"client {client}, first loss": losses[0], f"client {client}, last loss": losses[-1]}
@@ -84,7 +84,7 @@ def main() -> dict[str, float]:
             moments.append(second_moment(net.generate(train_batch.images)[0]))
         nets.append(net)
 
-    # The server (Eq. 5): every client gets a generator of its own, that also does what the other's does.
+    # The server (Eq. 5): each client gets its own generator, which also reproduces the other's.
     fused = one_by_one_distill([net.generator.matrix for net in nets], moments, lambda_proximal=1.0)
     for client, (net, generator) in enumerate(zip(nets, fused, strict=True)):
         net.generator.load_matrix(generator)

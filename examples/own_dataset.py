@@ -1,4 +1,4 @@
-"""One's own images as an .npz in MedMNIST's layout, and a federation of hospitals that meets new findings over time.
+"""Your own images as an .npz in MedMNIST's layout: three hospitals that see new findings over time.
 
 Run it with ``python examples/own_dataset.py``; the images are made on the spot, in seconds and without a download.
 """
@@ -46,7 +46,7 @@ def save(path: Path) -> None:
 
 
 def main(root: Path = Path("data")) -> int:
-    """Make scans.npz and let three hospitals learn two tasks: two findings of their own each, two that all have."""
+    """Make scans.npz and train three hospitals on two tasks: two private findings each, two that all have."""
     root.mkdir(exist_ok=True)
     save(root / "scans.npz")
     options = {

@@ -1,4 +1,4 @@
-"""A method of one's own from Python: FedAvg whose new classes start at their mean features, beside FedAvg.
+"""Your own method from Python: FedAvg whose new classes start at their mean features, compared with FedAvg.
 
 Run it with ``python examples/own_method.py``; it takes seconds and needs no download. Starting a class's row at its
 mean feature is imprinting (Qi et al., CVPR 2018, arXiv 1712.07136).
@@ -29,14 +29,14 @@ class Imprinted(FedAvg):
 
 
 def accuracy(method: Method) -> float:
-    """Mean over three clients and three tasks of digits, all digits that a client has met competing."""
+    """Class-incremental accuracy on digits, mean over three clients and three tasks."""
     data = SpatialTemporalDataModule(dataset="digits", num_clients=3, train_per_class=20, test_per_class=15)
     trainer = FederatedTrainer(rounds_per_task=1, accelerator="cpu")
     return summary(trainer.fit(method, data, seed=42), task=2)["seen/average"]
 
 
 def main() -> dict[str, float]:
-    """Check the promises that every method makes, then compare."""
+    """Run the checks of every method, then compare."""
     tiny = FoundationConfig(name="test_vit", weights="random", image_size=32)
     check(lambda: Imprinted(foundation=tiny, local_epochs=1, batch_size=8))
     glyphs = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")

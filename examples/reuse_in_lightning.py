@@ -1,4 +1,4 @@
-"""Fed-LSCL's two local objectives in a project of one's own: a stock Trainer, one's own data, callback and logger.
+"""Fed-LSCL's two local objectives in your project: a stock Trainer with your data, callback and logger.
 
 Run it with ``python examples/reuse_in_lightning.py``; it takes seconds and needs no download.
 """
@@ -26,14 +26,14 @@ CONFIG = CollaboratorConfig(
     small_model="test_resnet",
     small_image_size=32,
     block=9,
-    analytic_weight=0,  # closed-form heads are solved by a server, which is not here
+    analytic_weight=0,  # closed-form heads need a server
     adapted_weight=0,
 )
 OLD, NEW = range(5), range(5, 10)
 
 
 class Digits(L.LightningDataModule):
-    """Somebody's data: (image, label) with floats (3, 8, 8) in 0..1; ``old`` samples are replayed beside new ones."""
+    """Your data: (image, label) with floats (3, 8, 8) in 0..1; ``old`` samples are replayed beside new ones."""
 
     def __init__(self, classes: range, old: Dataset | None = None, per_class: int = 20) -> None:
         super().__init__()
@@ -54,23 +54,23 @@ class Digits(L.LightningDataModule):
         return DataLoader(now if self.old is None else ConcatDataset([now, self.old]), batch_size=16, shuffle=True)
 
     def test_dataloader(self) -> DataLoader:
-        """Samples that nobody trained on."""
+        """Held-out samples."""
         return DataLoader(self.part(100, 120), batch_size=100)
 
 
 class Losses(L.Callback):
-    """Somebody's callback: the cross-entropy of each step."""
+    """Your callback: the cross-entropy of each step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: dict, *_: object) -> None:
-        """Note the loss of a step."""
+        """Record the loss of a step."""
         self.values.append(float(outputs["cross_entropy"]))
 
 
 def train(module: L.LightningModule, data: Digits, name: str) -> list[float]:
-    """A stock Trainer with everything that one's project has; the loss of each step."""
+    """Train with a stock Trainer, a callback, checkpoints and a logger; returns the loss of each step."""
     losses = Losses()
     trainer = L.Trainer(
         max_epochs=2,
@@ -87,7 +87,7 @@ def train(module: L.LightningModule, data: Digits, name: str) -> list[float]:
 
 @torch.no_grad()
 def imprint(net: Collaborator, data: Digits) -> None:
-    """Set the rows of new classes to their mean features, so that training has a place to start from."""
+    """Start the rows of new classes at their mean features."""
     images, labels = map(torch.cat, zip(*DataLoader(data.part(0, 20), batch_size=100), strict=True))
     tokens = torch.nn.functional.normalize(net.eval()(images).tokens)
     classes = labels.unique()
@@ -95,7 +95,7 @@ def imprint(net: Collaborator, data: Digits) -> None:
 
 
 def accuracy(module: L.LightningModule, classes: range) -> float:
-    """Share of held-out images that are classified right among all ten classes."""
+    """Accuracy on held-out images, all ten classes competing."""
     tester = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     return tester.test(module, Digits(classes), verbose=False)[0]["test/accuracy"]
 

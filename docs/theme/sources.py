@@ -23,14 +23,17 @@ PICTURES = (".png", ".svg", ".jpg", ".gif")
 LIMIT = 60_000
 """Characters of a file that are shown."""
 LAYERS = {
-    "nets": "Plain torch modules: what is computed.",
+    "nets": "torch modules: what is computed.",
     "modules": "LightningModules: one local objective each, for the federation's trainer and for a stock one.",
-    "methods": "One file per method: in what it differs from FedAvg.",
-    "federated": "Algorithm 1 on Fabric, and what watches it.",
+    "methods": "One file per method: how it differs from FedAvg.",
+    "federated": "Algorithm 1 on Fabric: trainer, clients, uploads, checkpoints.",
+    "callbacks": "Observers of a run: progress, result files, TensorBoard.",
     "data": "Data sets, their split into clients and tasks, batches and the replay buffer.",
-    "functions": "The pure functions that methods are made of.",
+    "functional": "Pure functions on tensors: Eq. 5, averages, objectives, closed-form heads, privacy.",
+    "flower": "The same run over a network.",
+    "testing": "Checks that a method has to pass.",
 }
-"""Pages of the API reference; ``functions`` are the modules at the top of the package."""
+"""Pages of the API reference: packages, and modules at the top of the package."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -43,8 +46,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a copy of everything outside docs/ that a page, or a copied page, links to."""
     root = Path(config.docs_dir).parent
     for layer, what in LAYERS.items():
-        folder = root / "src" / "fedlscl" / ("" if layer == "functions" else layer)
-        files.append(File.generated(config, f"reference/{layer}.md", content=_reference(layer, what, folder)))
+        content = _reference(layer, what, root / "src" / "fedlscl" / layer)
+        files.append(File.generated(config, f"reference/{layer}.md", content=content))
     waiting = [("docs/" + file.src_uri, file.content_string) for file in files.documentation_pages()]
     done = set()
     while waiting:
@@ -81,7 +84,7 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 
 
 def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:
-    """No page asks anybody for anything."""
+    """Pages load nothing from other servers."""
     script = posixpath.relpath("theme/search.js", posixpath.dirname(page.url) or ".")
     return SHIM.sub(f'<script src="{script}"></script>', output)
 
@@ -103,9 +106,8 @@ def _existing(entries: list[Any], docs: Path) -> list[Any]:
 
 
 def _reference(layer: str, what: str, folder: Path) -> str:
-    package = "fedlscl" if layer == "functions" else f"fedlscl.{layer}"
-    modules = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    return "\n".join([f"# {layer.capitalize()}", "", what, "", *(f"::: {package}.{name}" for name in modules)])
+    modules = sorted(f"{layer}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__") or [layer]
+    return "\n".join([f"# {layer.capitalize()}", "", what, "", *(f"::: fedlscl.{name}" for name in modules)])
 
 
 def _targets(page: str, text: str) -> list[str]:

@@ -22,7 +22,7 @@ def test_every_public_method_states_its_own_card(name):
     card = vars(getattr(fedlscl.methods, name))["card"]
     assert card.venue and card.trains and card.uploads
     assert re.fullmatch(r"(\d{4}\.\d{5})?", card.arxiv)
-    assert bool(card.arxiv) == (card.venue not in ("control", "oracle"))
+    assert bool(card.arxiv) == (card.venue not in ("baseline", "all data (centralised)"))
 
 
 @pytest.fixture(scope="module", params=fedlscl.methods.__all__)

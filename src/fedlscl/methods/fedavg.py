@@ -57,7 +57,7 @@ class FedAvg(Method):
 class Local(FedAvg):
     """Control: every client trains alone and nothing is sent."""
 
-    card: ClassVar = MethodCard("control", trains="as FedAvg", uploads="nothing")
+    card: ClassVar = MethodCard("baseline", trains="as FedAvg", uploads="nothing")
 
     def upload(self, client: Client) -> Payload:
         """Nothing."""

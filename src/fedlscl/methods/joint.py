@@ -83,14 +83,14 @@ class Joint(_Pool, FedAvg):
     It runs in simulation only, and its traffic is that of handing out one net.
     """
 
-    card: ClassVar = MethodCard("oracle", trains="as FedAvg, on everything pooled", uploads="everything, on purpose")
+    card: ClassVar = MethodCard("all data (centralised)", trains="as FedAvg, on pooled data", uploads="all data")
 
 
 @dataclass(kw_only=True)
 class JointLSCL(_Pool):
     """Oracle: Fed-LSCL's net learns all data of all clients and tasks so far at once (Stage 1; nothing is fused)."""
 
-    card: ClassVar = MethodCard("oracle", trains="as Fed-LSCL, on everything pooled", uploads="everything, on purpose")
+    card: ClassVar = MethodCard("all data (centralised)", trains="as Fed-LSCL, on pooled data", uploads="all data")
 
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
     """The net."""

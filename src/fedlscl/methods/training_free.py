@@ -68,7 +68,7 @@ class _Statistics(Method):
 class FedNCM(_Statistics):
     """Nearest class mean: cosine to the mean of each class's normalised features."""
 
-    card: ClassVar = MethodCard("control", trains="nothing: class means on the frozen ViT", uploads="sums of features")
+    card: ClassVar = MethodCard("baseline", trains="nothing: class means on the frozen ViT", uploads="sums of features")
 
     def build_net(self, client: int, stream: StreamShape) -> Net:
         """A frozen ViT and one direction per class."""
@@ -101,7 +101,7 @@ class FedRidge(_Statistics):
     """Ridge regression from features to one-hot labels, in closed form over all data of all clients and tasks."""
 
     card: ClassVar = MethodCard(
-        "control", trains="nothing: ridge regression on the frozen ViT", uploads="Gram matrix, products with labels"
+        "baseline", trains="nothing: ridge regression on the frozen ViT", uploads="Gram matrix, products with labels"
     )
 
     ridge: float = 0.01
