@@ -22,7 +22,7 @@ from privacy_sections.page import PAGE, filled, readme
 from privacy_sections.plots import draw, draw_strip
 from privacy_sections.world import KNOWLEDGE, World, has_adapted_head
 
-from fedlscl.data.datasets import load_npz
+from fedlscl.data import NpzFile
 
 OUT = Path(__file__).parent / "results" / "privacy"
 SETS = {1: 90, 8: 24, 32: 9, 128: 9, 512: 6, 2048: 3}
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> None:
     began, out = time.perf_counter(), options.out
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    data = load_npz(options.data_root / options.dataset)
+    data = NpzFile(str(options.data_root / options.dataset)).load()
     world = World(
         has_adapted_head(data, options.shadow, options.own, options.others),
         options.small_model,

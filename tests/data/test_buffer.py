@@ -75,5 +75,5 @@ def test_state_survives_a_file_of_tensors(tmp_path):
 
 def test_a_negative_size_is_refused():
     empty = torch.empty(0, dtype=torch.int64)
-    with pytest.raises(ValueError, match="per_class=-1: use 0"):
+    with pytest.raises(ValueError, match="per_class must be >= 0, got -1"):
         lowest_loss(empty, empty, torch.empty(0), -1)

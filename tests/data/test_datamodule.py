@@ -74,7 +74,7 @@ def test_global_protocol_gives_all_clients_the_same_classes():
     streams = fake(protocol="global", private_classes=0, public_classes=8)
     assert streams.splits[0].classes == streams.splits[1].classes
     assert [len(task) for task in streams.splits[0].classes] == [4, 4]
-    with pytest.raises(ValueError, match="private_classes=3: protocol 'global' has none"):
+    with pytest.raises(ValueError, match="private_classes must be 0 for protocol 'global', got 3"):
         fake(protocol="global").setup()
 
 
@@ -96,16 +96,16 @@ def test_a_saved_split_replaces_the_draw(tmp_path):
     assert train_ids(again) == train_ids(streams)
     again.save_manifest(str(tmp_path / "copy.json"))
     assert train_ids(fake(manifest=str(tmp_path / "copy.json"))) == train_ids(streams)
-    with pytest.raises(ValueError, match="has 2 clients x 2 tasks, but num_clients=3 and num_tasks=2"):
+    with pytest.raises(ValueError, match="must have 3 clients x 2 tasks, got 2 clients x 2 tasks"):
         fake(manifest=path, num_clients=3).setup()
     with pytest.raises(ValueError, match="belongs to a data set with fingerprint"):
         fake(manifest=path, train_per_class=5).setup()
 
 
-def test_places_outside_the_streams_are_refused():
-    with pytest.raises(ValueError, match="client=2: num_clients=2, use 0 to 1"):
+def test_a_client_or_task_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="client must be from 0 to 1, got 2"):
         fake().stream(2)
-    with pytest.raises(ValueError, match="task=-1: num_tasks=2, use 0 to 1"):
+    with pytest.raises(ValueError, match="task must be from 0 to 1, got -1"):
         fake().train_dataloader(0, -1)
 
 

@@ -82,7 +82,7 @@ def test_cifar_keeps_images_labels_and_names_as_torchvision_has_them(monkeypatch
 
 
 def test_missing_cifar_says_how_to_get_it(tmp_path):
-    with pytest.raises(ValueError, match=r"cifar100 is not in root=.*: set download=true") as caught:
+    with pytest.raises(ValueError, match=r"root must hold cifar100, undamaged, got .*: set download=true") as caught:
         load_images("cifar100", str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -90,12 +90,15 @@ def test_missing_cifar_says_how_to_get_it(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "imagenet"}, "dataset='imagenet' is unknown: use 'cifar100'"),
-        ({"dataset": "cifar100"}, "dataset='cifar100' is read from a folder: set root"),
-        ({"dataset": "folder", "root": ""}, "dataset='folder' is read from a folder: set root"),
+        ({"dataset": "imagenet"}, "dataset must be 'cifar100', 'imagenet-r', .*, got 'imagenet'"),
+        ({"dataset": "cifar100"}, "root must be the folder of data set 'cifar100', got None: set root"),
+        ({"dataset": "folder", "root": ""}, "root must be the folder of data set 'folder', got '': set root"),
         ({"dataset": "folder", "root": __file__}, "image folder .*test_datasets.py is a file: set root to a folder"),
-        ({"dataset": "digits", "image_size": 32}, "image_size=32: 'digits' is kept as stored"),
-        ({"dataset": "fake", "seed": -1}, "seed must be an integer of at least 0, got -1"),
+        (
+            {"dataset": "digits", "image_size": 32},
+            "image_size must be left out for 'digits', got 32: its images are kept as stored",
+        ),
+        ({"dataset": "fake", "seed": -1}, "seed must be >= 0, got -1"),
         ({"dataset": "fake", "fake_classes": 10**9}, "fake images must take at most 2,147,483,648 bytes, got"),
         ({"dataset": "fake", "train_per_class": 10**9}, "fake images must take at most 2,147,483,648 bytes, got"),
         ({"dataset": "fake", "image_size": 4096}, "fake images must take at most 2,147,483,648 bytes, got"),
@@ -110,7 +113,7 @@ def test_wrong_options_are_named(options, message):
 @pytest.mark.parametrize("name", ["image_size", "train_per_class", "test_per_class", "fake_classes"])
 @pytest.mark.parametrize("value", [0, -5, 1.5, float("nan"), True])
 def test_a_number_that_no_data_set_can_have_is_refused_before_anything_is_read(dataset, name, value, tmp_path):
-    with pytest.raises(ValueError, match=rf"{name} must be an integer .*, got {value}: correct it, or leave it out"):
+    with pytest.raises(ValueError, match=rf"{name} must be (an integer )?(>= 1|from 1 to 4096), got {value}\."):
         load_images(dataset, str(tmp_path), **{name: value})
 
 

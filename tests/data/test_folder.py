@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fedlscl.data import load_images
-from fedlscl.data.datasets import find_images
+from fedlscl.data.folders import find_images
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_incomplete_trees_are_named_in_one_line(save_images, load, counts, messa
 
 def test_imagenet_r_needs_its_200_classes(save_images, load):
     root = save_images({f"imagenet-r/n{label:08d}": 2 for label in range(199)}, size=(4, 4))
-    with pytest.raises(ValueError, match="has 199 class folders, but ImageNet-R has 200"):
+    with pytest.raises(ValueError, match="must have the 200 class folders of ImageNet-R, got 199"):
         load(root, dataset="imagenet-r")
     save_images({"imagenet-r/n99999999": 2}, size=(4, 4))
     data = load(root, dataset="imagenet-r")

@@ -64,5 +64,5 @@ def test_workers_change_nothing(data):
 
 
 def test_batch_size_must_be_positive(data):
-    with pytest.raises(ValueError, match="batch_size=0: use 1"):
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         batches(data, torch.arange(3), 0, shuffle=False)

@@ -148,15 +148,15 @@ def test_dirichlet_split_may_leave_a_client_without_samples():
             r"15 private \+ 30 public classes = 45 cannot be cut into 4 equal tasks: .* 1, 3, 5, 9, 15, 45",
         ),
         ({"private_classes": 0, "public_classes": 0}, "cannot be cut into 5 equal tasks: use more"),
-        ({"num_clients": 0}, "num_clients must be an integer between 1 and 100000, got 0"),
-        ({"num_clients": 10**12}, "num_clients must be an integer between 1 and 100000, got 1000000000000"),
-        ({"num_tasks": -1}, "num_tasks must be an integer of at least 1, got -1"),
-        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"dirichlet_alpha": 0.0}, "dirichlet_alpha must be above 0 and at most 1e\\+09, got 0.0"),
-        ({"dirichlet_alpha": float("inf")}, "dirichlet_alpha must be above 0 and at most 1e\\+09, got inf"),
-        ({"dirichlet_alpha": float("nan")}, "dirichlet_alpha must be above 0 and at most 1e\\+09, got nan"),
-        ({"dirichlet_alpha": 1e308}, "dirichlet_alpha must be above 0 and at most 1e\\+09, got 1e\\+308"),
-        ({"private_classes": -1}, "private_classes must be an integer of at least 0, got -1"),
+        ({"num_clients": 0}, "num_clients must be from 1 to 100000, got 0"),
+        ({"num_clients": 10**12}, "num_clients must be from 1 to 100000, got 1000000000000"),
+        ({"num_tasks": -1}, "num_tasks must be >= 1, got -1"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"dirichlet_alpha": 0.0}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got 0.0"),
+        ({"dirichlet_alpha": float("inf")}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got inf"),
+        ({"dirichlet_alpha": float("nan")}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got nan"),
+        ({"dirichlet_alpha": 1e308}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got 1e\\+308"),
+        ({"private_classes": -1}, "private_classes must be >= 0, got -1"),
         (
             {"private_classes": 0, "num_clients": 4},
             "must have at least 4 train samples, one per client, got 3: lower num_clients",
@@ -174,7 +174,7 @@ def test_impossible_splits_are_refused_in_one_line(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_classes": 5}, "5 public classes, but the data set has 4: lower public_classes to 4"),
+        ({"num_classes": 5}, "public_classes must be at most 4, the classes of the data set, got 5"),
         ({"num_tasks": 3}, "4 public classes cannot be cut into 3 equal tasks"),
     ],
 )

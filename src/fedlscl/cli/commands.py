@@ -23,7 +23,7 @@ from fedlscl.cli.runs import (
     learned_part,
 )
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.data.datasets import ENDINGS, find_images
+from fedlscl.data.folders import ENDINGS, find_images
 from fedlscl.data.images import centre_crop, covering, read_image
 from fedlscl.data.manifest import preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically

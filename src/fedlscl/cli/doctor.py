@@ -18,7 +18,8 @@ import torch
 from fedlscl.callbacks.formatting import in_bytes
 from fedlscl.cli.errors import PACKAGE, explain
 from fedlscl.cli.report import Parser
-from fedlscl.data.datasets import contents, imagenet_r_folder, list_folder, load_images, part_meant
+from fedlscl.data import load_images
+from fedlscl.data.folders import contents, imagenet_r_folder, list_folder, part_meant
 from fedlscl.data.images import ImageData
 from fedlscl.federated.engine import chosen_precision
 from fedlscl.federated.method import StreamShape

@@ -2,21 +2,39 @@
 
 from fedlscl.data.buffer import Buffer, lowest_loss
 from fedlscl.data.datamodule import ClientStream, ClientTaskDataModule, SpatialTemporalDataModule
-from fedlscl.data.datasets import load_images
+from fedlscl.data.datasets import (
+    CIFAR100,
+    Digits,
+    Fake,
+    Folder,
+    ImageNetR,
+    ImageSource,
+    NpzFile,
+    TorchDatasets,
+    load_images,
+)
 from fedlscl.data.images import Batch, ImageData
 from fedlscl.data.loader import EvenBatches, batches
 from fedlscl.data.manifest import load_manifest, save_manifest
 from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
 
 __all__ = [
+    "CIFAR100",
     "Batch",
     "Buffer",
     "ClientSplit",
     "ClientStream",
     "ClientTaskDataModule",
+    "Digits",
     "EvenBatches",
+    "Fake",
+    "Folder",
     "ImageData",
+    "ImageNetR",
+    "ImageSource",
+    "NpzFile",
     "SpatialTemporalDataModule",
+    "TorchDatasets",
     "batches",
     "dirichlet_split",
     "load_images",

@@ -1,9 +1,11 @@
-"""The replay buffer B^n: for each class, the samples that the model fits best."""
+"""The replay buffer B^n: the samples of lowest loss of each class."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fedlscl.data.split import check_integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +35,11 @@ class Buffer:
 
     @property
     def classes(self) -> Tensor:
-        """Sorted classes with at least one sample, int64."""
+        """Sorted classes of the samples, int64."""
         return self.labels.unique()
 
     def updated(self, ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> "Buffer":
-        """Keep, of each class in ``labels`` (m,), the samples of lowest loss in place of what the buffer had of it.
+        """Replace the samples of each class in ``labels`` by its new samples of lowest loss.
 
         Args:
             ids: (m,) without repetition.
@@ -56,19 +58,19 @@ class Buffer:
         return Buffer(*(part[by_class] for part in parts))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The three tensors by name."""
+        """The three tensors by field name."""
         return {"ids": self.ids, "labels": self.labels, "losses": self.losses}
 
     @staticmethod
     def from_state_dict(state: dict[str, Tensor]) -> "Buffer":
-        """The buffer that `state_dict` described."""
+        """Restore from `state_dict`."""
         return Buffer(state["ids"], state["labels"], state["losses"])
 
 
 def lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> Tensor:
     """Ids of the ``per_class`` samples of lowest loss of each class, ordered by class, loss and id.
 
-    The order of the samples does not matter; a loss that is not a number counts as the largest.
+    The order of the samples does not matter; NaN counts as the largest loss.
 
     Args:
         ids: (m,).
@@ -80,8 +82,7 @@ def lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> 
 
 
 def _lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> Tensor:
-    if per_class < 0:
-        raise ValueError(f"per_class={per_class}: use 0 (keep nothing) or more")
+    check_integers(0, per_class=per_class)
     order = torch.argsort(ids, stable=True)
     order = order[torch.argsort(losses[order], stable=True)]
     order = order[torch.argsort(labels[order], stable=True)]

@@ -1,4 +1,4 @@
-"""Mini-batches: loading, augmentation and shuffling."""
+"""Mini-batches: even sizes, shuffling and augmentation."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -8,38 +8,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fedlscl.data.images import Batch, ImageData
-
-# Random augmentation of training images: a shifted crop and a flip.
+from fedlscl.data.split import check_integers
 
 Augment = Literal["none", "standard"]
 SHIFT = 8
 """A crop moves by up to 1 / SHIFT of the side: 4 pixels of 32."""
-
-
-def standard(images: Tensor, seed: int) -> Tensor:
-    """Each image (B, 3, height, width) moved by up to an eighth of its side, edges repeated, and flipped half the time.
-
-    Example:
-        >>> images = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8)
-        >>> standard(images, 0).equal(standard(images, 0)), standard(images, 0).shape
-        (True, torch.Size([2, 3, 8, 8]))
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size, (height, width) = len(images), images.shape[-2:]
-    rows, columns = (_streams_at(size, side, generator) for side in (height, width))
-    flipped = torch.rand(size, generator=generator) < 0.5
-    columns = torch.where(flipped[:, None], columns.flip(1), columns)
-    which, channels = torch.arange(size).view(-1, 1, 1, 1), torch.arange(images.shape[1]).view(1, -1, 1, 1)
-    return images[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def _streams_at(size: int, side: int, generator: torch.Generator) -> Tensor:
-    reach = side // SHIFT
-    shifts = torch.randint(-reach, reach + 1, (size, 1), generator=generator)
-    return (torch.arange(side) + shifts).clamp(0, side - 1)
-
-
-# A loader whose unit of work is a whole batch.
 
 
 def batches(
@@ -54,19 +27,19 @@ def batches(
     """Loader of `Batch` over ids (n,).
 
     Args:
-        data: where the ids point to.
-        ids: (n,) positions in the data set; none gives a loader without batches.
+        data: the data set.
+        ids: (n,) positions in the data set; an empty tensor gives a loader without batches.
         batch_size: the most samples in a batch.
         shuffle: whether every pass has a new order, drawn from the generator.
-        generator: of the order; none means torch's global one.
-        num_workers: processes that fetch; 0 fetches in this one.
-        augment: what is done to the images at random; it changes nothing in the order.
+        generator: of the order; torch's global one if left out.
+        num_workers: processes that load batches; 0 loads in this one.
+        augment: random changes of the images; they do not change the order.
     """
     order = EvenBatches(len(ids), batch_size, shuffle, generator)
     return DataLoader(
-        _Fetched(data, ids),
+        _BatchDataset(data, ids),
         batch_size=None,
-        sampler=order if augment == "none" else Seeded(order, generator),
+        sampler=order if augment == "none" else _Seeded(order, generator),
         num_workers=num_workers,
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
         generator=torch.Generator(),
@@ -86,12 +59,9 @@ class EvenBatches(Sampler[Tensor]):
     def __init__(
         self, num_samples: int, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: use 1 or more")
-        self.num_samples = num_samples
+        check_integers(1, batch_size=batch_size)
+        self.num_samples, self.shuffle, self.generator = num_samples, shuffle, generator
         self.num_batches = -(-num_samples // batch_size)
-        self.shuffle = shuffle
-        self.generator = generator
 
     def __len__(self) -> int:
         return self.num_batches
@@ -104,10 +74,10 @@ class EvenBatches(Sampler[Tensor]):
             yield from order.tensor_split(self.num_batches)
 
 
-class Seeded(Sampler[tuple[Tensor, int]]):
-    """Positions of every batch with a seed for what is random about it, whichever process will fetch it."""
+class _Seeded(Sampler[tuple[Tensor, int]]):
+    """Positions of every batch with the seed of its augmentation, whichever process will load it."""
 
-    def __init__(self, order: EvenBatches, generator: torch.Generator | None = None) -> None:
+    def __init__(self, order: EvenBatches, generator: torch.Generator | None) -> None:
         self.order = order
         start = torch.initial_seed() if generator is None else generator.initial_seed()
         self.seeds = torch.Generator().manual_seed(start ^ 1)
@@ -120,12 +90,11 @@ class Seeded(Sampler[tuple[Tensor, int]]):
             yield positions, int(torch.randint(2**62, (), generator=self.seeds))
 
 
-class _Fetched(Dataset[Batch]):
-    """An item is the batch of several positions, changed at random where a seed comes with them."""
+class _BatchDataset(Dataset[Batch]):
+    """An item is a whole batch: positions, or positions with the seed of their augmentation."""
 
     def __init__(self, data: ImageData, ids: Tensor) -> None:
-        self.data = data
-        self.ids = ids
+        self.data, self.ids = data, ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -135,3 +104,26 @@ class _Fetched(Dataset[Batch]):
             return self.data.fetch(self.ids[item])
         batch = self.data.fetch(self.ids[item[0]])
         return batch._replace(images=standard(batch.images, item[1]), augmented=True)
+
+
+def standard(images: Tensor, seed: int) -> Tensor:
+    """Shift each image (B, 3, height, width) by up to an eighth of its side, repeating edges, and flip half of them.
+
+    Example:
+        >>> images = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8)
+        >>> standard(images, 0).equal(standard(images, 0)), standard(images, 0).shape
+        (True, torch.Size([2, 3, 8, 8]))
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size, (height, width) = len(images), images.shape[-2:]
+    rows, columns = (_shifted(size, side, generator) for side in (height, width))
+    flipped = torch.rand(size, generator=generator) < 0.5
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    which, channels = torch.arange(size).view(-1, 1, 1, 1), torch.arange(images.shape[1]).view(1, -1, 1, 1)
+    return images[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _shifted(size: int, side: int, generator: torch.Generator) -> Tensor:
+    reach = side // SHIFT
+    shifts = torch.randint(-reach, reach + 1, (size, 1), generator=generator)
+    return (torch.arange(side) + shifts).clamp(0, side - 1)

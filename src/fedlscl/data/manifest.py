@@ -1,4 +1,4 @@
-"""A split as a JSON file that other projects can read and that nobody changes unnoticed."""
+"""A split as a JSON file that other projects can read, with a hash that detects changes."""
 
 import hashlib
 import json
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlscl.data.datasets import CROPPED
 from fedlscl.data.images import plain_name
 from fedlscl.data.split import ClientSplit
 
 FORMAT = 2
 """Since 2 the fingerprint covers all pixels and the class names."""
+CROPPED = ("folder", "imagenet-r")
+"""Data sets that were cropped from image files by versions that did not record it."""
 
 
 def save_manifest(
@@ -27,11 +28,11 @@ def save_manifest(
     """Write classes, train ids and test ids of every client and task.
 
     Args:
-        path: the JSON file, replaced whole or not at all.
+        path: the JSON file, replaced atomically.
         splits: one per client.
         class_names: names in label order.
-        fingerprint: of the data set that the ids point into, `ImageData.fingerprint`.
-        meta: how the split was drawn, for readers.
+        fingerprint: `ImageData.fingerprint` of the data set.
+        meta: how the split was drawn and the images were prepared.
     """
     content = {
         "format": FORMAT,
@@ -57,7 +58,7 @@ def save_manifest(
 
 
 class Manifest(NamedTuple):
-    """A saved split with what is needed to use it without the data set."""
+    """A saved split, usable without the data set."""
 
     splits: list[ClientSplit]
     class_names: tuple[str, ...]
@@ -68,16 +69,16 @@ class Manifest(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """How image files are brought to the size of a data set's images, so that `predict` sees what `test` sees."""
+    """How to bring an image file to the size of the data set's images, so that `predict` sees what `test` sees."""
 
     height: int
     width: int
     is_cropped: bool
-    """Whether the data set itself was cropped from image files; otherwise it was stored in this size."""
+    """Whether the images were cropped from image files; otherwise they were stored in this size."""
 
 
 def preparation(manifest: Manifest) -> Preparation:
-    """Read it from ``meta``; earlier versions stored the shorter side only, which is enough for square images.
+    """Read it from ``meta``; earlier versions stored the side of square images only.
 
     Raises:
         ValueError: if the manifest does not record it.
@@ -91,7 +92,7 @@ def preparation(manifest: Manifest) -> Preparation:
     if rule not in ("crop", "stored") or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(
             f"the manifest must record image_height, image_width and image_rule, got {size[0]}, {size[1]} and "
-            f"{rule!r}: save it again with SpatialTemporalDataModule.save_manifest"
+            f"{rule!r}: save it again with SpatialTemporalDataModule.save_manifest."
         )
     return Preparation(*size, is_cropped=rule == "crop")
 
@@ -106,19 +107,19 @@ def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]
     if len(saved.class_names) != len(class_names):
         raise ValueError(
             f"manifest {path} must have the {len(class_names)} classes of the data set, got {len(saved.class_names)}: "
-            "use the data set that it was saved from"
+            "use the data set that it was saved from."
         )
     for label, (name, own) in enumerate(zip(saved.class_names, class_names, strict=True)):
         if plain_name(name) != plain_name(own):
             raise ValueError(
                 f"manifest {path} must name class {label} {own!r} as the data set does, got {name!r}: "
-                "number and name the classes as in the data set that it was saved from"
+                "number and name the classes as in the data set that it was saved from."
             )
     if saved.fingerprint != fingerprint:
         raise ValueError(
             f"manifest {path} belongs to a data set with fingerprint {saved.fingerprint[:12]}, this one has "
             f"{fingerprint[:12]}: use the same images and labels, and the same image_size, train_per_class and "
-            "test_per_class"
+            "test_per_class."
         )
     return saved.splits
 
@@ -134,16 +135,16 @@ def read_manifest(path: str | Path) -> Manifest:
         stored = content.pop("sha256")
         version = content["format"]
     except OSError as error:
-        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): give the path of a saved one") from None
+        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): give the path of a saved one.") from None
     except (ValueError, AttributeError, TypeError, KeyError):
-        raise ValueError(f"manifest {path} is not a split manifest: save it again with save_manifest") from None
+        raise ValueError(f"manifest {path} is not a split manifest: save it again with save_manifest.") from None
     if version != FORMAT:
         raise ValueError(
             f"manifest {path} must have format {FORMAT}, got {version!r}: draw and save the split again with the same "
-            "options and seed, or use the version of fedlscl that wrote it"
+            "options and seed, or use the version of fedlscl that wrote it."
         )
     if stored != _sha256(content):
-        raise ValueError(f"manifest {path} was changed (its sha256 does not match): save or fetch it again")
+        raise ValueError(f"manifest {path} was changed (its sha256 does not match): save or fetch it again.")
     splits = [
         ClientSplit(
             classes=tuple(tuple(task["classes"]) for task in tasks),
@@ -156,5 +157,5 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _sha256(content: dict) -> str:
-    """Hash of the content without spaces and with sorted keys, so that layout does not count."""
+    # Without spaces and with sorted keys, so that layout does not count.
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

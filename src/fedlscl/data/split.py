@@ -1,4 +1,4 @@
-"""Who sees which samples when: labels in, one task stream per client out. Pure numpy, deterministic in the seed."""
+"""Which client gets which samples in which task. Pure numpy, deterministic in the seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def spatial_temporal_split(
     seed: int,
     class_names: Sequence[str] | None = None,
 ) -> list[ClientSplit]:
-    """Give each client private classes of its own and a Dirichlet share of the public ones, in its own order.
+    """Give each client its private classes and a Dirichlet share of the public ones, in an order of its own.
 
     Args:
         train_labels: (N,) integers.
@@ -47,12 +47,12 @@ def spatial_temporal_split(
         num_tasks: tasks T per client, of equally many classes.
         private_classes: classes per client that no other client has.
         public_classes: classes that every client has; their train samples are divided without overlap.
-        dirichlet_alpha: of the Dirichlet draw per public class; small means unequal shares.
+        dirichlet_alpha: Dirichlet concentration per public class; smaller is more heterogeneous.
         seed: of the class order, the task orders and the shares.
         class_names: names in label order, for error messages.
 
     Raises:
-        ValueError: if the classes do not suffice or cannot be cut into equal tasks, or if a public class has
+        ValueError: if there are too few classes, if they cannot be cut into equal tasks, or if a public class has
             fewer train samples than there are clients.
 
     Example:
@@ -64,31 +64,25 @@ def spatial_temporal_split(
         >>> sum(len(ids) for split in splits for ids in split.train)
         80
     """
-    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
-    check_integers(1, num_tasks=num_tasks)
-    check_integers(0, seed=seed)
-    check_dirichlet_alpha(dirichlet_alpha)
-    check_integers(0, private_classes=private_classes, public_classes=public_classes)
+    check_split(num_clients, num_tasks, private_classes, public_classes, dirichlet_alpha, seed)
     order = _class_order(train_labels, seed)
     needed = private_classes * num_clients + public_classes
     if needed > len(order):
         raise ValueError(
             f"{private_classes} private x {num_clients} clients + {public_classes} public = {needed} classes, but "
-            f"the data set has {len(order)}: lower private_classes, public_classes or num_clients"
+            f"the data set has {len(order)}: lower private_classes, public_classes or num_clients."
         )
     _check_equal_tasks(
         f"{private_classes} private + {public_classes} public classes", private_classes + public_classes, num_tasks
     )
-
     private = order[: private_classes * num_clients].reshape(num_clients, private_classes)
     public = order[private_classes * num_clients : needed]
     for label in public.tolist():
-        count = int((train_labels == label).sum())
-        if count < num_clients:
+        if (count := int((train_labels == label).sum())) < num_clients:
             name = label if class_names is None else repr(class_names[label])
             raise ValueError(
                 f"public class {name} must have at least {num_clients} train samples, one per client, got {count}: "
-                "lower num_clients, add images or raise train_per_class"
+                "lower num_clients, add images or raise train_per_class."
             )
     shares = {
         int(label): _share(train_labels, label, num_clients, dirichlet_alpha, seed, at_least=1) for label in public
@@ -124,17 +118,13 @@ def dirichlet_split(
         >>> first.classes == second.classes
         True
     """
-    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
-    check_integers(1, num_tasks=num_tasks)
-    check_integers(0, seed=seed)
-    check_dirichlet_alpha(dirichlet_alpha)
+    check_split(num_clients, num_tasks, 0, num_classes, dirichlet_alpha, seed)
     order = _class_order(train_labels, seed)
     if num_classes > len(order):
         raise ValueError(
-            f"{num_classes} public classes, but the data set has {len(order)}: lower public_classes to {len(order)}"
+            f"public_classes must be at most {len(order)}, the classes of the data set, got {num_classes}."
         )
     _check_equal_tasks(f"{num_classes} public classes", num_classes, num_tasks)
-
     classes = order[:num_classes]
     shares = {int(label): _share(train_labels, label, num_clients, dirichlet_alpha, seed) for label in classes}
     return [
@@ -181,35 +171,37 @@ def _cut(
     )
 
 
-def check_integers(low: int, high: int | None = None, /, **values: int | None) -> None:
-    """Refuse a value that is not an integer from ``low`` to ``high``; None is an option that was left out.
+def check_split(
+    num_clients: int,
+    num_tasks: int,
+    private_classes: int,
+    public_classes: int,
+    dirichlet_alpha: float,
+    seed: int | None,
+) -> None:
+    """Raise a ValueError that names the first option of a split that is out of range."""
+    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
+    check_integers(1, num_tasks=num_tasks)
+    check_integers(0, private_classes=private_classes, public_classes=public_classes, seed=seed)
+    if not 0 < dirichlet_alpha <= MAX_DIRICHLET_ALPHA:
+        raise ValueError(
+            f"dirichlet_alpha must be in (0, {MAX_DIRICHLET_ALPHA:g}], got {dirichlet_alpha}: 1 gives uneven shares, "
+            "1000 nearly even ones."
+        )
 
-    Raises:
-        ValueError: naming the first such value.
-    """
+
+def check_integers(low: int, high: int | None = None, /, **values: int | None) -> None:
+    """Raise a ValueError that names the first value that is not an integer in range; None is an option left out."""
     for name, value in values.items():
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
         if value is not None and not (is_whole and low <= value <= (value if high is None else high)):
-            bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
-            raise ValueError(f"{name} must be an integer {bounds}, got {value}: correct it, or leave it out")
-
-
-def check_dirichlet_alpha(dirichlet_alpha: float) -> None:
-    """Refuse an alpha that is not a number above 0, or so large that the draw overflows.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if not 0 < dirichlet_alpha <= MAX_DIRICHLET_ALPHA:
-        raise ValueError(
-            f"dirichlet_alpha must be above 0 and at most {MAX_DIRICHLET_ALPHA:g}, got {dirichlet_alpha}: 1 gives "
-            "uneven shares, 1000 nearly even ones"
-        )
+            bounds = f">= {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name} must be {'' if is_whole else 'an integer '}{bounds}, got {value}.")
 
 
 def _check_equal_tasks(what: str, num_classes: int, num_tasks: int) -> None:
     if num_classes < 1 or num_classes % num_tasks:
         divisors = ", ".join(str(n) for n in range(1, num_classes + 1) if num_classes % n == 0)
-        remedy = f"set num_tasks to one of {divisors}, or change the number of classes" if divisors else "use more"
+        fix = f"set num_tasks to one of {divisors}, or change the number of classes" if divisors else "use more"
         total = f" = {num_classes}" if "+" in what else ""
-        raise ValueError(f"{what}{total} cannot be cut into {num_tasks} equal tasks: {remedy}")
+        raise ValueError(f"{what}{total} cannot be cut into {num_tasks} equal tasks: {fix}.")
