@@ -1,4 +1,4 @@
-"""The pages say what is there: functions, files and commands that they name exist, and the site builds and opens."""
+"""Functions, files and commands that the pages name exist, and the site builds and opens."""
 
 import functools
 import importlib
@@ -63,6 +63,16 @@ def test_a_function_that_is_gone_would_be_noticed():
     text = TEXTS[ROOT / "docs/data_flow.md"]
     assert len(FUNCTION.findall(text)) > 20
     assert not has(importlib.import_module("fedlscl.federated.trainer"), "FederatedTrainer.fitt")
+
+
+def test_files_in_the_tree_of_the_architecture_page_exist():
+    (tree,) = re.findall(r"```\n(functional/.*?)```", TEXTS[ROOT / "docs/architecture.md"], re.S)
+    folder, found = "", []
+    for line in tree.splitlines():
+        folder = line.split()[0] if not line.startswith(" ") else folder
+        found += [(folder if line.startswith(" ") else "") + name for name in re.findall(r"\b\w+\.py", line)]
+    missing = [path for path in found if not (ROOT / "src/fedlscl" / path).is_file()]
+    assert len(found) > 50 and not missing, missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -139,7 +149,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything(site):
+def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(site):
     for page in site.rglob("*.html"):
         text = page.read_text()
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]+src=\"([^\"]+)\"", text)
@@ -154,7 +164,7 @@ def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything(site):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="needs Chromium or Chrome")
-def test_the_site_opens_from_disk_on_a_desktop_and_a_telephone(site):
+def test_the_site_opens_from_disk_on_wide_and_narrow_screens(site):
     with browser(find_browser()) as tab:
         for name in ("index", "idea", "data_flow", "reference/nets", "methods/index", "costs"):
             for width in (1280, 390):

@@ -1,4 +1,4 @@
-"""README's table, the methods' cards and their pages say the same."""
+"""README's table, the methods' cards and their pages agree."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def readme_row(name, *cells):
 
 
 @pytest.mark.parametrize("row", method_rows(), ids=methods.__all__)
-def test_readme_says_what_the_card_says(row):
+def test_readme_agrees_with_the_card(row):
     assert readme_row(*row) in README.splitlines()
 
 

@@ -1,4 +1,4 @@
-"""The commands that the README shows are run as they stand there, on tiny nets and fake data."""
+"""The commands of the README run as they are, on tiny nets and fake data."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_everything_else_is_a_make_target_the_environment_tensorboard_or_complet
 
 
 DEMO = re.search(r"^demo: .*?(?=^\w)", (ROOT / "Makefile").read_text(), re.M | re.S)[0]
-CONTROLS = {"FedRidge", "FedAvg+ViT"}
+BASELINES = {"FedRidge", "FedAvg+ViT"}
 """What Fed-LSCL's pretrained ViT reaches without Fed-LSCL."""
 
 
@@ -86,7 +86,7 @@ def names_in_the_demo():
 def test_pages_show_every_run_of_the_demo_and_what_it_has(page):
     text = (ROOT / page).read_text()
     rows = re.findall(r"^\| (Fed\S+) \|.* 42 \|$", text, re.M)
-    assert set(rows) == names_in_the_demo() >= {"FedLSCL", "FedAvg", *CONTROLS} and len(rows) == len(set(rows))
+    assert set(rows) == names_in_the_demo() >= {"FedLSCL", "FedAvg", *BASELINES} and len(rows) == len(set(rows))
     for name in rows:
         sent = re.search(rf"^\| {re.escape(name)} \|(?:[^|]*\|){{5}} ([\d.]+) \|", text, re.M)[1]
         assert re.search(
