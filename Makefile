@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test coverage lint docs lock clean
+.PHONY: demo test test-all publish-check coverage lint docs lock clean
 
 # One thread each: nets this small gain nothing from more, and lose much where something else runs beside them.
-demo test coverage: export OMP_NUM_THREADS = 1
+demo test test-all coverage: export OMP_NUM_THREADS = 1
 
 # $(call had,RUN,TEXT without commas): what a run of the demo has, the MB that its clients sent, its seconds.
 had = @awk -F'[ ,]+' '/^ *"up_bytes"/ { mb = $$3 / 1e6 } /^ "total_seconds"/ { s = $$3 } \
@@ -27,11 +27,19 @@ demo: $(READY)
 	$(call had,FedLSCL,ViT; trained CNN and generator and head; two closed-form heads; replays stored images)
 	$(call had,FedAvg,no ViT; trained CNN with a linear head)
 
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(PYTEST)
+
+test-all: $(READY)
+	$(PYTEST) -m ""
+
+publish-check: $(READY)
+	$(BIN)/python -m pytest -q -m publish
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q --cov --cov-report=term --cov-report=html
+	$(PYTEST) -m "" --cov --cov-report=term --cov-report=html
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -37,6 +37,7 @@ def shrunk(words):
     return tiny.COMMON if "--config" in words else []
 
 
+@pytest.mark.slow
 def test_its_commands_run_and_end_with_tables(folder, capsys):
     for command in COMMANDS:
         words = shlex.split(command)[1:]
@@ -49,6 +50,7 @@ def test_its_commands_run_and_end_with_tables(folder, capsys):
     assert results["tasks_done"] == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_servers_state(folder, monkeypatch):
     fit = ["fit", "--config", "my.yaml", *tiny.COMMON, "--trainer.rounds_per_task", "3"]
     assert main([*fit, "--trainer.name", "whole"]) == 0
@@ -72,6 +74,7 @@ def test_an_interrupted_run_goes_on_with_the_servers_state(folder, monkeypatch):
         assert found.read_bytes() == whole.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_its_tests_pass_and_notice_what_they_are_for(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     tests = runpy.run_path("test_mymodule.py")

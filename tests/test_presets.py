@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from presets import Run, parse  # noqa: E402
 from sweep import planned  # noqa: E402
 
+pytestmark = pytest.mark.publish
 DRIVERS = ("table1", "ablation", "blocks", "buffer", "heterogeneous", "dirichlet")
 PINNED_ELSEWHERE = {
     "data.root",

@@ -120,6 +120,7 @@ def test_equal_images_have_ssim_one_and_grey_ones_the_psnr_of_their_error():
     assert quality(grey, black).psnr.item() == pytest.approx(20, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_all_of_it_runs_and_writes_its_pages(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
@@ -142,6 +143,7 @@ def test_all_of_it_runs_and_writes_its_pages(tmp_path, monkeypatch):
         assert (tmp_path / "out" / name).stat().st_size > 500
 
 
+@pytest.mark.publish
 @pytest.mark.skipif(not (privacy.OUT / "results.json").is_file(), reason="benchmarks/privacy.py was not run")
 def test_tables_on_the_page_are_those_of_the_results():
     text = page.PAGE.read_text()

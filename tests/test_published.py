@@ -15,6 +15,8 @@ from figures import figure  # noqa: E402
 
 from fedlscl.report.table import cells  # noqa: E402
 
+pytestmark = pytest.mark.publish
+
 
 @pytest.mark.parametrize("page", publish.PAGES, ids=lambda page: page.stem)
 def test_tables_are_those_of_the_results(page):

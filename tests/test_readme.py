@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.publish
 def test_every_command_is_shown_once_at_least():
     shown = {name for line in LINES for name in re.findall(r"\bfedlscl ([a-z]+)", line)}
     assert shown == set(COMMANDS) - {"validate"}
@@ -59,6 +60,7 @@ def test_commands_run_in_the_order_of_the_readme(folder, monkeypatch, capsys):
     assert "black.png" in capsys.readouterr().out
 
 
+@pytest.mark.publish
 def test_everything_else_is_a_make_target_the_environment_tensorboard_or_completion():
     others = {line.split()[0] for line in LINES if line and not line.startswith("fedlscl ")}
     assert others == {"make", "source", "tensorboard", "eval"}
@@ -82,6 +84,7 @@ def names_in_the_demo():
     }
 
 
+@pytest.mark.publish
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_pages_show_every_run_of_the_demo_and_what_it_has(page):
     text = (ROOT / page).read_text()
@@ -94,6 +97,7 @@ def test_pages_show_every_run_of_the_demo_and_what_it_has(page):
         )
 
 
+@pytest.mark.publish
 def test_the_two_tables_of_the_demo_are_one():
     tables = [
         re.findall(r"^\| Fed\S+ \|.* 42 \|$", (ROOT / page).read_text(), re.M)

@@ -93,7 +93,7 @@ def test_killed_anywhere_a_run_resumes_to_the_byte(start, uninterrupted, tmp_pat
         assert differing(folder, uninterrupted) == [], (kind, number)
 
 
-@pytest.mark.parametrize("method", fedlscl.methods.__all__)
+@pytest.mark.parametrize("method", tiny_methods.MOSTLY_SLOW)
 def test_every_method_killed_in_its_second_task_resumes_to_the_byte(method, start, tmp_path_factory):
     """Killed half way through the task's training (or in its last server step).
 

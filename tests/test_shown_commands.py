@@ -144,6 +144,7 @@ KINDS = (
 """Those that this file tries, or that only move about."""
 
 
+@pytest.mark.publish
 def test_other_commands_are_known():
     """Whoever shows a new kind of command says here how it is tried."""
     unknown = [line for line in others() if not any(re.match(kind, line) for kind in (*KINDS, *RUN_BY))]
@@ -158,6 +159,7 @@ def test_targets_of_make_are_there():
             assert done.returncode == 0, (line, done.stderr)
 
 
+@pytest.mark.publish
 def test_extras_are_those_of_the_package():
     project = (ROOT / "pyproject.toml").read_text()
     shown = {name for line in others() for name in re.findall(r"fedlscl\[([\w,]+)\]", line)}
@@ -216,6 +218,7 @@ def test_the_notebook_runs(run_script):
     assert "Fed-LSCL" in run_script(quick(code))
 
 
+@pytest.mark.publish
 def test_every_size_is_one_of_an_example():
     texts = [path.read_text() for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb")]
     assert all(any(number in text for text in texts) for number in FEWER)

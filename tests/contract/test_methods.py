@@ -9,12 +9,7 @@ import fedlscl.methods
 from fedlscl import testing as contract
 from fedlscl.callbacks.forecast import forecast
 from fedlscl.testing import Recorded, fake_data
-from tiny_methods import METHODS
-
-
-def test_every_public_method_is_under_contract():
-    assert sorted(METHODS) == sorted(fedlscl.methods.__all__)
-    assert all(type(make()).__name__ == name for name, make in METHODS.items())
+from tiny_methods import METHODS, MOSTLY_SLOW
 
 
 @pytest.mark.parametrize("name", fedlscl.methods.__all__)
@@ -25,18 +20,31 @@ def test_every_public_method_states_its_own_card(name):
     assert bool(card.arxiv) == (card.venue not in ("baseline", "all data (centralised)"))
 
 
-@pytest.fixture(scope="module", params=fedlscl.methods.__all__)
+@pytest.fixture(scope="module")
 def run(request):
     """A finished run."""
     return contract.learn(METHODS[request.param]())
 
 
-# That runs resume is tested with killed processes, in tests/test_resume.py.
-@pytest.mark.parametrize("check", [check for check in contract.CHECKS if check is not contract.check_resume])
+all_methods = pytest.mark.parametrize("run", fedlscl.methods.__all__, indirect=True)
+mostly_slow = pytest.mark.parametrize("run", MOSTLY_SLOW, indirect=True)
+COSTLY = (contract.check_determinism, contract.check_offloading)
+"""They train again. That runs resume is tested with killed processes, in tests/test_resume.py."""
+
+
+@all_methods
+@pytest.mark.parametrize("check", [check for check in contract.CHECKS if check not in (*COSTLY, contract.check_resume)])
 def test_check(check, run):
     check(run, METHODS[type(run.method).__name__])
 
 
+@mostly_slow
+@pytest.mark.parametrize("check", COSTLY)
+def test_costly_check(check, run):
+    check(run, METHODS[type(run.method).__name__])
+
+
+@all_methods
 def test_messages_are_counted(run):
     assert len(run.uploads) == 2 * 2 * 2 and len(run.answers) == 2 * 2
 
@@ -45,6 +53,7 @@ DEPENDS_ON_OTHERS = ("FedBE", "FedWeIT")
 """What the server sends to one of their clients depends on how many there are."""
 
 
+@mostly_slow
 def test_bytes_are_foreseen(run):
     name = type(run.method).__name__
     if name in ("FedMGP", "GLFC", "FedDualP", "FedL2P", "MFCL"):
@@ -58,12 +67,13 @@ def test_bytes_are_foreseen(run):
     assert 0 < expected.seconds < 600
 
 
+@all_methods
 def test_it_learns(run):
     """Fake data are easy: after the last task, on that task's classes, better than a coin for the mean client."""
     assert run.matrix.of("task")[:, 1, 1].mean() > 0.5
 
 
-@pytest.mark.parametrize("name", fedlscl.methods.__all__)
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_batches_of_one_train(name):
     """Batches of two over three samples, and of one, with last feature maps of 1 x 1."""
     data = fake_data(private_classes=2, public_classes=0, train_per_class=3)
@@ -80,7 +90,7 @@ def test_batches_of_one_train(name):
 CONTINUAL = {f"FedLSCL-{option}": option for option in ("ewc", "lwf", "none")}
 
 
-@pytest.mark.parametrize("case", [*fedlscl.methods.__all__, *CONTINUAL])
+@pytest.mark.parametrize("case", [*MOSTLY_SLOW, *CONTINUAL])
 def test_bf16_runs_on_a_cpu(case):
     def make():
         return replace(METHODS["FedLSCL"](), continual=CONTINUAL[case]) if case in CONTINUAL else METHODS[case]()

@@ -142,7 +142,6 @@ def test_the_page_states_the_presets_small_model_and_one_whose_features_differ()
 QUICK = {
     "mambaout",
     "hieradet_sam2",
-    "sequencer",
     "crossvit",
     "efficientvim",
     "resnet",

@@ -91,6 +91,7 @@ def test_every_figure_has_a_heading_and_words(page):
     assert page.count("<h1>") == 1 and page.count("<h2") == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_every_picture_without_complaint_or_request(tab, report, width, scheme):
