@@ -82,7 +82,7 @@ def test_its_tests_pass_and_notice_what_they_are_for(folder, monkeypatch):
     assert len(names) == 2
     for name in names:
         tests[name]()
-    monkeypatch.setattr(tests["MyMethod"], "state_dict", tests["FedAvg"].state_dict)
-    monkeypatch.setattr(tests["MyMethod"], "load_state_dict", tests["FedAvg"].load_state_dict)
+    monkeypatch.setattr(tests["MyMethod"], "state_dict", lambda self: {})
+    monkeypatch.setattr(tests["MyMethod"], "load_state_dict", lambda self, state: None)
     with pytest.raises(AssertionError, match="does state_dict give all"):
         tests["test_my_method_keeps_the_contract"]()

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -175,11 +176,16 @@ class Method(ABC):
         """Put by what later tasks will need, after the last download."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Server state that outlives a round: tensors and numbers."""
-        return {}
+        """Server state that outlives a round: a copy of all dataclass fields with ``init=False``.
+
+        They hold tensors and numbers, or dicts and lists of them; a method with other server state overrides this.
+        """
+        return {each.name: deepcopy(getattr(self, each.name)) for each in fields(self) if not each.init}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
+        for name in (each.name for each in fields(self) if not each.init):
+            setattr(self, name, deepcopy(state[name]))
 
 
 def federated_average(

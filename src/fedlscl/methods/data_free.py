@@ -504,11 +504,3 @@ class DataFree(FedAvg):
     def end_task(self, client: Client) -> None:
         """The global model becomes the teacher."""
         client.snapshot()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which classes any client has met."""
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        self.seen = state["seen"]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -245,14 +245,6 @@ class FedBE(Method):
         client.memory[BLOCKS] = payload[BLOCKS]
         changed = {name: value for name, value in payload.items() if name != BLOCKS}
         client.net.load_state_dict({**client.net.state_dict(), **changed})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sum and number of each client's reported changes, by block."""
-        return {"importance": dict(self.importance)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the reports."""
-        self.importance = dict(state["importance"])
 
     def _capacity(self, client: int) -> int:
         if self.allocation == "all":

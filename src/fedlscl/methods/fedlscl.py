@@ -7,7 +7,7 @@ path, second moments instead of raw features, Eq. 5 in closed form with a scale-
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -327,14 +327,6 @@ class FedLSCL(PrivateSums):
             client.memory[KEPT] = predecessor_features(client)
         if self.continual == "ewc":
             consolidate(client, samples=200, gamma=1.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums behind the analytic heads, the members of secure sums, and how much noise was spent."""
-        return {"sums": dict(self.sums), "members": self.members, "releases": self.releases}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        self.sums, self.members, self.releases = dict(state["sums"]), state["members"], state["releases"]
 
     def _stage_one(self, client: Client) -> Learner:
         rates = {

@@ -6,7 +6,7 @@ tasks so far, one net learns them at once, and everybody gets it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,14 +66,6 @@ class _Pool(Method):
         """Hand out the one net."""
         (answer,) = [upload.payload for upload in uploads if upload.client == TRAINER]
         return [answer] * len(uploads)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The pool."""
-        return dict(self.pool)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the pool."""
-        self.pool = dict(state)
 
 
 @dataclass(kw_only=True)

@@ -261,14 +261,6 @@ class LoRM(Method):
         """Take over the merged factor, the head and what each task counts for."""
         client.net.load_state_dict({**client.net.state_dict(), **payload})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Every task's summed diagonal Grams."""
-        return {"energy": dict(self.energy)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the Grams."""
-        self.energy = dict(state["energy"])
-
     def _weigh(self, layer: str, uploads: list[Upload], grams: list[Tensor], task: int) -> Tensor:
         parts = [
             upload.payload.get(f"energy.{layer}", diagonal(gram)) for upload, gram in zip(uploads, grams, strict=True)

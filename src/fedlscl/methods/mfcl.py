@@ -6,7 +6,7 @@ of the task, and the balanced one over these and the old ones.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -101,15 +101,6 @@ class MFCL(DataFree):
         yield Stage("synthesis", module, list(self._noise()), 1)
         self.synthesizer = outgoing(synthesizer.state_dict())
         self.parcel |= {NET + name: value for name, value in self.synthesizer.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Classes that were met, and the synthesizer."""
-        return {**super().state_dict(), "synthesizer": dict(self.synthesizer)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both."""
-        super().load_state_dict(state)
-        self.synthesizer = dict(state["synthesizer"])
 
     def _build_synthesizer(self, classifier: Net, weights: Payload) -> Synthesizer:
         """One for a classifier's mean and std, with given weights, or a fresh one where there are none."""

@@ -7,7 +7,7 @@ federated form AFL, He et al., CVPR 2025, arXiv 2405.16240).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +54,6 @@ class _Statistics(Method):
     def download(self, client: Client, payload: Payload) -> None:
         """The server's head is the client's."""
         client.net.load_state_dict(payload)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums."""
-        return {"sums": dict(self.sums)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the sums."""
-        self.sums = dict(state["sums"])
 
 
 @dataclass(kw_only=True)
