@@ -68,8 +68,8 @@ def refused(tmp_path, capsys):
         ),
         ("--trainer.rounds_per_task", "argument --trainer.rounds_per_task: expected one argument"),
         ("--trainer.rounds_per_task 0", "rounds_per_task must be >= 1, got 0."),
-        ("--method.lr 0", "lr 0.0 trains nothing: choose more than 0."),
-        ("--method.batch_size 0", "batch_size 0 trains nothing: choose more than 0."),
+        ("--method.lr 0", "lr must be > 0, got 0.0."),
+        ("--method.batch_size 0", "batch_size must be > 0, got 0."),
         ("--method.generator_lr -1", "generator_lr -1.0 cannot be used: choose more than 0."),
         ("--method.lambda_proximal 0", "lambda_proximal 0.0 cannot be used: choose more than 0."),
         ("--method.shrinkage 2", "shrinkage 2.0 is no share: choose up to 1."),
@@ -111,9 +111,9 @@ def refused(tmp_path, capsys):
         ("--data.dataset x.npz --data.image_size null", "x.npz is missing: set root to its folder"),
         ("--data.manifest no.json", "manifest no.json cannot be read (No such file or directory)"),
         # Devices.
-        ("--trainer.accelerator abacus", "accelerator 'abacus' cannot be used"),
-        ("--trainer.devices 0", "devices 0 cannot be used: choose 1 or more."),
-        ("--trainer.precision 16-mixed", "precision '16-mixed' needs CUDA: choose bf16-mixed or 32-true."),
+        ("--trainer.accelerator abacus", "accelerator must be available, got 'abacus'"),
+        ("--trainer.devices 0", "devices must be >= 1, got 0."),
+        ("--trainer.precision 16-mixed", "precision must be bf16-mixed or 32-true without CUDA, got '16-mixed'."),
         # Places.
         ("--ckpt_path no/where", "checkpoint 'no/where' does not exist: run fedlscl fit first"),
         (
@@ -216,7 +216,7 @@ def test_command_is_refused(capsys):
 @pytest.mark.parametrize("accelerator", ["cuda", "gpu"])
 def test_cuda_is_refused_where_it_is_absent(accelerator, refused):
     line = refused("fit", *tiny.FEDLSCL, "--trainer.accelerator", accelerator)
-    assert line == f"accelerator '{accelerator}' is absent on this machine: choose cpu or auto."
+    assert line == f"accelerator must be cpu or auto on a machine without CUDA, got '{accelerator}'."
 
 
 def test_bf16_is_refused_where_it_is_unsupported(refused, monkeypatch):
@@ -229,7 +229,7 @@ def test_bf16_is_refused_where_it_is_unsupported(refused, monkeypatch):
     monkeypatch.setattr("fedlscl.federated.engine.Fabric", OldGPU)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
     line = refused("fit", *tiny.FEDLSCL, "--trainer.precision", "bf16-mixed")
-    assert line == "precision 'bf16-mixed' is not supported by this GPU: choose 16-mixed or 32-true."
+    assert line == "precision must be 16-mixed or 32-true on a GPU without bfloat16, got 'bf16-mixed'."
 
 
 @pytest.mark.parametrize("broken", ["other shapes", "cut short"])
@@ -307,7 +307,7 @@ def damaged(trained, path, damage):
     [
         ("cut short", "is damaged"),
         ("one bit", "is damaged"),
-        ("foreign", "is not one of fedlscl"),
+        ("foreign", "is not a checkpoint of fedlscl"),
         ("newer", "version 99"),
     ],
 )
@@ -504,7 +504,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, caps
     assert main(["fit", *tiny.FEDAVG, *tiny.inside(tmp_path)]) == 2
     run = tmp_path / "FedAvg" / "version_0"
     last = capsys.readouterr().err.splitlines()[-1]
-    assert f"could not write {run / 'checkpoint.pt'} (No space left on device); what stood there is intact" in last
+    assert f"could not write {run / 'checkpoint.pt'} (No space left on device); its previous content is intact" in last
     assert last.endswith("free some space, then continue with --ckpt_path last.")
     assert checkpoint.load_checkpoint(run / "checkpoint.pt")["progress"] == [1, 0]
     assert list(run.glob(".*.tmp")) == []

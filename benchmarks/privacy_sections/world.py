@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.data.images import ImageData
 from fedlscl.federated.method import StreamShape
-from fedlscl.federated.seeding import Turn, seed_turn
+from fedlscl.federated.pool import Turn, seed_turn
 from fedlscl.methods import FedLSCL
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.heads import FoundationClassifier

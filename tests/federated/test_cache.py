@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.fabric import Fabric
 
 from fedlscl.data import Batch
 from fedlscl.federated import cache as module
 from fedlscl.federated.cache import PrefixCache
+from fedlscl.federated.engine import Engine
 from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
 
@@ -149,7 +151,8 @@ def test_nets_of_another_frozen_part_get_their_own(data, net, collaborator_confi
 def test_a_net_without_a_frozen_part_and_a_batch_that_has_its_prefix_pass_through(data, net):
     cache = make(data)
     batch = data.fetch(cache.chunks[0])
-    assert cache.attach(batch, SmallClassifier("test_resnet", 3, 16), nullcontext) is batch
+    engine = Engine(Fabric(accelerator="cpu"), cache)
+    assert engine.prepare(batch, SmallClassifier("test_resnet", 3, 16)).prefix is None
     given_one = batch._replace(prefix=torch.zeros(1))
     assert cache.attach(given_one, net, nullcontext) is given_one
 

@@ -57,5 +57,5 @@ def test_everybody_gets_the_average(uploads):
 
 @pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("local_epochs", 0), ("batch_size", -1)])
 def test_what_would_train_nothing_is_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field} {value} trains nothing"):
+    with pytest.raises(ValueError, match=f"{field} must be > 0, got {value}"):
         FedAvg(**{field: value})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedlscl.federated.payload import (
-    LARGEST_HEADER,
+    MAX_HEADER,
     Upload,
     num_bytes,
     outgoing,
@@ -53,17 +53,17 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     [
         (b"", "cut short"),
         (b"\x01", "cut short"),
-        (framed({"w": ONE}, bytes(4))[:-1], "no safetensors"),
-        (framed({"w": ONE}, bytes(5)), "no safetensors"),
-        (framed({"w": ONE, "v": ONE}, bytes(4)), "no safetensors"),
-        (framed({"w": ONE, "v": {**ONE, "data_offsets": [2, 6]}}, bytes(6)), "no safetensors"),
+        (framed({"w": ONE}, bytes(4))[:-1], "not safetensors"),
+        (framed({"w": ONE}, bytes(5)), "not safetensors"),
+        (framed({"w": ONE, "v": ONE}, bytes(4)), "not safetensors"),
+        (framed({"w": ONE, "v": {**ONE, "data_offsets": [2, 6]}}, bytes(6)), "not safetensors"),
         (framed(b"{" + ENTRY + b", " + ENTRY + b"}", bytes(4)), "twice"),
-        (framed({"w": {**ONE, "shape": [2**62]}}, bytes(4)), "no safetensors"),
-        (framed({"w": {**ONE, "dtype": "F7"}}, bytes(4)), "no safetensors"),
-        (framed(b"[" * 10**6), "no safetensors"),
-        (framed(b'{"w": 1' + b"0" * 10**5 + b"}"), "no safetensors"),
+        (framed({"w": {**ONE, "shape": [2**62]}}, bytes(4)), "not safetensors"),
+        (framed({"w": {**ONE, "dtype": "F7"}}, bytes(4)), "not safetensors"),
+        (framed(b"[" * 10**6), "not safetensors"),
+        (framed(b'{"w": 1' + b"0" * 10**5 + b"}"), "not safetensors"),
         ((2**63).to_bytes(8, "little") + bytes(100), "cut short"),
-        (framed(b" " * (LARGEST_HEADER + 1)), "has a header of 4194305 bytes"),
+        (framed(b" " * (MAX_HEADER + 1)), "has a header of 4194305 bytes"),
         (framed({"w": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]}}, b"\x01\x02"), "other than 0 and 1"),
     ],
 )

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.federated.seeding import Turn, seed_turn, turn_generator
+from fedlscl.federated.client import Client
+from fedlscl.federated.pool import Turn, seed_turn
 
 
 def draws():
@@ -40,9 +41,16 @@ def test_no_two_turns_of_a_run_draw_the_same_numbers():
 
 
 def test_a_loader_gets_a_generator_of_its_own():
+    class Stream:
+        def loader(self, *given, generator, **options):
+            return generator
+
+    def new_generator():
+        return Client(id=0, net=None, data=Stream(), engine=None).loader([], 1)
+
     def orders(warm_up):
         seed_turn(42, 1)
-        first, second = turn_generator(), turn_generator()
+        first, second = new_generator(), new_generator()
         for _ in range(warm_up):
             torch.rand(3)
         return [torch.randperm(20, generator=generator).tolist() for generator in (first, second)]
@@ -50,4 +58,4 @@ def test_a_loader_gets_a_generator_of_its_own():
     assert orders(0) == orders(5)
     assert orders(0)[0] != orders(0)[1]
     seed_turn(42, 2)
-    assert torch.randperm(20, generator=turn_generator()).tolist() not in orders(0)
+    assert torch.randperm(20, generator=new_generator()).tolist() not in orders(0)

@@ -82,7 +82,7 @@ def test_no_room_is_said_in_one_line_and_takes_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ValueError, match=r"no room for .* \(No space left on device\): lower cache_gb"):
+    with pytest.raises(ValueError, match=r"must have room for .* \(No space left on device\): lower trainer.cache_gb"):
         reopened(tmp_path)
     assert reopened(tmp_path, 5).has(0, CHUNKS[0])
 

@@ -399,9 +399,9 @@ def test_augmented_training_serves_no_cached_tokens_says_so_and_repeats_to_the_b
 
     class Spy(Callback):
         def on_stage_start(self, trainer, client, stage):
-            place = trainer.engine.place
+            place = trainer.engine.prepare
             monkeypatch.setattr(
-                trainer.engine, "place", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
+                trainer.engine, "prepare", lambda *given: seen.append(place(*given)) or seen[-1], raising=False
             )
 
         def on_stage_end(self, trainer, client, stage, terms, seconds):

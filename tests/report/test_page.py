@@ -121,7 +121,9 @@ def test_names_bring_no_markup_into_page_and_table(runs, tmp_path, request):
 
 
 def test_oracles_are_named_as_such_and_never_lead(runs, tmp_path):
-    assert sorted(ORACLES) == [name for name in methods.__all__ if getattr(methods, name).card.venue == "all data (centralised)"]
+    assert sorted(ORACLES) == [
+        name for name in methods.__all__ if getattr(methods, name).card.venue == "all data (centralised)"
+    ]
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "Local").glob("version_*/results.json"):
         results = json.loads(path.read_text())

@@ -114,7 +114,7 @@ class Rehearsal(FederatedTrainer):
         for batch in stage.batches:
             if getattr(batch, "augmented", True) or not self.cache_gb:
                 return 0.0
-            self.run.engine.place(batch, stage.module.net)
+            self.run.engine.prepare(batch, stage.module.net)
         return time.perf_counter() - started
 
 

@@ -1,4 +1,4 @@
-"""The whole federation in one file: tensors and numbers only, replaced in one step, refused when damaged."""
+"""Checkpoints: tensors and plain values in one file, replaced atomically, with a checksum and one predecessor."""
 
 import hashlib
 import io
@@ -12,23 +12,23 @@ from typing import Any
 import torch
 
 VERSION = 2
-"""Since 2 the identity covers all pixels and the class names."""
+"""Format of the file; since 2 the identity covers all pixels and the class names."""
 PARTS = {
     "configuration": "use the config.yaml beside it and the same weights files",
     "data set or split": "use the images, labels and class names of that run, and the config.yaml beside it",
     "precision": "use the trainer.precision and the device that it was trained with",
 }
-"""Of an identity, separated by hyphens, with the remedy where they differ."""
+"""Parts of an identity, which hyphens separate, with the remedy for a difference."""
 MAGIC = b"fedlscl\n"
 logger = logging.getLogger(__name__)
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was once written."""
+    """A checkpoint is damaged or not a checkpoint."""
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at ``path`` is kept.
+    """Path of the checkpoint that was written before the one at ``path``.
 
     Example:
         >>> previous(Path("checkpoint.pt")).name
@@ -38,10 +38,7 @@ def previous(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write beside the target, flush to disk, then rename: a crash or a full disk leaves the last good one.
-
-    The one that is replaced stays as ``previous(path)``; that costs a link.
-    """
+    """Write a checkpoint atomically; the one it replaces stays as ``previous(path)``."""
     buffer = io.BytesIO()
     torch.save(canonical({"version": VERSION, **state}), buffer)
     body = buffer.getbuffer()
@@ -50,31 +47,30 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_last_good(path: Path, identity: str = "") -> dict[str, Any]:
-    """Read a checkpoint, or the one before it where it is damaged; which one it is, is logged.
+    """Read a checkpoint, or the previous one (with a warning) if it is damaged.
 
-    The good one then takes the damaged one's place, so that the next one that is kept is good, too.
+    The previous one then replaces the damaged one.
 
     Raises:
-        ValueError: as ``load_checkpoint``, if there is no good one.
+        ValueError: as ``load_checkpoint``, if neither can be read.
     """
     try:
         return load_checkpoint(path, identity)
-    except DamagedError as error:
-        older, flaw = previous(path), error
-    try:
-        state = load_checkpoint(older, identity)
-    except ValueError:
-        raise flaw from None
-    logger.warning(f"{flaw} Going on from {str(older)!r}, the one before it.")
-    link(older, path)
+    except DamagedError as damage:
+        try:
+            state = load_checkpoint(previous(path), identity)
+        except ValueError:
+            raise damage from None
+        logger.warning(f"{damage} Resuming from {str(previous(path))!r}, the one before it.")
+    _link(previous(path), path)
     return state
 
 
 def canonical(value: Any, storages: set[int] | None = None) -> Any:
-    """The same values without a history: what is equal becomes equal bytes, resumed or not.
+    """The same values in a form whose pickle depends on the values alone, so that equal states give equal bytes.
 
-    Pickle writes an object that it meets again as a reference, so equal strings must be one object, and every tensor
-    gets a storage of its own and of its size. State dicts lose their ``_metadata``, which no module here reads.
+    Pickle refers to objects it has met before, so equal strings are interned, and each tensor gets its own storage of
+    its size. State dicts lose their ``_metadata``, which no module here reads.
     """
     storages = set() if storages is None else storages
     if isinstance(value, torch.Tensor):
@@ -91,55 +87,53 @@ def canonical(value: Any, storages: set[int] | None = None) -> Any:
 
 
 def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
-    """Read a checkpoint; nothing in it is ever unpickled beyond tensors and plain values.
+    """Read a checkpoint; only tensors and plain values are unpickled.
 
     Args:
         path: the file.
-        identity: of the configuration that it has to belong to; the beginning of one suffices.
+        identity: expected fingerprint of the run, or a prefix of it.
 
     Raises:
-        DamagedError: if the file is damaged or no checkpoint of ours.
+        DamagedError: if the file is damaged or not a checkpoint of fedlscl.
         ValueError: if it does not exist, or is of another version, configuration, data set, split or precision.
     """
+    name = f"checkpoint {str(path)!r}"
     if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist: give --ckpt_path last or the path of one.")
+        raise ValueError(f"{name} does not exist: give --ckpt_path last or the path of one.")
     data = path.read_bytes()
-    head = len(MAGIC) + hashlib.sha256().digest_size
-    if not data.startswith(MAGIC) or len(data) <= head:
-        raise DamagedError(f"checkpoint {str(path)!r} is not one of fedlscl, or cut short: choose another file.")
-    body = memoryview(data)[head:]
-    if hashlib.sha256(body).digest() != data[len(MAGIC) : head]:
-        raise DamagedError(f"checkpoint {str(path)!r} is damaged (its checksum differs): choose an earlier one.")
+    start = len(MAGIC) + hashlib.sha256().digest_size
+    if not data.startswith(MAGIC) or len(data) <= start:
+        raise DamagedError(f"{name} is not a checkpoint of fedlscl, or cut short: choose another file.")
+    body = memoryview(data)[start:]
+    if hashlib.sha256(body).digest() != data[len(MAGIC) : start]:
+        raise DamagedError(f"{name} is damaged (its checksum differs): choose an earlier one.")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        is_ours = type(state["version"]) is int and type(state["identity"]) is str
-    except Exception as error:  # A checksum can be forged, and torch raises whatever the bytes make it raise.
+        has_header = type(state["version"]) is int and type(state["identity"]) is str
+    except Exception as error:  # A checksum can be forged, and torch raises many kinds of errors.
         raise DamagedError(
-            f"checkpoint {str(path)!r} holds more or less than tensors and plain values ({type(error).__name__}): "
-            "nothing in it was run; choose another file."
+            f"{name} must contain tensors and plain values only ({type(error).__name__}): nothing in it was run; "
+            "choose another file."
         ) from None
-    if not is_ours:
-        raise DamagedError(f"checkpoint {str(path)!r} does not say what it belongs to: choose another file.")
+    if not has_header:
+        raise DamagedError(f"{name} lacks version or identity: choose another file.")
     if state["version"] != VERSION:
         remedy = "upgrade it" if state["version"] > VERSION else "start a new run, or use the version that wrote it"
-        raise ValueError(
-            f"checkpoint {str(path)!r} has version {state['version']}, this program reads {VERSION}: {remedy}."
-        )
-    saved, wanted = state["identity"].split("-"), identity.split("-")
+        raise ValueError(f"{name} has version {state['version']}, this program reads {VERSION}: {remedy}.")
     if not state["identity"].startswith(identity):
-        other = (part for part, old, new in zip(PARTS, saved, wanted, strict=False) if old != new)
-        part = next(other, "configuration")
-        raise ValueError(
-            f"checkpoint {str(path)!r} belongs to another {part}: {PARTS[part]}, or start a new run without "
-            "--ckpt_path."
-        )
+        pairs = zip(PARTS, state["identity"].split("-"), identity.split("-"), strict=False)
+        part = next((part for part, saved, wanted in pairs if saved != wanted), "configuration")
+        raise ValueError(f"{name} belongs to another {part}: {PARTS[part]}, or start a new run without --ckpt_path.")
     return state
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview, kept: Path | None = None) -> None:
-    """Write a file so that readers see the old one or the whole new one, also after a loss of power.
+    """Write a file so that readers see the old or the whole new content, also after a power failure.
 
-    The old one gets the name ``kept`` where that is given and a link can be made.
+    Args:
+        path: the file.
+        parts: its content.
+        kept: name for the replaced file, where the file system has hard links.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -149,11 +143,13 @@ def write_atomically(path: Path, *parts: bytes | memoryview, kept: Path | None =
             file.flush()
             os.fsync(file.fileno())
         if kept is not None:
-            link(path, kept)
+            _link(path, kept)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write {path} ({error.strerror}); what stood there is intact") from error
+        raise OSError(
+            error.errno, f"could not write {path} ({error.strerror}); its previous content is intact"
+        ) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -161,8 +157,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, kept: Path | None =
         os.close(folder)
 
 
-def link(path: Path, name: Path) -> None:
-    """Give a file one more name in one step; where that cannot be, whatever has the name keeps it."""
+def _link(path: Path, name: Path) -> None:
     temporary = path.with_name(f".{path.name}.link")
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
@@ -170,5 +165,4 @@ def link(path: Path, name: Path) -> None:
         try:
             os.replace(temporary, name)
         finally:
-            # Replacing a name of the same file does nothing at all.
-            temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)  # os.replace does nothing if both names are of the same file

@@ -6,56 +6,41 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedlscl.data import Batch, Buffer, ClientStream
-from fedlscl.federated.seeding import turn_generator
-from fedlscl.nets.net import Net
 
-# A client A_i: its net, its stream of tasks, and what it keeps private.
-
-
-class Inference(Protocol):
-    """Runs nets over images in evaluation mode; the trainer provides it."""
-
-    def infer(
-        self, net: Net, stream: ClientStream, ids: Tensor, part: Callable[[Tensor], Any] | None = None
-    ) -> Iterator[tuple[Batch, Any]]:
-        """Batches on the device with the net's outputs (or those of a part of it), without gradient."""
-        ...
-
-    def place(self, batch: Batch, net: Net) -> Batch:
-        """A batch on the device, with the cached output of the net's frozen part."""
-        ...
+if TYPE_CHECKING:
+    from fedlscl.federated.engine import Engine
 
 
 @dataclass(kw_only=True)
 class Client:
-    """One participant; everything here stays with it unless ``Method.upload`` says otherwise."""
+    """One client; nothing here leaves it except what ``Method.upload`` sends."""
 
     id: int
     net: Any
     """The `Net` that the method built for it."""
     data: ClientStream
-    engine: Inference
+    engine: "Engine"
     previous: Any = None
     """The net after the last task (theta^{n-1}, phi^{n-1}), frozen."""
     buffer: Buffer = field(default_factory=Buffer.empty)
     """B^{n-1}, of the tasks before the current one."""
     memory: dict[str, Tensor] = field(default_factory=dict)
-    """Whatever else a method keeps on the client."""
+    """Other tensors that a method keeps on the client."""
     task: int = 0
     round: int = 0
     num_synced_rounds: int = 0
-    """Rounds of the current task whose answer the client has taken over."""
+    """Rounds of the current task whose server response was applied."""
     offloaded_to: Path | None = None
     """The file that holds the client's tensors while they are not in memory."""
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Buffers of a parked net that are no part of its state."""
+    """Non-persistent buffers of an offloaded net."""
 
     @property
     def classes(self) -> Tensor:
@@ -78,19 +63,20 @@ class Client:
         return self.data.train_ids(self.task)
 
     def loader(self, ids: Tensor, batch_size: int) -> DataLoader:
-        """Shuffled batches of some samples, in an order that the turn's seed decides."""
-        return self.data.loader(ids, batch_size, shuffle=True, generator=turn_generator())
+        """Shuffled batches of some samples; the order depends on the turn's seed alone."""
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return self.data.loader(ids, batch_size, shuffle=True, generator=generator)
 
     def infer(self, ids: Tensor, part: Callable[[Tensor], Any] | None = None) -> Iterator[tuple[Batch, Any]]:
-        """Outputs of the client's net (or of ``part``, which sees images alone) on some samples, batch by batch."""
+        """Batches of some samples with the outputs of the client's net, or of ``part``; see ``Engine.infer``."""
         return self.engine.infer(self.net, self.data, ids, part)
 
     def snapshot(self) -> None:
-        """Keep the net as it is now as the next task's predecessor."""
+        """Keep a frozen copy of the net as ``previous``."""
         self.previous = deepcopy(self.net).requires_grad_(False).eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers that describe the client between two rounds."""
+        """State of the client between two rounds: tensors and numbers."""
         if self.offloaded_to is not None:
             return torch.load(self.offloaded_to, mmap=True, weights_only=True)
         return {
@@ -102,11 +88,10 @@ class Client:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+        """Restore the result of ``state_dict``."""
         self.net.load_state_dict(state["net"])
-        if state["previous"] is None:
-            self.previous = None
-        else:
+        self.previous = None
+        if state["previous"] is not None:
             self.snapshot()
             self.previous.load_state_dict(state["previous"])
         self.buffer = Buffer.from_state_dict(state["buffer"])
@@ -114,15 +99,16 @@ class Client:
 
     @property
     def num_bytes(self) -> int:
-        """What the client holds in memory."""
-        buffer = (self.buffer.ids, self.buffer.labels, self.buffer.losses)
-        tensors = [*states(self.net), *states(self.previous), *self.memory.values(), *buffer]
+        """Size of the client's tensors in memory."""
+        nets = [net for net in (self.net, self.previous) if net is not None]
+        tensors = [tensor for net in nets for tensor in net.state_dict().values()]
+        tensors += [*self.memory.values(), self.buffer.ids, self.buffer.labels, self.buffer.losses]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def offload(self, path: Path) -> None:
-        """Put everything into a file and free the memory; the net's structure stays, without values."""
+        """Write the client's state to a file and free its memory; the net keeps its structure on the meta device."""
         state = self.state_dict()
-        # A new file, since tensors of the old one may still be mapped by whoever read the state.
+        # A new file: a state that was read from the old one may still be mapped.
         fresh = path.with_suffix(".new")
         torch.save(state, fresh)
         fresh.replace(path)
@@ -131,7 +117,7 @@ class Client:
         self.previous, self.buffer, self.memory, self.offloaded_to = None, Buffer.empty(), {}, path
 
     def reload(self) -> None:
-        """Bring everything back from the file, if it is in one."""
+        """Read the state back if the client is offloaded."""
         if self.offloaded_to is not None:
             state = torch.load(self.offloaded_to, weights_only=True)
             self.offloaded_to = None
@@ -141,14 +127,51 @@ class Client:
             self.load_state_dict(state)
 
 
-def states(net: Net | None) -> list[Tensor]:
-    """The tensors of a net that is to be kept; none of one that is not there."""
-    return [] if net is None else list(net.state_dict().values())
+class ClientOffloader:
+    """Offloads the least recently used clients to a temporary folder above a memory budget.
+
+    Args:
+        budget_bytes: memory for idle clients.
+    """
+
+    def __init__(self, budget_bytes: float) -> None:
+        self.budget_bytes = budget_bytes
+        self.resident: OrderedDict[int, tuple[Client, int]] = OrderedDict()
+        """Idle clients in memory and their bytes, least recently used first."""
+        self.folder: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory used by idle clients."""
+        return sum(size for _, size in self.resident.values())
+
+    def acquire(self, client: Client) -> None:
+        """Load a client into memory for its turn."""
+        self.resident.pop(client.id, None)
+        client.reload()
+
+    def release(self, client: Client) -> None:
+        """End a client's turn; offload idle clients until the budget holds."""
+        self.resident[client.id] = client, client.num_bytes
+        while self.resident and self.resident_bytes > self.budget_bytes:
+            index, (idle, _) = self.resident.popitem(last=False)
+            if self.folder is None:
+                self.folder = tempfile.TemporaryDirectory(prefix="fedlscl-clients-")
+            idle.offload(Path(self.folder.name, f"{index}.pt"))
 
 
 @torch.no_grad()
 def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Tensor, Tensor]:
-    """Mean of the normalised features of each class among samples: classes (C,) and means (C, width)."""
+    """Mean normalised features of each class among some samples.
+
+    Args:
+        client: its net computes the features.
+        ids: samples.
+        pick: field of the net's output to average.
+
+    Returns:
+        Classes (C,) in ascending order and means (C, width).
+    """
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
     for batch, output in client.infer(ids):
@@ -161,39 +184,3 @@ def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Te
     if not classes:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, client.net.head.weight.shape[1])
     return torch.tensor(classes), torch.stack([sums[label] / counts[label] for label in classes]).float()
-
-
-# Idle clients beyond a budget wait in files.
-
-
-class ClientOffloader:
-    """Keeps the clients that worked last in memory, and the others on disk, in a folder that ends with the process.
-
-    Args:
-        budget_bytes: for nets, predecessors, buffers and memories of idle clients.
-    """
-
-    def __init__(self, budget_bytes: float) -> None:
-        self.budget_bytes = budget_bytes
-        self.resident: OrderedDict[int, tuple[Client, int]] = OrderedDict()
-        """Idle clients in memory and their bytes, the longest idle first."""
-        self.folder: tempfile.TemporaryDirectory | None = None
-
-    @property
-    def resident_bytes(self) -> int:
-        """What idle clients take of the memory."""
-        return sum(size for _, size in self.resident.values())
-
-    def take(self, client: Client) -> None:
-        """A client's turn begins: it is in memory, and not counted as idle."""
-        self.resident.pop(client.id, None)
-        client.reload()
-
-    def leave(self, client: Client) -> None:
-        """A client's turn is over; whoever has been idle longest makes room."""
-        self.resident[client.id] = client, client.num_bytes
-        while self.resident and self.resident_bytes > self.budget_bytes:
-            index, (idle, _) = self.resident.popitem(last=False)
-            if self.folder is None:
-                self.folder = tempfile.TemporaryDirectory(prefix="fedlscl-clients-")
-            idle.offload(Path(self.folder.name, f"{index}.pt"))

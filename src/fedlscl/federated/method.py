@@ -1,4 +1,4 @@
-"""Method: in what a federated continual-learning method differs from FedAvg."""
+"""Method: the hooks by which a federated continual-learning method differs from FedAvg."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ from fedlscl.modules.learner import LR, ClassificationModule, Learner
 from fedlscl.nets.net import Net
 
 Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]
-"""How an averaging server averages."""
+"""How a server averages uploads."""
 
 
 class StreamShape(NamedTuple):
@@ -37,7 +37,7 @@ class StreamShape(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A piece of local work: one objective, its batches, and how often to go through them."""
+    """A phase of training: one objective, its batches, and the number of epochs."""
 
     name: str
     module: Learner
@@ -47,7 +47,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """Position of a run: task and round, both counted from 0."""
+    """Position of a run; tasks and rounds count from 0."""
 
     task: int
     round: int
@@ -58,122 +58,124 @@ class Progress:
 
     @property
     def position(self) -> tuple[int, int]:
-        """Task and round."""
+        """(task, round)."""
         return self.task, self.round
 
     @property
     def last_trained_task(self) -> int:
-        """The newest task that was trained on before this place; -1 at the start."""
+        """Newest task with training before this position; -1 at the start."""
         return self.task if self.round else self.task - 1
 
 
 class MethodCard(NamedTuple):
-    """A method in one line; ``fedlscl methods`` and the README show nothing else."""
+    """A method in one row of a table, as ``fedlscl methods`` prints it."""
 
     venue: str
-    """Where and when it was published; control or oracle for what was not."""
+    """Venue and year of the publication; control or oracle if it has none."""
     arxiv: str = ""
-    """Number on arXiv."""
+    """arXiv id."""
     trains: str = ""
     """What a client trains."""
     uploads: str = ""
-    """What it sends."""
+    """What a client sends."""
 
 
 @dataclass(kw_only=True)
 class Method(ABC):
-    """Every hook is FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629) until a method overrides it whole."""
+    """All hooks default to FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629).
+
+    Override a hook completely; do not call ``super()``.
+    """
 
     card: ClassVar[MethodCard]
-    """Stated anew by every method of this package."""
+    """Description for tables; every method of this package has its own."""
     simulation_only: ClassVar[bool] = False
-    """Whether the server looks into its clients, which only one process with all of them allows."""
+    """Whether the server reads its clients' data, which requires all clients in one process."""
     averages: ClassVar[bool] = False
-    """Whether an ``aggregate`` of the method's own averages as ``self.average`` does."""
+    """Whether an overridden ``aggregate`` calls ``self.average``, so that ``aggregation`` has an effect."""
     lr: float = LR
-    """Learning rate of Adam, fresh in every round (Sec. 5.1.3)."""
+    """Learning rate of Adam, which restarts in every round (Sec. 5.1.3)."""
     local_epochs: int = 5
     """Epochs of a stage in one round (ours; not in the paper)."""
     batch_size: int = 32
     """Images per step (ours; not in the paper)."""
     head_aggregation: Literal["classwise", "average"] = "classwise"
-    """How uploaded heads are averaged: by the samples of each class (ours), or all rows alike (FedAvg's own)."""
+    """Weights of uploaded heads: each row by the samples of its class (ours), or all rows by all samples (FedAvg)."""
     aggregation: Aggregation = "mean"
-    """How uploads are averaged. The others hold against a few bad clients and count all alike (docs/robustness.md)."""
+    """How uploads are averaged; all but mean are robust and weight all clients equally (docs/robustness.md)."""
     trim: float = 0.2
-    """Share of the clients that ``trimmed_mean`` leaves out at either end, rounded up."""
+    """Fraction of the clients that ``trimmed_mean`` drops at either end, rounded up."""
 
     def __post_init__(self) -> None:
-        """Refuse what would train nothing."""
+        """Validate the options."""
         for name in ("lr", "local_epochs", "batch_size"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} trains nothing: choose more than 0.")
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
         if self.aggregation not in get_args(Aggregation):
             raise ValueError(
-                f"aggregation {self.aggregation!r} is unknown: use one of {', '.join(get_args(Aggregation))}."
+                f"aggregation must be one of {', '.join(get_args(Aggregation))}, got {self.aggregation!r}."
             )
         if self.aggregation != "mean" and not (self.averages or type(self).aggregate is Method.aggregate):
             raise ValueError(
-                f"aggregation {self.aggregation!r} changes nothing in {type(self).__name__}, whose server does not "
-                "average as FedAvg's: leave it at mean."
+                f"aggregation must be mean for {type(self).__name__}, whose server does not average as FedAvg's, got "
+                f"{self.aggregation!r}."
             )
         if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim {self.trim} leaves nobody: choose 0 or more, below 0.5.")
+            raise ValueError(f"trim must be in [0, 0.5), got {self.trim}.")
 
     @abstractmethod
     def build_net(self, client: int, stream: StreamShape) -> Net:
         """Build the net of one client; the same seed is set before each client's call."""
 
     def begin_task(self, client: Client) -> None:
-        """Prepare for new classes, before the task's first round."""
+        """Prepare for the task's classes; called before its first round."""
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Local work of one round, stage by stage; a stage is built when the one before it has ended."""
+        """Yield the stages of one round's local training; each is built when the previous one is trained."""
         module = ClassificationModule(client.net, client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
-        """What the client sends after local work."""
+        """Tensors to send to the server after local training."""
         return outgoing(client.net.state_dict())
 
-    def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
-        """Training at the server before ``aggregate``, stage by stage as in ``stages``; none here."""
-        return iter(())
-
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """What an honest message from this sender of this round looks like: names, shapes and dtypes.
+        """Expected names, shapes and dtypes of a well-formed upload; None to check values only.
 
-        The door compares every upload with it, and norms with those of tensors that come from ``net`` as it is. A
-        method with an ``upload`` of its own should say what that sends (with None, the door checks values alone) and
-        raise what is wrong where numbers in a message decide its shapes.
+        Required where ``upload`` is overridden. Values of tensors taken from ``net`` are references for norms. Raise an
+        error if numbers in the payload decide its shapes and are invalid.
 
         Args:
-            upload: what came; its sender, round and class counts are checked already, its payload is anything.
-            net: client 0's as it is built.
+            upload: sender, round and class counts are validated already, the payload is not.
+            net: the newly built net of client 0.
         """
         return dict(net.state_dict()) if type(self).upload is Method.upload else None
 
     def check_upload(self, upload: Upload) -> str:
-        """What shows that an upload of the expected form and of finite numbers was not made as ``upload`` makes it.
+        """Method-specific check of a well-formed, finite upload.
 
-        One line, and the door refuses it; nothing here. The place for what a method knows of its statistics.
+        Returns the reason for rejection in one line, or an empty string.
         """
         return ""
 
+    def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
+        """Yield stages that the server trains before ``aggregate``; none by default."""
+        return iter(())
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """One answer for each upload, in their order."""
+        """The server's responses, one for each upload, in the same order."""
         return [self.average(uploads)] * len(uploads)
 
     def average(self, uploads: list[Upload]) -> Payload:
-        """The average of uploads of equal names and shapes, as the fields say."""
+        """Average of uploads with equal names and shapes, according to the method's options."""
         return federated_average(uploads, self.head_aggregation, self.aggregation, self.trim)
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the server's answer."""
+        """Apply the server's response."""
         client.net.load_state_dict(payload)
 
     def end_task(self, client: Client) -> None:
-        """Put by what later tasks will need, after the last download."""
+        """Save state needed by later tasks; called after the last download of a task."""
 
     def state_dict(self) -> dict[str, Any]:
         """Server state that outlives a round: a copy of all dataclass fields with ``init=False``.
@@ -191,10 +193,10 @@ class Method(ABC):
 def federated_average(
     uploads: list[Upload], head_aggregation: str, aggregation: Aggregation = "mean", trim: float = 0.2
 ) -> Payload:
-    """Average uploads by their numbers of samples; rows of the head by the samples of their class if so asked.
+    """Average uploads weighted by samples; with 'classwise', rows of the head by the samples of their class.
 
-    With another ``aggregation`` than the mean no upload weighs more than another, and rows of the head are combined
-    among the clients that have samples of their class.
+    Other values of ``aggregation`` than 'mean' weight all uploads equally, and rows of the head all clients that have
+    samples of their class.
     """
     payloads, counts = [upload.payload for upload in uploads], [upload.class_counts for upload in uploads]
     if aggregation == "mean":

@@ -1,4 +1,4 @@
-"""What travels between client and server: named tensors, and who sent them."""
+"""Messages between client and server: named tensors, serialised with safetensors."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from torch import Tensor
 
 Payload = dict[str, Tensor]
 """Tensors by name, on the CPU and detached; never modules, optimizers or data sets."""
-LARGEST_HEADER = 4 * 2**20
-"""Bytes of a message that describe its tensors; a ViT-B/16 needs some 20,000."""
+MAX_HEADER = 4 * 2**20
+"""Maximum bytes of a safetensors header; that of a ViT-B/16 has about 20,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,75 +34,71 @@ class Upload:
 
 
 def outgoing(tensors: Mapping[str, Tensor]) -> Payload:
-    """Detach and copy to the CPU what leaves a client or the server."""
+    """Detached copies on the CPU, ready to be sent."""
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def num_bytes(payload: Payload) -> int:
-    """Size of the message as it is really serialised (safetensors); its form decides, and is serialised once."""
+    """Size of a message as serialised; computed once for each set of names, shapes and dtypes."""
     return _num_bytes(tuple((name, value.shape, value.dtype) for name, value in payload.items())) if payload else 0
 
 
 @lru_cache(maxsize=1024)
-def _num_bytes(form: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> int:
-    return len(write_payload({name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in form}))
+def _num_bytes(spec: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> int:
+    return len(write_payload({name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in spec}))
 
 
-def write_payload(payload: Payload) -> bytes:
-    """The message as safetensors."""
-    return save({name: value.contiguous() for name, value in payload.items()})
+def write_payload(payload: Payload, metadata: dict[str, str] | None = None) -> bytes:
+    """Serialise tensors and metadata with safetensors."""
+    return save({name: value.contiguous() for name, value in payload.items()}, metadata)
 
 
 def read_payload(data: bytes, limit: int | None = None) -> Payload:
-    """Tensors of a message that anybody may have written; see ``read_message``."""
+    """Tensors of an untrusted message; see ``read_message``."""
     return read_message(data, limit)[1]
 
 
 def read_message(data: bytes, limit: int | None = None) -> tuple[dict[str, str], Payload]:
-    """Metadata and tensors of a message that anybody may have written; nothing in it is ever executed.
+    """Metadata and tensors of an untrusted message; nothing in it is executed.
 
-    Tensors get memory of their own, since its alignment may decide the last bit of a product.
+    Tensors are copied, since the alignment of their memory may decide the last bit of a product.
 
     Args:
         data: safetensors.
-        limit: most bytes that are looked at.
+        limit: maximum number of bytes.
 
     Raises:
-        ValueError: in one line, whatever the bytes are, if they are not one whole message.
+        ValueError: if the bytes are not exactly one message; the text has one line, whatever they contain.
     """
     if limit is not None and len(data) > limit:
         raise ValueError(f"message of {len(data)} bytes is larger than {limit}")
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
-        raise ValueError(f"message of {len(data)} bytes is cut short, or no safetensors")
-    if size > LARGEST_HEADER:
-        raise ValueError(f"message has a header of {size} bytes, more than {LARGEST_HEADER}")
+        raise ValueError(f"message of {len(data)} bytes is cut short, or not safetensors")
+    if size > MAX_HEADER:
+        raise ValueError(f"message has a header of {size} bytes, more than {MAX_HEADER}")
     try:
-        # The library keeps one of two tensors of the same name without a word.
-        metadata = json.loads(data[8 : 8 + size], object_pairs_hook=_once).get("__metadata__", {})
+        # safetensors silently keeps one of two tensors of the same name.
+        metadata = json.loads(data[8 : 8 + size], object_pairs_hook=_unique).get("__metadata__", {})
         mapped = load(data)
-        names = [name for name, value in mapped.items() if value.dtype == torch.bool and _holds_more_than_bits(value)]
+        invalid = [n for n, v in mapped.items() if v.dtype == torch.bool and (v.view(torch.uint8) > 1).any()]
         payload = {name: value.clone() for name, value in mapped.items()}
-    except Exception as error:  # The library raises one kind for each way of being broken, and torch has its own.
-        raise ValueError(f"message is no safetensors ({one_line(error)})") from None
-    if names:
-        raise ValueError(f"message has a truth value other than 0 and 1 in {one_line(names[0])!r}")
+    except Exception as error:  # safetensors and torch raise many kinds of errors.
+        raise ValueError(f"message is not safetensors ({one_line(error)})") from None
+    if invalid:
+        raise ValueError(f"message has a truth value other than 0 and 1 in {one_line(invalid[0])!r}")
     return metadata, payload
 
 
 def one_line(value: Any, length: int = 80) -> str:
-    """The beginning of what somebody else wrote, fit for a log."""
+    """The beginning of an untrusted text on one line of printable characters, for logs."""
     text = " ".join(str(value).split())
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name comes twice")
     return found
-
-
-def _holds_more_than_bits(value: Tensor) -> bool:
-    return bool((value.view(torch.uint8) > 1).any())

@@ -1,24 +1,29 @@
-"""The clients as the trainer sees them: `ClientPool`, and `LocalPool`, which simulates all of them in this process.
+"""ClientPool, the clients' part of Algorithm 1, and LocalPool, which simulates all clients in this process.
 
-``fedlscl.flower.FlowerPool`` is the other implementation; its clients are on other machines.
+``fedlscl.flower.server.FlowerPool`` is the other implementation; its clients are on other machines.
 """
 
+import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from enum import IntEnum
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.client import Client
-from fedlscl.federated.distributed import Ranks, gather_accuracies, gather_clients, gather_history
+from fedlscl.federated.distributed import Ranks, assign
 from fedlscl.federated.engine import Engine
 from fedlscl.federated.method import Method, Progress, Stage, StreamShape
 from fedlscl.federated.metrics import MASKS, correct
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.federated.seeding import Turn, seed_turn
 from fedlscl.federated.state import RunState
+from fedlscl.federated.validation import UploadLimits
 from fedlscl.nets.net import Net
 
 TrainStage = Callable[[Client | None, Stage], Any]
@@ -26,147 +31,154 @@ TrainStage = Callable[[Client | None, Stage], Any]
 
 
 class Uploads(NamedTuple):
-    """What came from the participants of a round."""
+    """Messages of the participants of a round."""
 
     received: list[Upload]
     unreadable: dict[int, str]
-    """Clients whose message could not be read, with the reason."""
+    """Reason by client, of messages that could not be read."""
 
 
-class ClientPool(Protocol):
-    """Carries out the clients' part of Algorithm 1."""
+class ClientPool(ABC):
+    """Runs the clients' part of Algorithm 1."""
 
     @property
+    @abstractmethod
     def stream(self) -> StreamShape | None:
-        """Sizes of the data; None as long as no client has stated its classes."""
-        ...
+        """Sizes of the data; None before a remote client has reported its classes."""
 
+    @abstractmethod
+    def setup(self, run: RunState, limits: UploadLimits) -> None:
+        """Build the clients of a run."""
+
+    @abstractmethod
     def begin_task(self, task: int, first_round: int) -> None:
-        """Start a task on all clients; with ``first_round`` > 0 the task was started before a restart."""
-        ...
+        """Start a task on all clients; with ``first_round`` > 0 a resumed one."""
 
+    @abstractmethod
     def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> Uploads:
-        """Local work of one round on the participants, and their uploads if the server aggregates."""
-        ...
+        """Local training of one round, evaluation in a task's last round, and uploads if the server aggregates."""
 
+    @abstractmethod
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        """Deliver the server's answers, by client."""
-        ...
+        """Deliver the server's responses, by client."""
 
+    @abstractmethod
     def end_task(self, progress: Progress) -> None:
         """End a task on all clients and evaluate them."""
-        ...
 
+    @abstractmethod
     def finish(self, save: Callable[[], None]) -> None:
-        """After the last task; ``save`` writes a checkpoint where something new arrived."""
-        ...
+        """Called after the last task; ``save`` writes a checkpoint."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """The clients' part of a checkpoint: tensors, numbers and text by name."""
-        ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any], progress: Progress) -> None:
-        """Restore the clients as they were before the round of ``progress``."""
-        ...
+        """Restore the result of ``state_dict``; ``progress`` is the next round."""
 
 
-class LocalPool:
+class LocalPool(ClientPool):
     """All clients in this process, or distributed over the processes of ``ranks``.
 
     Args:
-        run: gets clients, accuracies and history.
         datamodule: the clients' streams of tasks.
-        ranks: which process trains which client.
+        ranks: the processes.
         train_stage: trains one stage.
         call: calls a hook of all callbacks.
     """
 
     def __init__(
         self,
-        run: RunState,
         datamodule: SpatialTemporalDataModule,
         ranks: Ranks,
         train_stage: TrainStage,
         call: Callable[..., None],
     ) -> None:
-        self.run, self.datamodule, self.ranks = run, datamodule, ranks
-        self.train_stage, self.call = train_stage, call
-        self.runner = ClientRunner(run.method, run.engine, run.seed)
-        ranks.deal([datamodule.stream(i).num_samples for i in range(datamodule.num_clients)])
-        if ranks.size > 1 and run.method.simulation_only:
-            raise ValueError(f"devices must be 1 for {type(run.method).__name__}, which pools all data in one process.")
-        run.clients = [self._build_client(i) for i in range(datamodule.num_clients)]
-        run.data = describe_data(datamodule, run.num_tasks)
+        self.datamodule, self.ranks, self.train_stage, self.call = datamodule, ranks, train_stage, call
 
     @property
+    @override
     def stream(self) -> StreamShape:
-        """Classes of the data set."""
         data = self.datamodule
         return StreamShape(data.num_classes, data.num_clients, data.num_tasks)
 
+    @override
+    def setup(self, run: RunState, limits: UploadLimits) -> None:
+        if self.ranks.size > 1 and run.method.simulation_only:
+            raise ValueError(
+                f"devices must be 1 for {type(run.method).__name__}, which reads all clients' data in one process, got "
+                f"{self.ranks.size}."
+            )
+        self.run, self.runner = run, ClientRunner(run.method, run.engine, run.seed)
+        streams = [self.datamodule.stream(index) for index in range(self.datamodule.num_clients)]
+        ranks = assign([stream.num_samples for stream in streams], self.ranks.size)
+        self.own_clients = {index for index, rank in enumerate(ranks) if rank == self.ranks.rank}
+        for index, stream in enumerate(streams):
+            net = self.runner.build(index, self.stream)
+            run.clients.append(Client(id=index, net=net, data=stream, engine=run.engine))
+            run.engine.offloader.release(run.clients[-1])
+        run.data = describe_data(self.datamodule, run.num_tasks)
+
+    @override
     def begin_task(self, task: int, first_round: int) -> None:
-        """Set the task on all clients; on a fresh task call the method's hook."""
         for client in self.run.clients:
             client.task, client.round = task, first_round
-            if first_round == 0 and self.ranks.owns(client.id):
+            if first_round == 0 and client.id in self.own_clients:
                 self.runner.begin_task(client)
 
+    @override
     def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> Uploads:
-        """Train the participants one after another; in a task's last round they are evaluated before aggregation."""
         run = self.run
         for client in run.clients:
             client.round = progress.round
         present, start = [run.clients[index] for index in participants], len(run.history)
-        for client in self._mine(present):
+        for client in self._own(present):
             self.call("on_client_start", client)
             self.runner.train(client, self.train_stage)
             if progress.last:
                 self._evaluate(client, "before")
-        gather_history(self.ranks, run.history, start)
+        if self.ranks.size > 1:
+            run.history[start:] = sorted(self.ranks.gather(run.history[start:]), key=lambda entry: entry["client"])
         if progress.last:
-            gather_accuracies(self.ranks, run.matrix, "before", progress.task, present)
+            self._gather_accuracies("before", progress.task, present)
         if not with_uploads:
             return Uploads([], {})
-        uploads = self.ranks.gather([self.runner.upload(client) for client in self._mine(present)])
+        uploads = self.ranks.gather([self.runner.upload(client) for client in self._own(present)])
         return Uploads(sorted(uploads, key=lambda upload: upload.client), {})
 
+    @override
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        """Apply the server's answers."""
-        for index, answer in answers.items():
-            if self.ranks.owns(index):
-                self.runner.download(self.run.clients[index], answer)
+        for client in self._own(self.run.clients):
+            if client.id in answers:
+                self.runner.download(client, answers[client.id])
 
+    @override
     def end_task(self, progress: Progress) -> None:
-        """Call the method's hook on every client and evaluate it."""
-        for client in self._mine(self.run.clients):
+        for client in self._own(self.run.clients):
             self.runner.end_task(client)
             self._evaluate(client, "after")
-        gather_accuracies(self.ranks, self.run.matrix, "after", progress.task, self.run.clients)
+        self._gather_accuracies("after", progress.task, self.run.clients)
 
+    @override
     def finish(self, save: Callable[[], None]) -> None:
-        """Every process gets all clients."""
-        gather_clients(self.ranks, self.run.engine, self.run.clients)
+        self._gather_clients()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The state of every client."""
-        gather_clients(self.ranks, self.run.engine, self.run.clients)
+        self._gather_clients()
         return {"clients": [client.state_dict() for client in self.run.clients]}
 
+    @override
     def load_state_dict(self, state: dict[str, Any], progress: Progress) -> None:
-        """Restore every client."""
         for client, values in zip(self.run.clients, state["clients"], strict=True):
             with self.run.engine.on_device(client):
                 client.load_state_dict(values)
             client.task, client.round = min(progress.task, self.run.num_tasks - 1), progress.round
 
-    def _build_client(self, index: int) -> Client:
-        net = self.runner.build(index, self.stream)
-        client = Client(id=index, net=net, data=self.datamodule.stream(index), engine=self.run.engine)
-        self.run.engine.offloader.leave(client)
-        return client
-
-    def _mine(self, clients: Iterable[Client]) -> Iterator[Client]:
-        return (client for client in clients if self.ranks.owns(client.id))
+    def _own(self, clients: Iterable[Client]) -> Iterator[Client]:
+        return (client for client in clients if client.id in self.own_clients)
 
     def _evaluate(self, client: Client, phase: str) -> None:
         self.call("on_evaluation_start", client, phase)
@@ -174,15 +186,23 @@ class LocalPool:
         self.run.matrix.record(phase, client.id, client.task, self.runner.evaluate(client))
         self.call("on_evaluation_end", client, phase, time.perf_counter() - start)
 
+    def _gather_accuracies(self, phase: str, task: int, clients: list[Client]) -> None:
+        matrix = self.run.matrix
+        own = [(client.id, matrix.row(phase, client.id, task)) for client in self._own(clients)]
+        for index, row in self.ranks.gather(own):
+            matrix.record(phase, index, task, row)
+
+    def _gather_clients(self) -> None:
+        if self.ranks.size > 1:
+            own = [(client.id, client.state_dict()) for client in self._own(self.run.clients)]
+            for index, state in self.ranks.gather(own):
+                if index not in self.own_clients:
+                    with self.run.engine.on_device(self.run.clients[index]):
+                        self.run.clients[index].load_state_dict(state)
+
 
 class ClientRunner:
-    """Calls a method's client-side hooks, each from its own seed; the same in a simulation and on a Flower node.
-
-    Args:
-        method: whose hooks.
-        engine: trains and infers.
-        seed: of the run.
-    """
+    """Calls a method's client-side hooks, each from its own seed; the same in a simulation and on a Flower node."""
 
     def __init__(self, method: Method, engine: Engine, seed: int) -> None:
         self.method, self.engine, self.seed = method, engine, seed
@@ -193,20 +213,20 @@ class ClientRunner:
         return self.method.build_net(index, stream)
 
     def begin_task(self, client: Client) -> None:
-        """Before the first round of ``client.task``."""
+        """Start ``client.task``."""
         self._seed(Turn.BEGIN, client)
         with self.engine.on_device(client):
             client.num_synced_rounds = 0
             self.method.begin_task(client)
 
     def train(self, client: Client, train_stage: TrainStage) -> None:
-        """All stages of ``client.round``."""
+        """Train all stages of ``client.round``."""
         with self.engine.on_device(client):
             stages = self.method.stages(client)
             train_seeded(stages, client, train_stage, lambda number: self._seed(Turn.TRAIN, client, number))
 
     def upload(self, client: Client) -> Upload:
-        """What the client sends after training."""
+        """The client's message of ``client.round``."""
         self._seed(Turn.UPLOAD, client)
         with self.engine.on_device(client):
             payload = self.method.upload(client)
@@ -214,14 +234,14 @@ class ClientRunner:
         return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
 
     def download(self, client: Client, answer: Payload) -> None:
-        """Apply the server's answer of ``client.round``."""
+        """Apply the server's response of ``client.round``."""
         self._seed(Turn.DOWNLOAD, client)
         with self.engine.on_device(client):
             self.method.download(client, answer)
             client.num_synced_rounds += 1
 
     def end_task(self, client: Client) -> None:
-        """After the last download of ``client.task``."""
+        """End ``client.task``."""
         self._seed(Turn.END, client)
         with self.engine.on_device(client):
             self.method.end_task(client)
@@ -237,18 +257,44 @@ class ClientRunner:
                         rows[mask, task] += correct(output.logits, batch.labels, classes).sum().item() / len(ids)
         return rows
 
-    def _seed(self, kind: Turn, client: Client, number: int = 0) -> None:
+    def _seed(self, kind: "Turn", client: Client, number: int = 0) -> None:
         seed_turn(self.seed, kind, client.task, client.round, client.id, number)
 
 
 def train_seeded(
     stages: Iterator[Stage], client: Client | None, train_stage: TrainStage, seed: Callable[[int], None]
 ) -> None:
-    """Train stages in order; each is built and trained from a seed that no other stage's work has touched."""
+    """Train stages in order, each built and trained from its own seed."""
     seed(0)
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate(stages, start=1):
         train_stage(client, stage)
-        seed(number + 1)
+        seed(number)
+
+
+class Turn(IntEnum):
+    """Kinds of turn, part of every seed."""
+
+    BUILD = 0
+    BEGIN = 1
+    TRAIN = 2
+    UPLOAD = 3
+    SERVER = 4
+    DOWNLOAD = 5
+    END = 6
+    SERVER_TRAIN = 7
+    SAMPLING = 8
+
+
+def seed_turn(seed: int, *entropy: int) -> None:
+    """Seed Python, NumPy and torch for one turn: its kind, task, round, client and stage.
+
+    No random state is ever saved: a resumed run, another order of clients and a run over a network draw the same
+    numbers.
+    """
+    state = np.random.SeedSequence([seed, *entropy]).generate_state(4, np.uint32)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))
 
 
 def describe_data(data: SpatialTemporalDataModule, num_tasks: int) -> dict[str, Any]:

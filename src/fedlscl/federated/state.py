@@ -1,4 +1,4 @@
-"""RunState, what a run has measured and where it is, and Callback, which observes it."""
+"""RunState, the position and the measurements of a run, and Callback, which observes it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ Traffic = dict[str, Tensor]
 
 @dataclass(kw_only=True)
 class RunState:
-    """Everything that a callback may read about a run; tasks, rounds and clients count from 0."""
+    """What a callback may read about a run; tasks, rounds and clients count from 0."""
 
     method: Method
     seed: int
@@ -31,21 +31,20 @@ class RunState:
     server_every: str
     precision: str
     engine: Engine
+    validator: UploadValidator
     run_dir: Path | None = None
-    """Folder of the run's files; None if nothing is written."""
+    """Folder of the run's files; None to write nothing."""
     progress: Progress = field(default_factory=lambda: Progress(0, 0))
     participants: list[int] = field(default_factory=list)
-    """Clients that take part in the current round."""
+    """Clients sampled for the current round."""
     clients: list[Client] = field(default_factory=list)
     """All clients of a simulation; empty on a server whose clients are remote."""
     remote_nets: list[Net] = field(default_factory=list)
     """One net per remote client, structure only (meta device)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """The data set and each client's share of it, as results.json states it."""
+    """The data set and each client's share of it, as in results.json."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage: task, round, client, stage and the means of its loss terms."""
-    validator: UploadValidator | None = None
-    """Checks uploads; None as long as no client has stated the number of classes."""
     matrix: AccuracyMatrix = field(init=False)
     traffic: Traffic = field(init=False)
 
@@ -60,95 +59,86 @@ class RunState:
 
     @property
     def rejected(self) -> list[RejectedUpload]:
-        """Uploads that validation rejected so far."""
-        return [] if self.validator is None else self.validator.rejected
+        """Uploads that were rejected so far."""
+        return self.validator.rejected
 
     @property
     def step(self) -> int:
-        """Rounds before the current one since the start of the run."""
+        """Number of rounds before the current one."""
         return self.progress.task * self.rounds_per_task + self.progress.round
 
     @property
     def device(self) -> torch.device:
-        """Where nets are trained."""
+        """Device of the training."""
         return self.engine.fabric.device
 
 
 class Callback:
-    """Observes a federation; every hook does nothing until overridden. Tasks and rounds count from 0.
-
-    A callback reads ``run.progress``, ``matrix``, ``traffic`` (bytes and numbers sent, clients x tasks x rounds),
-    ``history`` (one entry per finished stage) and ``clients``. Stages of the server come with None as the client.
-    """
+    """Observes a run; no hook does anything by default. For stages of the server, ``client`` is None."""
 
     def on_fit_start(self, run: RunState) -> None:
-        """Clients exist; a checkpoint, if any, is loaded."""
+        """Clients are built and a checkpoint, if given, is restored."""
 
     def on_task_start(self, run: RunState) -> None:
-        """Every client has new classes."""
+        """A task has started on all clients."""
 
     def on_round_start(self, run: RunState) -> None:
-        """Clients are about to train."""
+        """The participants are sampled."""
 
     def on_client_start(self, run: RunState, client: Client) -> None:
-        """A client's turn in a round begins."""
+        """A client starts its turn in a round."""
 
     def on_stage_start(self, run: RunState, client: Client | None, stage: Stage) -> None:
-        """A client, or the server, begins a stage."""
+        """A client or the server starts a stage."""
 
     def on_batch_end(self, run: RunState, client: Client | None, num_images: int) -> None:
-        """One optimizer step is done."""
+        """An optimizer step is done."""
 
     def on_stage_end(
-        self,
-        run: RunState,
-        client: Client | None,
-        stage: Stage,
-        terms: dict[str, float],
-        seconds: float,
+        self, run: RunState, client: Client | None, stage: Stage, terms: dict[str, float], seconds: float
     ) -> None:
-        """``terms`` are the objective's means over the last epoch."""
+        """A stage is trained; ``terms`` are means of the loss terms over the last epoch."""
 
     def on_evaluation_start(self, run: RunState, client: Client, phase: str) -> None:
-        """A client is about to be tested, 'before' or 'after' the last aggregation of a task."""
+        """A client is to be evaluated, 'before' or 'after' the last aggregation of a task."""
 
     def on_evaluation_end(self, run: RunState, client: Client, phase: str, seconds: float) -> None:
-        """The matrix has the client's rows."""
+        """The matrix has the client's accuracies."""
 
     def on_server_end(self, run: RunState, seconds: float) -> None:
-        """The server has its answers."""
+        """The server has aggregated."""
 
     def on_round_end(self, run: RunState) -> None:
-        """Answers are downloaded, traffic is counted."""
+        """The server's responses are downloaded and counted."""
 
     def on_task_end(self, run: RunState) -> None:
-        """The matrix has its row for this task."""
+        """All clients are evaluated after this task."""
 
     def on_checkpoint(self, run: RunState) -> None:
         """A checkpoint was written."""
 
     def on_fit_end(self, run: RunState) -> None:
-        """All tasks are learned."""
+        """All tasks are trained."""
 
     def on_exception(self, run: RunState) -> None:
-        """The run ends early: put the terminal back in order."""
+        """The run ends with an exception."""
 
 
 def no_traffic(num_clients: int, num_tasks: int, rounds_per_task: int) -> Traffic:
-    """Zero traffic of a run that has not started."""
+    """Traffic of a run that has not started: zeros."""
     shape = (num_clients, num_tasks, rounds_per_task)
     return {name: torch.zeros(shape, dtype=torch.int64) for name in ("up", "down", "up_values", "down_values")}
 
 
 def count(traffic: Traffic, direction: str, client: int, progress: Progress, payload: Payload) -> None:
     """Record one message, 'up' or 'down'."""
-    place = client, progress.task, progress.round
-    traffic[direction][place] = num_bytes(payload)
-    traffic[f"{direction}_values"][place] = sum(value.numel() for value in payload.values())
+    index = client, progress.task, progress.round
+    traffic[direction][index] = num_bytes(payload)
+    traffic[f"{direction}_values"][index] = sum(value.numel() for value in payload.values())
 
 
 def extrapolated(traffic: Traffic, direction: str, rounds_done: int) -> float:
-    """Bytes of a whole run, from the first rounds of its first task; later rounds send what the last of them sent.
+    """Estimated bytes of a run from the first rounds of its first task; all later rounds repeat the last of them.
 
     Example:
         >>> traffic = no_traffic(num_clients=1, num_tasks=2, rounds_per_task=3)

@@ -18,26 +18,25 @@ from fedlscl.federated.engine import Engine, Precision, chosen_precision, connec
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, train_seeded
-from fedlscl.federated.seeding import Turn, seed_turn
+from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, train_seeded
 from fedlscl.federated.state import Callback, RunState, Traffic, count
 from fedlscl.federated.validation import UploadLimits, UploadValidator
 
 
 class FederatedTrainer:
-    """Runs a method over clients, tasks and rounds.
+    """Trains a method over clients, tasks and rounds.
 
     Args:
         rounds_per_task: communication rounds between two tasks (R; 5 in the paper).
         server_every: whether the server aggregates in every 'round', or once per 'task' (Algorithm 1 as printed).
-        accelerator: where to train, as in Fabric: auto, cpu, gpu, cuda, mps.
+        accelerator: hardware to train on, as in Fabric: auto, cpu, gpu, cuda, mps.
         devices: number of processes that the clients are distributed over, one device (or share of a CPU) each.
         precision: 32-true, bf16-mixed, or 16-mixed on CUDA; auto is bf16-mixed where the hardware has it.
         cache_gb: memory for frozen ViT tokens, which are computed once per image; 0 disables the cache.
         clients_gb: memory for idle clients; beyond it the least recently used ones are offloaded to disk.
         checkpoint_every: rounds between two checkpoints; the end of a task always writes one.
         participation: fraction of the clients that are sampled in a round.
-        failure_rate: probability that a sampled client fails in a round: it does not train and gets no answer.
+        failure_rate: probability that a sampled client fails in a round: it does not train and gets no response.
         quorum: minimum number of uploads for a round to be aggregated; 0 skips the aggregation of an empty round.
         max_norm_ratio: reject an uploaded tensor whose norm exceeds this multiple of the running median; 0 disables.
         upload_gb: largest accepted upload.
@@ -104,48 +103,49 @@ class FederatedTrainer:
         identity: str = "",
         pool: ClientPool | None = None,
     ) -> AccuracyMatrix:
-        """Train all tasks, or the rest of them if ``checkpoint`` is given.
+        """Train all tasks, or the remaining ones of a checkpoint.
 
         Args:
             method: the federated continual-learning method; a copy of it is used.
-            datamodule: streams of tasks of all clients.
-            seed: of training.
-            checkpoint: file to continue from.
-            identity: fingerprint of the configuration; a checkpoint of another one is refused.
-            pool: the clients, if they are not simulated in this process.
+            datamodule: the clients' streams of tasks.
+            seed: seed of the run.
+            checkpoint: file to resume from.
+            identity: fingerprint of the configuration; the checkpoint must have the same.
+            pool: the clients; by default they are simulated in this process.
         """
         self.setup(method, datamodule, seed, pool)
         self.identity = identity
-        start = Progress(0, 0) if checkpoint is None else self.restore(checkpoint, identity)
-        self.run.progress = start
+        run = self.run
+        if checkpoint is not None:
+            run.progress = self.restore(checkpoint, identity)
+        start = run.progress
         try:
             self._call("on_fit_start")
-            self.run.run_dir = self.ranks.from_first(self.run.run_dir)
-            for task in range(start.task, self.run.num_tasks):
+            run.run_dir = self.ranks.from_first(run.run_dir)
+            for task in range(start.task, run.num_tasks):
                 self._learn_task(task, start.round if task == start.task else 0)
-            self.pool.finish(lambda: self.save(Progress(self.run.num_tasks, 0)))
+            self.pool.finish(lambda: self.save(Progress(run.num_tasks, 0)))
             self._call("on_fit_end")
         except BaseException:
             self._call("on_exception")
             raise
-        return self.run.matrix
+        return run.matrix
 
     def setup(
         self, method: Method, datamodule: SpatialTemporalDataModule, seed: int, pool: ClientPool | None = None
     ) -> None:
-        """Build Fabric, the run's state and the clients, without training.
-
-        The trainer works on a copy of the method, so that server state of one run does not reach the next.
-        """
+        """Build Fabric, the run's state and the clients without training; the method is copied."""
         method = deepcopy(method)
         datamodule.run_seed = seed
         if pool is None:
             datamodule.setup()
         self.fabric = connect(self.accelerator, self.devices, self.precision)
         self.ranks = Ranks(self.fabric)
-        cache_dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
-        cache = PrefixCache(datamodule, self.cache_gb * 2**30, cache_dtype) if pool is None else None
-        engine = Engine(self.fabric, cache, offloader=ClientOffloader(self.clients_gb * 2**30))
+        cache = None
+        if pool is None:
+            pool = LocalPool(datamodule, self.ranks, self._train, self._call)
+            dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
+            cache = PrefixCache(datamodule, self.cache_gb * 2**30, dtype)
         self.run = RunState(
             method=method,
             seed=seed,
@@ -154,28 +154,28 @@ class FederatedTrainer:
             rounds_per_task=self.rounds_per_task,
             server_every=self.server_every,
             precision=self.precision,
-            engine=engine,
+            engine=Engine(self.fabric, cache, offloader=ClientOffloader(self.clients_gb * 2**30)),
+            validator=UploadValidator(method, pool.stream, self.limits),
             run_dir=self.run_dir,
         )
-        self.pool = pool or LocalPool(self.run, datamodule, self.ranks, self._train, self._call)
-        if pool is not None:
-            pool.attach(self.run, self.limits)
-        self._prepare_server()
+        self.pool = pool
+        pool.setup(self.run, self.limits)
 
     def restore(self, path: Path, identity: str = "") -> Progress:
-        """Restore a checkpoint after ``setup`` ; returns the round that follows."""
+        """Restore from a checkpoint (after ``setup``); a prefix of the run's fingerprint is accepted as ``identity``.
+
+        Returns the position of the next round.
+        """
         state, run = load_last_good(path, identity), self.run
         progress = Progress(*state["progress"])
         run.method.load_state_dict(state["method"])
+        run.validator.load_state_dict(state["validator"])
         run.matrix.values, run.traffic, run.history = state["matrix"], state["traffic"], state["history"]
         self.pool.load_state_dict(state, progress)
-        self._prepare_server()
-        if run.validator is not None:
-            run.validator.load_state_dict(state["validator"])
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint from which training continues at ``progress``."""
+        """Write a checkpoint; training resumes at ``progress``."""
         run = self.run
         if run.run_dir is None:
             return
@@ -186,7 +186,7 @@ class FederatedTrainer:
             "identity": self.identity,
             "progress": [progress.task, progress.round],
             "method": run.method.state_dict(),
-            "validator": {} if run.validator is None else run.validator.state_dict(),
+            "validator": run.validator.state_dict(),
             **clients,
             "matrix": run.matrix.values,
             "traffic": run.traffic,
@@ -215,21 +215,19 @@ class FederatedTrainer:
         self._call("on_round_start")
         aggregates = self.server_every == "round" or progress.last
         uploads, unreadable = self.pool.train(progress, run.participants, with_uploads=aggregates)
-        self._prepare_server()
-        if run.validator is not None:
-            for client, reason in unreadable.items():
-                run.validator.reject(client, progress, reason)
+        for client, reason in unreadable.items():
+            run.validator.reject(client, progress, reason)
         if aggregates:
             self._server_step(uploads)
         self._call("on_round_end")
 
     def _server_step(self, uploads: list[Upload]) -> None:
-        """Validate the uploads, train at the server where the method does, aggregate, and send the answers."""
+        """Validate and count the uploads, train at the server where the method does, aggregate and respond."""
         run, progress = self.run, self.run.progress
-        if run.validator is not None:
-            for upload in uploads:
-                count(run.traffic, "up", upload.client, progress, upload.payload)
-            uploads = run.validator.filter(uploads, progress)
+        for upload in uploads:
+            count(run.traffic, "up", upload.client, progress, upload.payload)
+        run.validator.stream = self.pool.stream
+        uploads = run.validator.filter(uploads, progress)
         self.sampling.check_quorum(len(uploads), run.num_clients, progress)
         if not any(upload.num_samples for upload in uploads):
             return
@@ -247,16 +245,10 @@ class FederatedTrainer:
         started = time.perf_counter()
         terms = run.engine.train(stage, lambda size: self._call("on_batch_end", client, size))
         seconds = time.perf_counter() - started
-        where = {"task": run.progress.task, "round": run.progress.round}
         index = AT_SERVER if client is None else client.id
-        run.history.append({**where, "client": index, "stage": stage.name, "terms": terms})
+        position = {"task": run.progress.task, "round": run.progress.round}
+        run.history.append({**position, "client": index, "stage": stage.name, "terms": terms})
         self._call("on_stage_end", client, stage, terms, seconds)
-
-    def _prepare_server(self) -> None:
-        """Build the upload validator as soon as the sizes of the data are known."""
-        run = self.run
-        if run.validator is None and (stream := self.pool.stream) is not None:
-            run.validator = UploadValidator(run.method, stream, self.limits)
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks if self.ranks.is_first else ():
@@ -268,8 +260,8 @@ class FederatedTrainer:
         return self.run.method
 
     @property
-    def validator(self) -> UploadValidator | None:
-        """Checks the run's uploads."""
+    def validator(self) -> UploadValidator:
+        """Validates the run's uploads."""
         return self.run.validator
 
     @property
@@ -294,29 +286,29 @@ class FederatedTrainer:
 
 
 def train_server(method: Method, seed: int, uploads: list[Upload], progress: Progress, train_stage: TrainStage) -> None:
-    """Training at the server, where the method has any; every stage has its own seed."""
+    """Train the method's stages at the server, each from its own seed."""
 
     def seed_stage(number: int) -> None:
-        seed_turn(seed, Turn.SERVER_TRAIN, *progress.position, *([number] if number else []))
+        seed_turn(seed, Turn.SERVER_TRAIN, progress.task, progress.round, *([number] if number else []))
 
     train_seeded(method.server_stages(uploads, progress), None, train_stage, seed_stage)
 
 
 def aggregate(method: Method, seed: int, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
-    """The method's answer to each sender, by client."""
-    seed_turn(seed, Turn.SERVER, *progress.position)
+    """The server's responses, by client."""
+    seed_turn(seed, Turn.SERVER, progress.task, progress.round)
     answers = method.aggregate(uploads, progress)
     return {upload.client: answer for upload, answer in zip(uploads, answers, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSampling:
-    """Draws the participants of every round anew from the run's seed, so that no sampler state is saved."""
+    """Samples the participants of each round from the run's seed alone."""
 
     participation: float = 1.0
-    """Fraction of the clients that are sampled in a round; at least one is."""
+    """Fraction of the clients that are sampled; at least one is."""
     failure_rate: float = 0.0
-    """Probability that a sampled client fails: it does not train and gets no answer."""
+    """Probability that a sampled client fails: it does not train and gets no response."""
     quorum: int = 1
     """Minimum number of uploads for a round to be aggregated."""
 
@@ -329,24 +321,20 @@ class ClientSampling:
             raise ValueError(f"quorum must be >= 0, got {self.quorum}.")
 
     def sample(self, num_clients: int, seed: int, progress: Progress) -> list[int]:
-        """Sorted ids of the clients that take part in a round.
+        """Sorted ids of the participants of a round.
 
         Example:
             >>> ClientSampling(participation=0.5).sample(4, 42, Progress(0, 0))
             [1, 2]
         """
-        entropy = [seed, Turn.ATTENDANCE, *progress.position]
+        entropy = [seed, Turn.SAMPLING, progress.task, progress.round]
         generator = np.random.default_rng(np.random.SeedSequence(entropy))
         sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
         fails = generator.random(num_clients) < self.failure_rate
         return sorted(int(client) for client in sampled if not fails[client])
 
     def check_quorum(self, num_uploads: int, num_clients: int, progress: Progress) -> None:
-        """Refuse to aggregate too few uploads.
-
-        Raises:
-            ValueError: if there are fewer than the quorum.
-        """
+        """Raise a ValueError if there are fewer uploads than the quorum."""
         if num_uploads < self.quorum:
             raise ValueError(
                 f"quorum {self.quorum} is not met: {num_uploads} of {num_clients} clients answered in task "

@@ -17,7 +17,7 @@ from fedlscl.cli.runs import CHECKPOINT, CONFIG
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
-from fedlscl.federated.payload import LARGEST_HEADER, Payload, Upload, one_line
+from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
 from fedlscl.federated.pool import ClientRunner, Uploads
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
@@ -117,7 +117,7 @@ class FlowerPool:
         self.rounds: list[dict[str, Any]] = []
         """Seconds and attendance of every round; they differ from run to run, hence not part of the results."""
 
-    def attach(self, run: RunState, limits: UploadLimits) -> None:
+    def setup(self, run: RunState, limits: UploadLimits) -> None:
         """Work for a run; called by the trainer's ``setup``."""
         self.run, self.limits = run, limits
         run.data = self._describe_data()
@@ -227,7 +227,7 @@ class FlowerPool:
         return uploads, replies.keys() - uploads.unreadable.keys()
 
     def _parse(self, client: int, data: bytes) -> "tuple[Reply, list[Fact]]":
-        reply = read_reply(data, self.limits.num_bytes + LARGEST_HEADER)
+        reply = read_reply(data, self.limits.num_bytes + MAX_HEADER)
         if reply.refusal:
             raise ValueError(one_line(reply.refusal, 300))
         done = self.pending[client].completed(reply)

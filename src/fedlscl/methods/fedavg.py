@@ -162,7 +162,7 @@ def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
         return totals
     client.net.eval()
     for sample in ids:
-        batch = client.engine.place(client.data.fetch(sample[None]), client.net)
+        batch = client.engine.prepare(client.data.fetch(sample[None]), client.net)
         prefix = None if batch.prefix is None else batch.prefix.float()  # bf16 in the cache, and no autocast here
         logits = client.net(batch.images, prefix).head_logits
         loss = sample_losses(logits, batch.labels, client.classes.to(logits.device)).sum()

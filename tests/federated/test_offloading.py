@@ -21,11 +21,11 @@ def test_the_longest_idle_make_room():
     clients, offloader = make_clients(3), ClientOffloader(2 * 400)
     values = [client.net.weight.detach().clone() for client in clients]
     for client in clients:
-        offloader.leave(client)
+        offloader.release(client)
     assert [client.offloaded_to is None for client in clients] == [False, True, True]
-    offloader.take(clients[0])
+    offloader.acquire(clients[0])
     assert clients[0].offloaded_to is None and clients[0].net.weight.equal(values[0])
-    offloader.leave(clients[0])
+    offloader.release(clients[0])
     assert [client.offloaded_to is None for client in clients] == [True, False, True]
     assert offloader.resident_bytes == 800
 
@@ -33,7 +33,7 @@ def test_the_longest_idle_make_room():
 def test_a_parked_client_tells_its_state_without_coming_back():
     (client,), offloader = make_clients(1), ClientOffloader(0)
     before = client.net.weight.detach().clone()
-    offloader.leave(client)
+    offloader.release(client)
     assert client.state_dict()["net"]["weight"].equal(before) and client.offloaded_to is not None
 
 
@@ -47,12 +47,12 @@ def test_a_state_that_somebody_holds_outlives_the_next_turns():
     (client,), offloader = make_clients(1), ClientOffloader(0)
     client.net.weight = torch.nn.Parameter(torch.rand(100_000))
     before = client.net.weight.detach().clone()
-    offloader.leave(client)
+    offloader.release(client)
     held = client.state_dict()
     for _ in range(3):
-        offloader.take(client)
+        offloader.acquire(client)
         with torch.no_grad():
             client.net.weight += 1
-        offloader.leave(client)
+        offloader.release(client)
     assert held["net"]["weight"].equal(before)
     torch.testing.assert_close(client.state_dict()["net"]["weight"], before + 3)

@@ -15,7 +15,7 @@ from absences import NamedAbsences
 from fedlscl import methods
 from fedlscl.callbacks.results import Results
 from fedlscl.callbacks.tensorboard import TensorBoard
-from fedlscl.federated import validation as doors
+from fedlscl.federated import validation
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.federated.validation import RejectedUpload, UploadLimits, UploadValidator
@@ -131,7 +131,7 @@ def test_who_averages_may_do_so_robustly(name, aggregation):
 
 @pytest.mark.parametrize("name", ["FedLSCL", "FedRidge", "FedWeIT", "Local", "LoRM", "PILoRA"])
 def test_who_does_not_average_refuses_another_average(name):
-    with pytest.raises(ValueError, match=f"aggregation 'median' changes nothing in {name}"):
+    with pytest.raises(ValueError, match=f"aggregation must be mean for {name}"):
         replace(METHODS[name](), aggregation="median")
 
 
@@ -196,7 +196,7 @@ def test_what_is_remembered_makes_later_rounds_stricter_and_survives_a_restart(f
         found = validator.filter([honest(validator, 0, 1e6), honest(validator, 1), honest(validator, 2, 1e6)], FIRST)
         assert [upload.client for upload in found] == [1]
     assert fedavg.state_dict() == other.state_dict()
-    assert max(map(len, fedavg.norms.values())) <= doors.REMEMBERED
+    assert max(map(len, fedavg.norms.values())) <= validation.NUM_NORMS
 
 
 def test_norms_may_be_left_alone():
@@ -251,7 +251,7 @@ def test_who_was_left_out_is_said_everywhere_and_survives_a_restart(tmp_path):
     resumed.fit(method(), fake_data(), checkpoint=stopped.run_dir / "checkpoint.pt")
     texts = [(folder / "results.json").read_bytes() for folder in (whole.run_dir, stopped.run_dir)]
     assert texts[0] == texts[1]
-    expected = {"client": 1, "task": 0, "round": 1, "reason": "'w' is no plain tensor"}
+    expected = {"client": 1, "task": 0, "round": 1, "reason": "'w' must be a plain tensor on the CPU"}
     assert json.loads(texts[0])["quarantined"] == [expected]
     for folder in (whole.run_dir, stopped.run_dir):
         events = EventAccumulator(str(folder / "tensorboard"), {"tensors": 0})
@@ -263,4 +263,7 @@ def test_who_was_left_out_is_said_everywhere_and_survives_a_restart(tmp_path):
             (3, 0),
         ]
         (text,) = events.Tensors("uploads/rejected/text_summary")
-        assert text.step == 1 and text.tensor_proto.string_val[0].decode() == "- client 1: 'w' is no plain tensor"
+        assert (
+            text.step == 1
+            and text.tensor_proto.string_val[0].decode() == "- client 1: 'w' must be a plain tensor on the CPU"
+        )

@@ -50,6 +50,8 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, method
 
 
 def test_a_method_that_looks_into_its_clients_stays_in_one_process(make_data, monkeypatch):
-    monkeypatch.setattr(Ranks, "__init__", lambda self, fabric: self.__dict__.update(size=2, rank=0, fabric=fabric))
+    monkeypatch.setattr(
+        Ranks, "__init__", lambda self, fabric: self.__dict__.update(size=2, rank=0, is_first=True, fabric=fabric)
+    )
     with pytest.raises(ValueError, match="devices must be 1 for Joint"):
         FederatedTrainer(accelerator="cpu").fit(tiny_methods.METHODS["Joint"](), make_data())
