@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.report.runs import find_results, grouped, read_runs
+from fedlscl.report.groups import grouped
+from fedlscl.report.runs import find_results, read_runs
 from fedlscl.report.table import table_markdown
 
 KEPT = ("results.json", "matrix.csv", "config.yaml", "costs.json")
@@ -24,7 +25,7 @@ def main(runs: Path, out: Path) -> None:
     """Copy the newest version of every finished run under ``runs`` to the same place under ``out``; write table.md."""
     for results in find_results([runs]):
         found = json.loads(results.read_text())
-        if found["tasks_done"] < len(found["accuracy"]["after"]["seen"][0]):
+        if found["tasks_done"] < found["data"]["num_tasks"]:
             print(f"left out, not finished: {results}")
             continue
         folder = results.parent.parent if results.parent.name.startswith("version_") else results.parent

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from fedlscl.callbacks.formatting import percent
-from fedlscl.report.plots import AMONG, COLOURS, Picture, legend, legend_height, percent_axis, picture
-from fedlscl.report.runs import Group
+from fedlscl.callbacks.formatting import MASK_TITLES, percent
+from fedlscl.report.groups import Group
+from fedlscl.report.plots import COLOURS, Picture, legend, legend_height, percent_axis, picture
 
-LOOKS = {"seen": (COLOURS[0], "o"), "task": (COLOURS[1], "s")}
+LOOKS = {"class_il": (COLOURS[0], "o"), "task_il": (COLOURS[1], "s")}
 TITLES = {
     "ablation_cpu": ("Parts of Fed-LSCL", ["full", "no_distillation", "no_stage_2", "neither"]),
     "choices_cpu": ("One choice of ours taken back at a time", []),
@@ -38,11 +38,11 @@ def figure(name: str, groups: Sequence[Group]) -> Picture:
         axes.xaxis.set_major_formatter(axes.yaxis.get_major_formatter())
         axes.set_yticks(places, [row.name.replace("_", " ") for row in rows])
         axes.set_xlabel("final accuracy, %")
-        legend(canvas, handles, [AMONG[mask] for mask in LOOKS])
+        legend(canvas, handles, [MASK_TITLES[mask] for mask in LOOKS])
 
     numbers = "; ".join(
-        f"{row.name} {percent(row.known('seen/average').mean)} and {percent(row.known('task/average').mean)} %"
+        f"{row.name} {percent(row.known('class_il/average').mean)} and {percent(row.known('task_il/average').mean)} %"
         for row in rows
     )
-    alt = f"{what}, final accuracy {' and '.join(AMONG.values())}: {numbers}."
-    return picture(name, what, alt, draw, 0.26 * len(rows) + 0.75 + legend_height(list(AMONG.values())))
+    alt = f"{what}, final accuracy, {' and '.join(MASK_TITLES.values())}: {numbers}."
+    return picture(name, what, alt, draw, 0.26 * len(rows) + 0.75 + legend_height(list(MASK_TITLES.values())))

@@ -5,13 +5,12 @@
 Digits, three clients, the two classes that each meets first: guessing gives 50 %.
 """
 
-import json
 import sys
 
 from presets import Run, configuration, methods, parse
 from sweep import place, planned, sweep
 
-from fedlscl.report.runs import find_results
+from fedlscl.report.runs import find_results, read_run
 
 ON_VIT, FROM_SCRATCH = 0.85, 0.6
 """Floors of methods on the frozen ViT and of CNNs from scratch (ours: FedNCM stands at 94 %)."""
@@ -28,9 +27,9 @@ def main() -> int:
     whole, above = sweep("floors", rows, options), True
     for row, seed in planned([row for row in rows if not options.only or row.name in options.only], options.seeds):
         folder = options.out / f"floors_{options.preset}" / place(row, seed)
-        results = json.loads(find_results([folder])[0].read_text())
+        results = read_run(find_results([folder])[0]).results
         floor = FROM_SCRATCH if results["foundation"] is None else ON_VIT
-        accuracy = results["summary"][0]["seen/average"]
+        accuracy = results["summary"][0]["class_il/average"]
         above &= accuracy >= floor
         note = "" if accuracy >= floor else " MISSED"
         print(f"{row.name:12} seed {seed}: {accuracy:6.1%}, floor {floor:.0%}{note}")

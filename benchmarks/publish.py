@@ -15,8 +15,9 @@ from pathlib import Path
 from figures import figure
 
 from fedlscl.federated.checkpoint import write_atomically
+from fedlscl.report.groups import Group, grouped
 from fedlscl.report.page import Section, figures, page
-from fedlscl.report.runs import Group, grouped, read_runs
+from fedlscl.report.runs import read_runs
 from fedlscl.report.table import table_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +27,8 @@ REPORTS = ("table1_cpu", "ablation_cpu")
 READING = Section(
     "How to read this comparison",
     "Methods run with their own defaults, and only Fed-LSCL adds closed-form heads to a trained net by default. So the "
-    "order of the rows does not rank the methods: with such a head LoRM reaches 67.3 % among all classes seen and "
-    "85.4 % among the task's own classes on seed 42, Fed-LSCL 57.4 and 78.5 %. See docs/results.md.",
+    "order of the rows does not rank the methods: with such a head LoRM reaches 67.3 % class-incremental and "
+    "85.4 % task-incremental accuracy on seed 42, Fed-LSCL 57.4 and 78.5 %. See docs/results.md.",
     [],
 )
 """Stands before the figures of each report."""

@@ -121,4 +121,4 @@ def finished(folder: Path, run: Run) -> bool:
     if not files or known(folder) != asked(run):
         return False
     results = json.loads(files[-1].read_text())
-    return results["tasks_done"] == len(results["accuracy"]["after"]["seen"][0])
+    return results["tasks_done"] == results["data"]["num_tasks"]

@@ -89,5 +89,5 @@ def test_files_are_named_after_an_idea():
 
 
 def test_the_package_stays_small():
-    assert len(FILES) <= 86
+    assert len(FILES) <= 88
     assert sum(len((ROOT / path).read_text().splitlines()) for path in FILES) <= 17000

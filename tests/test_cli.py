@@ -229,9 +229,9 @@ def test_a_run_in_use_is_left_alone(again, tmp_path, capsys):
 def test_evaluation_uses_the_trained_state(command, options, trained, capsys):
     assert main([command, "--ckpt_path", str(trained), *options]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    found = [[float(value) for value in row[2:4]] for row in rows if row and row[0] == "seen" and row[1] != "mean"]
+    found = [[float(value) for value in row[2:4]] for row in rows if row and row[0] == "class-IL" and row[1] != "mean"]
     results = json.loads((trained / "results.json").read_text())
-    expected = [[100 * value for value in client[-1]] for client in results["accuracy"]["after"]["seen"]]
+    expected = [[100 * value for value in client[-1]] for client in results["accuracy"]["after"]["class_il"]]
     np.testing.assert_allclose(found, expected, atol=0.06 if not options else 20)
 
 

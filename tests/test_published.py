@@ -1,6 +1,5 @@
 """Tables on pages are those that the committed results give."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import publish  # noqa: E402
 from figures import figure  # noqa: E402
 
+from fedlscl.report.runs import read_run  # noqa: E402
 from fedlscl.report.table import cells  # noqa: E402
 
 pytestmark = pytest.mark.publish
@@ -76,7 +76,7 @@ def test_no_text_claims_what_was_not_measured(claim):
 
 
 HEADS = [("67.3", "85.4"), ("57.4", "78.5"), ("49.7", "72.5")]
-"""LoRM with a discriminant, Fed-LSCL, a discriminant on the frozen ViT: `seen` and `task` in percent."""
+"""LoRM with a discriminant, Fed-LSCL, a discriminant on the frozen ViT: class-IL and task-IL in percent."""
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results.md"])
@@ -91,8 +91,8 @@ def test_pages_begin_with_the_comparison_under_equal_heads(page):
 def test_defaults_in_that_comparison_are_those_of_the_results():
     for run, name in (("fedlscl", "Fed-LSCL"), ("lorm", "LoRM")):
         path = ROOT / "benchmarks/results/table1_cpu/seed42" / run / "results.json"
-        last = json.loads(path.read_text())["summary"][-1]
-        numbers = " | ".join(f"{100 * last[f'{mask}/average']:.1f}" for mask in ("seen", "task"))
+        last = read_run(path).results["summary"][-1]
+        numbers = " | ".join(f"{100 * last[f'{mask}/average']:.1f}" for mask in ("class_il", "task_il"))
         for page in ("README.md", "docs/results.md"):
             assert re.search(
                 rf"^\| {name} \| its default: .* \| {re.escape(numbers)} \|$", (ROOT / page).read_text(), re.M

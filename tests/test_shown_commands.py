@@ -264,7 +264,7 @@ def test_tensorboard_serves_the_runs(folder):
         while True:
             with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=30) as answer:
                 text = answer.read().decode()
-            if "accuracy_seen/average" in text:
+            if "accuracy_class_il/average" in text:
                 break
             assert time.monotonic() < end, text
             time.sleep(0.5)

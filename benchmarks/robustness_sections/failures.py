@@ -35,7 +35,7 @@ def outcome(rate: float, seed: int, rounds: int) -> tuple[str, float]:
         if not str(error).startswith("quorum 1 is not met: 0 of 5 clients answered"):
             raise
         end, trainer = "stopped for want of a quorum", learn(rate, seed, rounds, quorum=0)
-    return end, summary(trainer.matrix, trainer.num_tasks - 1)["seen/average"]
+    return end, summary(trainer.matrix, trainer.num_tasks - 1)["class_il/average"]
 
 
 def learn(rate: float, seed: int, rounds: int, quorum: int) -> FederatedTrainer:
@@ -67,7 +67,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     rows = [[100 * value for value in entry["accuracies"]] for entry in found.values()]
     axes.fill_between(rates, list(map(min, rows)), list(map(max, rows)), alpha=0.2, label="range of seeds")
     axes.plot(rates, [sum(row) / len(row) for row in rows], marker="o", label="mean")
-    axes.set(xlabel="clients that fail in a round [%]", ylabel="accuracy, all classes seen [%]", ylim=(0, None))
+    axes.set(xlabel="clients that fail in a round [%]", ylabel="class-incremental accuracy [%]", ylim=(0, None))
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -100,7 +100,7 @@ def check(make: Callable[[], Method]) -> None:
 
 def check_finite(run: Recorded, make: Callable[[], Method]) -> None:
     """Accuracies are shares; losses and states are finite."""
-    for mask in ("task", "seen"):
+    for mask in ("task_il", "class_il"):
         values = run.matrix.of(mask)[:, [0, 1, 1], [0, 0, 1]]
         require(bool(((values >= 0) & (values <= 1)).all()), f"accuracies ({mask}) {values.tolist()} are no shares")
     for path, tensor in tensors(run.states):

@@ -17,7 +17,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, tmp_path,
     text = capsys.readouterr().out
     name = "FedAvg" if options is tiny.FEDAVG else "FedLSCL"
     assert text.startswith(f"{name} on fake: 2 clients, 2 tasks of 2 classes per client, 1 rounds per task\n")
-    assert re.search(r"^  in all      about [\d.]+ [kM]B up, [\d.]+ [kM]B down, \d:\d\d:\d\d$", text, re.M)
+    assert re.search(r"^  estimate    [\d.]+ [kM]B up, [\d.]+ [kM]B down, \d:\d\d:\d\d for the whole run$", text, re.M)
     assert text.endswith("Dry run: nothing was written. Leave out --dry_run to begin.\n")
     assert files(tmp_path) == []
 
@@ -28,7 +28,7 @@ def test_a_dry_run_of_a_run_that_was_begun_says_where_it_goes_on(tmp_path, capsy
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     capsys.readouterr()
     assert main(["fit", *options, "--ckpt_path", "last", "--dry_run"]) == 0
-    assert "  goes on     after the last task" in capsys.readouterr().out
+    assert "  resuming    after the last task" in capsys.readouterr().out
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
 
 

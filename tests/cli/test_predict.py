@@ -78,7 +78,7 @@ def test_predict_on_the_test_images_is_test(make, height, width, tmp_path, monke
     capsys.readouterr()
     assert main(["test", "--ckpt_path", str(run)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    expected = {int(row[1]): float(row[2]) for row in rows if row and row[0] == "seen" and row[1] != "mean"}
+    expected = {int(row[1]): float(row[2]) for row in rows if row and row[0] == "class-IL" and row[1] != "mean"}
 
     stored = load_images(**data)
     for index, (image, label) in enumerate(zip(stored.test_images, stored.test_labels, strict=True)):

@@ -8,8 +8,8 @@ from fedlscl.federated.metrics import (
     correct,
     current_accuracy,
     forgetting,
+    plain,
     summary,
-    to_lists,
 )
 
 NAN = torch.nan
@@ -60,20 +60,19 @@ def filled():
 
 def test_summary_is_the_mean_over_clients_and_the_worst_client(filled):
     figures = summary(filled, 2)
-    assert figures["task/average"] == pytest.approx((2.2 + 1.9 + 1.7) / 9)
-    assert figures["task/worst_client"] == pytest.approx(1.7 / 3)
-    assert figures["task/current"] == pytest.approx((1.0 + 0.4 + 0.5) / 3)
-    assert figures["task/forgetting"] == pytest.approx(0.35 / 3)
-    assert figures["task/backward_transfer"] == pytest.approx(-0.15 / 3)
-    assert figures["task/average_before_aggregation"] == pytest.approx((2.2 + 1.9 + 1.7) / 9 - 0.1)
-    assert figures["seen/average"] == pytest.approx(figures["task/average"] / 2)
-    assert figures["seen/average_before_aggregation"] == pytest.approx(figures["task/average"] / 4)
+    assert figures["task_il/average"] == pytest.approx((2.2 + 1.9 + 1.7) / 9)
+    assert figures["task_il/worst_client"] == pytest.approx(1.7 / 3)
+    assert figures["task_il/current"] == pytest.approx((1.0 + 0.4 + 0.5) / 3)
+    assert figures["task_il/forgetting"] == pytest.approx(0.35 / 3)
+    assert figures["task_il/backward_transfer"] == pytest.approx(-0.15 / 3)
+    assert figures["task_il/average_before_aggregation"] == pytest.approx((2.2 + 1.9 + 1.7) / 9 - 0.1)
+    assert figures["class_il/average"] == pytest.approx(figures["task_il/average"] / 2)
+    assert figures["class_il/average_before_aggregation"] == pytest.approx(figures["task_il/average"] / 4)
 
 
-def test_unmeasured_accuracies_are_none_in_lists(filled):
-    lists = to_lists(filled)
-    assert lists["after"]["task"][0] == [[0.8, None, None], [0.6, 0.9, None], [0.5, 0.7, 1.0]]
-    assert to_lists(AccuracyMatrix(1, 1))["before"]["seen"] == [[[None]]]
+def test_unmeasured_accuracies_are_none_in_json(filled):
+    assert plain(filled.of("task_il").tolist())[0] == [[0.8, None, None], [0.6, 0.9, None], [0.5, 0.7, 1.0]]
+    assert plain(AccuracyMatrix(1, 1).of("class_il", "before").tolist()) == [[[None]]]
 
 
 def test_only_the_masked_classes_compete():

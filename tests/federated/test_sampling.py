@@ -71,7 +71,7 @@ def test_every_method_goes_on_without_those_who_are_absent(name, federate):
     watch = Absences()
     options = {"participation": 0.5, "failure_rate": 0.3, "quorum": 0, "rounds_per_task": 3}
     trainer = federate(METHODS[name](), callbacks=[watch], **options)
-    assert watch.absent >= 6 and not trainer.matrix.of("seen")[:, -1].isnan().any()
+    assert watch.absent >= 6 and not trainer.matrix.of("class_il")[:, -1].isnan().any()
 
 
 def test_a_round_without_quorum_ends_the_run_and_says_so(federate):

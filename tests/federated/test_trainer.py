@@ -215,7 +215,7 @@ def test_a_round_of_server_every_task_equals_longer_local_work(make_method, fede
 def test_max_tasks_stops_early_without_changing_what_was_learned(make_method, federate):
     short, long = federate(make_method("fedavg"), max_tasks=1), federate(make_method("fedavg"))
     assert short.run.num_tasks == 1 and short.matrix.values.shape[-2:] == (1, 1)
-    assert torch.equal(short.matrix.of("task")[:, 0, 0], long.matrix.of("task")[:, 0, 0])
+    assert torch.equal(short.matrix.of("task_il")[:, 0, 0], long.matrix.of("task_il")[:, 0, 0])
     assert short.history == [entry for entry in long.history if entry["task"] == 0]
     assert federate(make_method("fedvit"), max_tasks=9).run.num_tasks == TASKS
 
@@ -227,10 +227,10 @@ def test_the_matrix_holds_what_the_final_nets_score(whole):
             batch = client.data.fetch(client.data.test_ids(task))
             with torch.no_grad():
                 logits = client.net.eval()(batch.images).logits
-            for mask, classes in (("task", client.data.classes(task)), ("seen", client.seen)):
+            for mask, classes in (("task_il", client.data.classes(task)), ("class_il", client.seen)):
                 accuracy = (classes[logits[:, classes].argmax(1)] == batch.labels).double().mean()
                 assert trainer.matrix.of(mask)[client.id, 1, task].item() == pytest.approx(accuracy.item())
-    for mask in ("task", "seen"):
+    for mask in ("task_il", "class_il"):
         for phase in ("before", "after"):
             values = trainer.matrix.of(mask, phase)
             assert values[:, 0, 1].isnan().all()
@@ -239,7 +239,7 @@ def test_the_matrix_holds_what_the_final_nets_score(whole):
 
 def test_before_and_after_tell_what_the_server_did(make_method, federate):
     averaged, local = federate(make_method("fedavg")), federate(make_method("local"))
-    for mask in ("task", "seen"):
+    for mask in ("task_il", "class_il"):
         alone, before = local.matrix.of(mask, "before"), averaged.matrix.of(mask, "before")
         assert torch.equal(alone.nan_to_num(-1), local.matrix.of(mask, "after").nan_to_num(-1))
         assert torch.equal(alone[:, 0, 0], before[:, 0, 0])  # the same local work, not yet averaged

@@ -102,7 +102,7 @@ def test_who_misses_a_whole_task_comes_back(name, federate):
     trainer.fit(METHODS[name](), fake_data())
     assert trainer.validator.rejected == []
     assert [len(answers) for answers in trainer.answers] == [1, 2]
-    assert not trainer.matrix.of("seen")[:, -1].isnan().any()
+    assert not trainer.matrix.of("class_il")[:, -1].isnan().any()
 
 
 def test_heterogeneous_small_models_pass():

@@ -48,5 +48,5 @@ def test_statistics_are_sent_once_per_task(federate, foundation_config, method):
 def test_nothing_is_forgotten_by_other_tasks_statistics(federate, foundation_config, method):
     """What the server knows of a class does not depend on the order of tasks: rows of the first are still there."""
     trainer = federate(method(foundation=foundation_config))
-    assert trainer.matrix.of("seen")[:, 1].mean() > 0.9
+    assert trainer.matrix.of("class_il")[:, 1].mean() > 0.9
     assert not any(trainer.history)

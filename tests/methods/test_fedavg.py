@@ -111,7 +111,7 @@ def test_clients_that_train_alone_send_nothing(federate, small, nets):
     assert all(not values.any() for values in trainer.traffic.values())
     first, second = nets(trainer)
     assert not torch.equal(first["head.weight"], second["head.weight"])
-    for mask in ("task", "seen"):
+    for mask in ("task_il", "class_il"):
         before, after = trainer.matrix.of(mask, "before"), trainer.matrix.of(mask, "after")
         assert torch.equal(before.nan_to_num(-1), after.nan_to_num(-1))
 

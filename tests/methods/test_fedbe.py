@@ -170,7 +170,7 @@ def test_base_weights_never_change(run):
 def test_it_learns_the_first_task(foundation_config, federate, make_data):
     method = FedBE(foundation=foundation_config, **(TINY | {"local_epochs": 4}))
     trainer = federate(method, make_data(train_per_class=16), rounds_per_task=2, max_tasks=1)
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.75
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.75
 
 
 @pytest.mark.parametrize("capacities", [(), (2, 0)])

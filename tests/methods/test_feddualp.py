@@ -133,7 +133,7 @@ def test_images_of_the_only_trained_task_find_its_slot(make, federate):
 
 def test_the_first_task_is_learned_better_than_by_chance(make, federate):
     trainer = federate(make(local_epochs=8, lr=0.01))
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.7
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.7
 
 
 def test_two_runs_are_the_same_to_the_bit(make, federate, same):

@@ -86,7 +86,7 @@ def test_it_trains_with_a_clipped_pull_on_the_tasks_classes(make, federate):
 
 def test_the_first_task_is_learned_better_than_by_chance(make, federate):
     trainer = federate(make(local_epochs=8, lr=0.01))
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.7
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.7
 
 
 def test_two_runs_are_the_same_to_the_bit(make, federate, same):

@@ -271,7 +271,7 @@ def test_a_client_without_data_has_nothing_to_teach(make_method):
 def test_without_distillation_clients_keep_their_generators(make_method, federate):
     trainer = federate(make_method(distill=False))
     assert all(not values.any() for values in trainer.traffic.values())
-    for mask in ("task", "seen"):
+    for mask in ("task_il", "class_il"):
         before, after = trainer.matrix.of(mask, "before"), trainer.matrix.of(mask, "after")
         assert torch.equal(before.nan_to_num(-1), after.nan_to_num(-1))
 
@@ -317,7 +317,7 @@ def test_it_runs_without_collaboration(make_method, federate, continual):
 )
 def test_variants_run(make_method, federate, collaborator, options):
     trainer = federate(make_method(collaborator, **options))
-    values = trainer.matrix.of("seen")[:, [0, 1, 1], [0, 0, 1]]
+    values = trainer.matrix.of("class_il")[:, [0, 1, 1], [0, 0, 1]]
     assert ((values >= 0) & (values <= 1)).all()
     assert all(value.isfinite().all() for client in trainer.clients for value in client.net.state_dict().values())
 

@@ -138,7 +138,7 @@ def test_the_first_task_is_learned_better_than_by_chance(make, federate):
     """On the packaged ViT: the prefixes of a random one say more about themselves than about the image."""
     packaged = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")
     trainer = federate(make(foundation=packaged, fine_blocks=(10,), lr=0.003), rounds_per_task=2, max_tasks=1)
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.7
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.7
 
 
 def test_two_runs_are_the_same_to_the_bit(make, federate, same):

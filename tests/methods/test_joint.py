@@ -76,7 +76,7 @@ def test_only_the_one_net_travels_up(run):
 def test_it_bounds_training_alone(federate, foundation_config, make_data, on_vit):
     options = TINY | {"local_epochs": 4} | ({"foundation": foundation_config, "lr": 0.01} if on_vit else {})
     final = [
-        federate(method, make_data(train_per_class=16), rounds_per_task=2).matrix.of("seen")[:, 1].nanmean()
+        federate(method, make_data(train_per_class=16), rounds_per_task=2).matrix.of("class_il")[:, 1].nanmean()
         for method in (Joint(**options), Local(**options))
     ]
     assert final[0] > 0.75 and final[0] > final[1]

@@ -190,7 +190,7 @@ def test_other_configurations_train(foundation_config, federate, options):
     method = LoRM(foundation=foundation_config, **TINY, **options)
     trainer = federate(method, rounds_per_task=2)
     assert all(value.isfinite().all() for value in trainer.clients[0].net.state_dict().values())
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.5
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.5
 
 
 def test_whole_grams_are_sent_as_triangles_in_rounds_of_reading_factors(foundation_config, federate):
@@ -213,4 +213,4 @@ def test_server_state_is_complete(run, foundation_config):
 def test_it_learns_the_first_task(foundation_config, federate, make_data):
     method = LoRM(foundation=foundation_config, **(TINY | {"local_epochs": 4}))
     trainer = federate(method, make_data(train_per_class=16), rounds_per_task=2, max_tasks=1)
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.75
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.75

@@ -172,4 +172,4 @@ def test_class_means_are_of_raw_features(foundation_config, federate):
 def test_it_learns_the_first_task(foundation_config, federate, make_data):
     method = PILoRA(foundation=foundation_config, **(TINY | {"local_epochs": 5}))
     trainer = federate(method, make_data(train_per_class=16), rounds_per_task=2, max_tasks=1)
-    assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.75
+    assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.75

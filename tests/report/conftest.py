@@ -2,7 +2,8 @@ import pytest
 
 import tiny
 from fedlscl.__main__ import main
-from fedlscl.report.runs import grouped, read_runs
+from fedlscl.report.groups import grouped
+from fedlscl.report.runs import read_runs
 
 SEEDS = (1, 2)
 METHODS = ("FedAvg", "Local")

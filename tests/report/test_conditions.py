@@ -3,7 +3,8 @@ import dataclasses
 
 import pytest
 
-from fedlscl.report.runs import SETS, grouped, inequalities, read_runs
+from fedlscl.report.groups import SETS, grouped, inequalities
+from fedlscl.report.runs import read_runs
 
 
 def test_runs_under_equal_conditions_need_no_notice(groups):

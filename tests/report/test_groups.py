@@ -4,7 +4,8 @@ import statistics
 import numpy as np
 import pytest
 
-from fedlscl.report.runs import final, grouped, read_runs
+from fedlscl.report.groups import final, grouped
+from fedlscl.report.runs import read_runs
 
 
 @pytest.fixture
@@ -20,21 +21,21 @@ def with_option(run, old, new):
 def test_groups_are_the_methods_best_first(groups):
     assert {group.name for group in groups} == {"FedAvg", "Local"}
     assert all(group.seeds == [1, 2] for group in groups)
-    means = [group.known("seen/average").mean for group in groups]
+    means = [group.known("class_il/average").mean for group in groups]
     assert means == sorted(means, reverse=True)
 
 
 def test_mean_and_deviation_are_those_over_seeds(groups, four):
     for group in groups:
-        values = [final(run, "seen/average") for run in four if run.name == group.name]
-        found = group.known("seen/average")
+        values = [final(run, "class_il/average") for run in four if run.name == group.name]
+        found = group.known("class_il/average")
         assert found.mean == pytest.approx(statistics.mean(values), abs=1e-15)
         assert found.deviation == pytest.approx(statistics.stdev(values), abs=1e-15)
 
 
 def test_one_seed_has_no_deviation(four):
     (group,) = grouped(four[:1])
-    assert group.known("seen/average").deviation is None
+    assert group.known("class_il/average").deviation is None
 
 
 def test_a_figure_that_one_run_lacks_has_no_mean(four):
@@ -72,7 +73,7 @@ def test_the_same_run_twice_is_refused(four, tmp_path):
 
 def test_the_worst_rank_is_the_worst_client_of_the_table(groups):
     for group in groups:
-        for mask in ("task", "seen"):
+        for mask in ("task_il", "class_il"):
             ranked = group.ranked_clients(mask)
             assert ranked[:, 0].mean() == pytest.approx(group.known(f"{mask}/worst_client").mean)
             assert (np.diff(ranked, axis=1) >= 0).all()

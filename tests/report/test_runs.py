@@ -6,8 +6,9 @@ import pytest
 
 from fedlscl.__main__ import main
 from fedlscl.cli.errors import raised_here
+from fedlscl.report.groups import grouped, inequalities
 from fedlscl.report.page import page
-from fedlscl.report.runs import grouped, inequalities, read_run, read_runs
+from fedlscl.report.runs import read_run, read_runs
 from fedlscl.report.table import per_task_rows, table_latex, table_rows
 
 
@@ -44,9 +45,23 @@ def test_a_folder_named_after_its_seed_is_a_repetition(runs, tmp_path):
 
 def test_matrix_and_averages_are_those_of_the_summary(runs):
     for run in read_runs([runs]):
-        for mask in ("task", "seen"):
+        for mask in ("task_il", "class_il"):
             assert run.client_averages(mask).mean() == pytest.approx(run.results["summary"][-1][f"{mask}/average"])
             assert np.isnan(run.matrix(mask)[:, 0, 1]).all() and not np.isnan(run.matrix(mask)[:, 1]).any()
+
+
+def test_names_of_schema_1_are_understood(copied):
+    """Committed results have them: the masks were 'seen' and 'task'."""
+    new = read_run(copied / "results.json")
+    for name in ("results.json", "matrix.csv"):
+        text = (copied / name).read_text().replace("class_il", "seen").replace("task_il", "task")
+        (copied / name).write_text(text.replace('"schema": 2', '"schema": 1'))
+    assert '"seen/average"' in (copied / "results.json").read_text()
+    old = read_run(copied / "results.json")
+    assert old.results == new.results | {"schema": 1}
+    assert [group.final("class_il/average") for group in grouped([old])] == [
+        grouped([new])[0].final("class_il/average")
+    ]
 
 
 def test_a_run_may_come_without_costs_and_configuration(copied):
@@ -58,14 +73,14 @@ def test_a_run_may_come_without_costs_and_configuration(copied):
 
 
 DAMAGES = {
-    "no valid JSON": lambda folder: (folder / "results.json").write_text('{"seed": 1'),
+    "not valid JSON": lambda folder: (folder / "results.json").write_text('{"seed": 1'),
     "holds list": lambda folder: (folder / "results.json").write_text("[]"),
     "holds no 'method'": lambda folder: (folder / "results.json").write_text('{"seed": 1}'),
-    "has schema 2": lambda folder: change(folder, schema=2),
+    "has schema 3": lambda folder: change(folder, schema=3),
     "holds no finished task": lambda folder: change(folder, summary=[]),
     "does not hold the accuracies": lambda folder: (folder / "matrix.csv").write_text("phase,mask\nafter,task\n"),
-    "no configuration in YAML": lambda folder: (folder / "config.yaml").write_text("a: [1"),
-    "costs.json' is no valid JSON": lambda folder: (folder / "costs.json").write_text(""),
+    "not a configuration in YAML": lambda folder: (folder / "config.yaml").write_text("a: [1"),
+    "costs.json' is not valid JSON": lambda folder: (folder / "costs.json").write_text(""),
 }
 
 

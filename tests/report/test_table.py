@@ -20,7 +20,7 @@ def change(version, seen=None, tasks=None, goal=None, **places):
     if goal is not None:
         results["data"]["num_tasks"] = goal
     if seen is not None:
-        results["summary"][-1] |= {"seen/average": seen, "task/average": seen}
+        results["summary"][-1] |= {"class_il/average": seen, "task_il/average": seen}
     for place, value in places.items():
         group, name = place.split("__")
         results[group][name] = value

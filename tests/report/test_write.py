@@ -3,8 +3,9 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
+from fedlscl.report.groups import grouped
 from fedlscl.report.plots import against_cost
-from fedlscl.report.runs import grouped, read_runs
+from fedlscl.report.runs import read_runs
 from fedlscl.report.table import table_markdown
 
 FIGURES = ("accuracy", "forgetting", "clients", "bytes", "seconds", "matrix")
@@ -16,7 +17,9 @@ def contents(folder):
 
 
 def test_a_report_holds_tables_figures_and_the_page_and_nothing_else(report):
-    figures = {f"{name}_{mask}.{kind}" for name in FIGURES for mask in ("seen", "task") for kind in ("svg", "png")}
+    figures = {
+        f"{name}_{mask}.{kind}" for name in FIGURES for mask in ("class_il", "task_il") for kind in ("svg", "png")
+    }
     assert contents(report).keys() == TABLES | figures
 
 
@@ -31,7 +34,7 @@ def test_without_costs_there_is_no_figure_of_seconds_and_with_one_seed_no_deviat
     shutil.copytree(runs / "FedAvg" / "version_0", tmp_path / "A")
     (tmp_path / "A" / "costs.json").unlink()
     groups = grouped(read_runs([tmp_path / "A"]))
-    assert against_cost(groups, "total_seconds", "seen") is None
+    assert against_cost(groups, "total_seconds", "class_il") is None
     last = table_markdown(groups).splitlines()[-1]
     assert last.startswith("| A | 1 |") and last.endswith("| – |") and "±" not in last
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlscl.callbacks.formatting import aligned, percent
+from fedlscl.callbacks.formatting import LEGEND, MASK_NAMES, aligned, percent
 from fedlscl.cli.runs import (
     MANIFEST,
     RunDirectory,
@@ -221,7 +221,7 @@ class Commands:
         self.test(model, datamodule, ckpt_path)
 
     def test(self, model: Method, datamodule: SpatialTemporalDataModule, ckpt_path: str = "last") -> None:
-        """Accuracies of a trained run on its held-out images, per client and task, under both masks.
+        """Accuracies of a trained run on its held-out images, per client and task, task- and class-incremental.
 
         Args:
             model: the method, under LightningCLI's name for it.
@@ -238,7 +238,7 @@ class Commands:
             client.task = task
             rows.append(self.trainer.pool.runner.evaluate(client))
         print(f"{checkpoint}: accuracy in percent after {task + 1} of {self.trainer.run.num_tasks} tasks")
-        print("\n".join(accuracy_table(torch.stack(rows))))
+        print("\n".join([*accuracy_table(torch.stack(rows)), "", LEGEND]))
 
     def predict(
         self,
@@ -313,9 +313,9 @@ def observers() -> Sequence[Callback]:
 def accuracy_table(values: Tensor) -> list[str]:
     """Lines for accuracies (clients, masks, tasks): each client's and their mean under both masks, in percent."""
     tasks = [f"task {task}" for task in range(1, values.shape[2] + 1)]
-    rows = [["mask", "client", *tasks, "mean"]]
+    rows = [["", "client", *tasks, "mean"]]
     for mask, of_mask in zip(MASKS, values.transpose(0, 1), strict=True):
         names = [*map(str, range(len(of_mask))), "mean"]
         for name, accuracies in zip(names, (*of_mask, of_mask.mean(0)), strict=True):
-            rows.append([mask, name, *map(percent, accuracies.tolist()), percent(accuracies.mean().item())])
+            rows.append([MASK_NAMES[mask], name, *map(percent, accuracies.tolist()), percent(accuracies.mean().item())])
     return aligned(rows)

@@ -1,21 +1,21 @@
-"""The accuracy of every client, after every task, on every task, and what the field derives from it."""
+"""The accuracy of every client, after every task, on every task, what the field derives from it, and both as text."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# The accuracy of every client, after every task, on every task; and what the field derives from it.
-
 AT_SERVER = -1
 """Client id in ``history`` entries of stages that the server trained."""
-MASKS = ("task", "seen")
-"""Columns that compete: classes of the sample's task (the paper's Table 1), or all that the client has met."""
+MASKS = ("task_il", "class_il")
+"""Task-incremental: only the classes of the image's task compete (Table 1 of the paper). Class-incremental: all classes
+that the client has seen so far."""
 PHASES = ("before", "after")
 """Measured before the last aggregation of a task, and after it."""
 
@@ -31,7 +31,7 @@ class AccuracyMatrix:
         self.values[PHASES.index(phase), :, client, after_task, : rows.shape[1]] = rows.double()
 
     def row(self, phase: str, client: int, after_task: int) -> Tensor:
-        """What was recorded, (masks, tasks so far)."""
+        """The recorded accuracies, (masks, tasks so far)."""
         return self.values[PHASES.index(phase), :, client, after_task, : after_task + 1].clone()
 
     def of(self, mask: str, phase: str = "after") -> Tensor:
@@ -39,8 +39,13 @@ class AccuracyMatrix:
         return self.values[PHASES.index(phase), MASKS.index(mask)]
 
 
+def correct(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Whether the label has the largest logit among ``classes``, (B,) bool."""
+    return classes.to(logits.device)[logits[:, classes.to(logits.device)].argmax(1)] == labels
+
+
 def current_accuracy(matrix: Tensor) -> Tensor:
-    """Accuracy on the task just learned (Table 1), (clients, tasks).
+    """Accuracy on the newest task (Table 1), (clients, tasks).
 
     Example:
         >>> current_accuracy(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
@@ -60,7 +65,7 @@ def average_accuracy(matrix: Tensor) -> Tensor:
 
 
 def forgetting(matrix: Tensor) -> Tensor:
-    """Best earlier accuracy minus the present one, mean over earlier tasks, (clients, tasks); 0 after the first task.
+    """Best earlier accuracy minus the current one, mean over earlier tasks, (clients, tasks); 0 after the first task.
 
     Example:
         >>> forgetting(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
@@ -73,7 +78,7 @@ def forgetting(matrix: Tensor) -> Tensor:
 
 
 def backward_transfer(matrix: Tensor) -> Tensor:
-    """Present accuracy minus that right after learning, mean over earlier tasks, (clients, tasks).
+    """Current accuracy minus that right after training, mean over earlier tasks, (clients, tasks).
 
     Example:
         >>> backward_transfer(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
@@ -86,7 +91,7 @@ def backward_transfer(matrix: Tensor) -> Tensor:
 
 
 def summary(matrix: AccuracyMatrix, task: int) -> dict[str, float]:
-    """The figures after a task, by name: means over clients, and the worst client."""
+    """Figures after a task, by ``mask/name``: means over clients, and the worst client."""
     figures: dict[str, float] = {}
     for mask in MASKS:
         after, before = matrix.of(mask), matrix.of(mask, "before")
@@ -102,21 +107,22 @@ def summary(matrix: AccuracyMatrix, task: int) -> dict[str, float]:
     return figures
 
 
-def correct(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-    """Which samples win among the columns ``classes``, (B,) bool."""
-    return classes.to(logits.device)[logits[:, classes.to(logits.device)].argmax(1)] == labels
+def plain(value: Any) -> Any:
+    """JSON values: dataclasses become dicts of their ``init`` fields, numbers that are not finite become None.
 
-
-def to_lists(matrix: AccuracyMatrix) -> dict[str, Any]:
-    """``phase -> mask -> client -> n -> t`` as plain numbers, None where nothing was measured."""
-
-    def plain(value: Any) -> Any:
-        return [plain(v) for v in value] if isinstance(value, list) else None if value != value else value
-
-    return {phase: {mask: plain(matrix.of(mask, phase).tolist()) for mask in MASKS} for phase in PHASES}
-
-
-# Results as text: JSON that a person can read, and tables in long form.
+    Example:
+        >>> plain({"a": (1, float("nan"))})
+        {'a': [1, None]}
+    """
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.init}
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value if isinstance(value, int | str | None) else str(value)
 
 
 def to_json(value: Any) -> str:
@@ -133,22 +139,30 @@ def to_json(value: Any) -> str:
     return re.sub(r"\[(\n[^\[\]{}]+)\]", lambda found: "[" + re.sub(r"\n *", " ", found[1]).strip() + "]", text) + "\n"
 
 
+def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """CSV with the columns in the order in which the rows first name them; floats as repr."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def matrix_rows(accuracy: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The accuracy matrix of ``results`` in long form."""
+    """``accuracy[phase][mask]`` of results.json in long form."""
     for phase in PHASES:
         for mask in MASKS:
             for client, after in enumerate(accuracy[phase][mask]):
                 for n, row in enumerate(after):
-                    for t, value in enumerate(row):
-                        if value is not None:
-                            names = ("phase", "mask", "client", "after_task", "task", "accuracy")
-                            yield dict(zip(names, (phase, mask, client, n, t, value), strict=True))
+                    where = {"phase": phase, "mask": mask, "client": client, "after_task": n}
+                    yield from (where | {"task": t, "accuracy": v} for t, v in enumerate(row) if v is not None)
 
 
 def round_rows(traffic: dict[str, Any], history: list[dict[str, Any]], tasks: int) -> Iterator[dict[str, Any]]:
     """Bytes and loss terms of every client in every round of the first ``tasks`` tasks.
 
-    Where the server trained (client -1) it has a row with the terms of the last stage of each name.
+    Rounds in which the server trained have a row of client -1 with the terms of the last stage of each name.
     """
     losses: dict[tuple[int, int, int], dict[str, float]] = {}
     for entry in history:
@@ -157,19 +171,8 @@ def round_rows(traffic: dict[str, Any], history: list[dict[str, Any]], tasks: in
     for task in range(tasks):
         for round_ in range(len(traffic["up"][0][task])):
             for client, (up, down) in enumerate(zip(traffic["up"], traffic["down"], strict=True)):
-                place = {"task": task, "round": round_, "client": client}
-                sizes = {"bytes_up": up[task][round_], "bytes_down": down[task][round_]}
-                yield place | sizes | losses.get((task, round_, client), {})
+                row = {"task": task, "round": round_, "client": client}
+                row |= {"bytes_up": up[task][round_], "bytes_down": down[task][round_]}
+                yield row | losses.get((task, round_, client), {})
             if (task, round_, AT_SERVER) in losses:
                 yield {"task": task, "round": round_, "client": AT_SERVER} | losses[task, round_, AT_SERVER]
-
-
-def to_csv(rows: Iterator[dict[str, Any]]) -> str:
-    """A table whose columns come in the order in which the rows first name them; floats as repr."""
-    collected = list(rows)
-    columns = list(dict.fromkeys(name for row in collected for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(collected)
-    return text.getvalue()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.fabric.loggers import Logger
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
@@ -15,6 +16,7 @@ from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client, ClientOffloader
 from fedlscl.federated.distributed import Ranks
 from fedlscl.federated.engine import Engine, Precision, chosen_precision, connect
+from fedlscl.federated.loggers import LoggerCallback
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload
@@ -44,6 +46,7 @@ class FederatedTrainer:
         default_root_dir: folder of all runs.
         name: name of the run's folder; by default the method's name.
         callbacks: further callbacks, called after the built-in ones.
+        loggers: Lightning loggers, which get the same scalars as TensorBoard.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class FederatedTrainer:
         default_root_dir: str = "runs",
         name: str | None = None,
         callbacks: list[Callback] | None = None,
+        loggers: list[Logger] | None = None,
     ) -> None:
         for field, value in (
             ("rounds_per_task", rounds_per_task),
@@ -90,7 +94,7 @@ class FederatedTrainer:
         self.max_tasks = max_tasks
         self.default_root_dir = default_root_dir
         self.name = name
-        self.callbacks = list(callbacks or [])
+        self.callbacks = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
         self.run_dir: Path | None = None
         self.identity = ""
 

@@ -222,8 +222,8 @@ def run(federation: "Federation", grid: Grid, context: Context) -> None:
         matrix = run_server(federation, transport, run_dir, deadline, say).matrix
     finally:
         os.close(handle)
-    average = summary(matrix, federation.num_tasks - 1)["seen/average"]
-    say(f"done: mean accuracy over all tasks (seen) {average:.4f}; results in {run_dir}")
+    average = summary(matrix, federation.num_tasks - 1)["class_il/average"]
+    say(f"done: mean class-incremental accuracy over all tasks {average:.4f}; results in {run_dir}")
 
 
 def place(options: Mapping[str, Any], name: str) -> Path:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from fedlscl.callbacks.formatting import in_bytes, in_hours, parameter_line, percent
+from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, in_hours, parameter_line, percent
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import to_csv
-from fedlscl.report.plots import AMONG, Picture, against_cost, clients, for_page, looks, matrices, over_tasks
-from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Group, Run, grouped, inequalities, left_out, read_runs
+from fedlscl.report.groups import Group, grouped, inequalities
+from fedlscl.report.plots import Picture, against_cost, clients, for_page, looks, matrices, over_tasks
+from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Run, left_out, read_runs
 from fedlscl.report.table import COLUMNS, cell, per_task_rows, table_latex, table_markdown, table_rows
 from fedlscl.report.table import sections as in_sections
 
@@ -82,7 +83,7 @@ def _findings(groups: Sequence[Group]) -> list[str]:
     return [
         f"{name}. ".capitalize() * bool(name) + _finding([g for g in finished if g.heading == name], mask)
         for name in dict.fromkeys(group.heading for group in finished)
-        for mask in AMONG
+        for mask in MASK_TITLES
     ]
 
 
@@ -100,7 +101,7 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
 def _lead(ranked: Sequence[Group], mask: str) -> str:
     first, *others = ranked
     best = first.known(f"{mask}/average")
-    sentence = f"{AMONG[mask].capitalize()}, {first.name} reaches {percent(best.mean)} %"
+    sentence = f"{MASK_TITLES[mask].capitalize()}: {first.name} reaches {percent(best.mean)} %"
     if not others:
         return f"{sentence}."
     second = others[0].known(f"{mask}/average")
@@ -193,7 +194,7 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
 
 def figures(groups: Sequence[Group]) -> list[Section]:
     """All figures in the page's order; those of costs only where costs are known."""
-    masks = list(AMONG)
+    masks = list(MASK_TITLES)
     costs = {name: [against_cost(groups, name, mask) for mask in masks] for name in ("up_bytes", "total_seconds")}
     sections = [
         Section(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fedlscl.callbacks.formatting import in_bytes, percent
-from fedlscl.report.runs import Group
+from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, percent
+from fedlscl.report.groups import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +29,6 @@ INK, PAPER, RULE = "#1f2430", "#fffffe", "#8b90a0"
 WIDTH = 4.7
 """Inches: 10 points stay readable on a telephone."""
 LONGEST_NAME = 34
-AMONG = {"seen": "among all classes seen", "task": "among the task's own classes"}
-"""Masks in words."""
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -202,8 +200,8 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
     ends = ", ".join(f"{name} {percent(float(seeds[:, -1].mean()))} %" for name, seeds in values.items())
     return picture(
         f"{file}_{mask}",
-        f"{what.capitalize()}, {AMONG[mask]}",
-        f"Line chart of {what}, {AMONG[mask]}, after each task. After the last one: {ends}.",
+        f"{what.capitalize()}, {MASK_TITLES[mask]}",
+        f"Line chart of {what}, {MASK_TITLES[mask]}, after each task. After the last one: {ends}.",
         draw,
         HEIGHT + legend_height(list(values)),
     )
@@ -249,8 +247,8 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | Non
     )
     return picture(
         f"{file}_{mask}",
-        f"Final accuracy {AMONG[mask]}, against {what}",
-        f"Scatter plot of final accuracy, {AMONG[mask]}, against {what}: {points}.",
+        f"Final accuracy, {MASK_TITLES[mask]}, against {what}",
+        f"Scatter plot of final accuracy, {MASK_TITLES[mask]}, against {what}: {points}.",
         draw,
         HEIGHT + legend_height(list(known)),
     )
@@ -297,8 +295,8 @@ def matrices(groups: Sequence[Group], mask: str) -> Picture:
     ends = "; ".join(f"{name} {', '.join(map(percent, m[-1].tolist()))}" for name, m in values.items())
     return picture(
         f"matrix_{mask}",
-        f"Accuracy matrices, {AMONG[mask]}",
-        f"Heat maps of accuracy on each task after each task, {AMONG[mask]}. After the last task, in percent: {ends}.",
+        f"Accuracy matrices, {MASK_TITLES[mask]}",
+        f"Heat maps of accuracy on each task after each task, {MASK_TITLES[mask]}. After the last, in percent: {ends}.",
         draw,
         _height(len(values), 2.15) + 0.7,
     )
@@ -323,8 +321,8 @@ def clients(groups: Sequence[Group], mask: str) -> Picture:
     ends = ", ".join(f"{name} {percent(float(v[:, 0].mean()))} %" for name, v in values.items())
     return picture(
         f"clients_{mask}",
-        f"Clients, {AMONG[mask]}; the worst is hatched",
-        f"Bars of every client's final accuracy, {AMONG[mask]}. Worst clients: {ends}.",
+        f"Clients, {MASK_TITLES[mask]}; the worst is hatched",
+        f"Bars of every client's final accuracy, {MASK_TITLES[mask]}. Worst clients: {ends}.",
         draw,
         _height(len(values), 1.75),
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlscl.federated.metrics import MASKS
-from fedlscl.report.runs import PER_TASK, Group, Spread, grouped, inequalities, left_out, read_runs
+from fedlscl.report.groups import Group, Spread, grouped, inequalities
+from fedlscl.report.runs import PER_TASK, left_out, read_runs
 
 # The comparison as Markdown, CSV and LaTeX, and every run's figures after every task.
 
@@ -22,11 +23,11 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("seen/average", "seen %", 100, 1),
-    Column("seen/worst_client", "worst client %", 100, 1),
-    Column("seen/forgetting", "forgetting %", 100, 1),
-    Column("task/average", "task %", 100, 1),
-    Column("task/current", "current task %", 100, 1),
+    Column("class_il/average", "class-IL %", 100, 1),
+    Column("class_il/worst_client", "worst client %", 100, 1),
+    Column("class_il/forgetting", "forgetting %", 100, 1),
+    Column("task_il/average", "task-IL %", 100, 1),
+    Column("task_il/current", "current task %", 100, 1),
     Column("up_bytes", "up MB", 1e-6, 2),
     Column("down_bytes", "down MB", 1e-6, 2),
     Column("total_seconds", "seconds", 1, 0),
@@ -60,8 +61,8 @@ def markdown(rows: list[list[str]], rule: str = "---:") -> str:
     """A Markdown table whose first row is the header; ``rule`` aligns all columns but the first.
 
     Example:
-        >>> print(markdown([["run", "seen %"], ["FedAvg", "41.0"]]))
-        | run | seen % |
+        >>> print(markdown([["run", "class-IL %"], ["FedAvg", "41.0"]]))
+        | run | class-IL % |
         |---|---:|
         | FedAvg | 41.0 |
     """

@@ -13,17 +13,17 @@ from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.methods import FedLSCL
 
 
-class In(Callback):
+class RunFolder(Callback):
     """Gives the run its folder, as the command line does."""
 
     def __init__(self, folder):
         self.folder = folder
 
-    def on_fit_start(self, trainer):
+    def on_fit_start(self, run):
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
             (self.folder / "config.yaml").write_text("seed_everything: 42\n")
-            trainer.run_dir = self.folder
+            run.run_dir = self.folder
 
 
 class StopAt(Callback):
@@ -32,13 +32,13 @@ class StopAt(Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_round_start(self, trainer):
-        if trainer.step == self.step:
+    def on_round_start(self, run):
+        if run.step == self.step:
             raise KeyboardInterrupt
 
 
 class Observed(NamedTuple):
-    """A run with every observer."""
+    """A run with the built-in callbacks."""
 
     trainer: FederatedTrainer
     folder: Path | None
@@ -47,12 +47,12 @@ class Observed(NamedTuple):
 
 @pytest.fixture(scope="session")
 def observe(make_data):
-    """Fit with every observer; ``stop_at`` interrupts at a step, ``resume`` goes on from the folder's checkpoint."""
+    """Fit with the built-in callbacks; ``stop_at`` interrupts at a step, ``resume`` continues from the checkpoint."""
 
     def run(method, folder=None, stop_at=None, resume=False, is_terminal=False, data=None, rounds_per_task=2):
         display, screen = ProgressDisplay(), io.StringIO()
         display.console = Console(file=screen, force_terminal=is_terminal, width=100)
-        callbacks = [In(folder), Results(), TensorBoard(), display, StopAt(stop_at)]
+        callbacks = [RunFolder(folder), Results(), TensorBoard(), display, StopAt(stop_at)]
         trainer = FederatedTrainer(rounds_per_task=rounds_per_task, accelerator="cpu", callbacks=callbacks)
         checkpoint = folder / "checkpoint.pt" if resume else None
         try:
@@ -78,7 +78,7 @@ def whole(observe, make_method, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def resumed(observe, make_method, tmp_path_factory):
-    """The same run, interrupted in the second task's second round and taken up again."""
+    """The same run, interrupted in the second task's second round and resumed."""
     folder = tmp_path_factory.mktemp("resumed")
     stopped = observe(make_method(), folder, stop_at=3)
     return stopped, observe(make_method(), folder, resume=True)

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from fedlscl.callbacks.formatting import aligned, print_table, results_table
-from fedlscl.callbacks.results import plain, results
-from fedlscl.federated.metrics import round_rows, to_csv, to_json
+from fedlscl.callbacks.results import results
+from fedlscl.federated.metrics import plain, round_rows, to_csv, to_json
 from fedlscl.methods import FedAvg, FedNCM
 
 FILES = ("results.json", "matrix.csv", "rounds.csv")
@@ -51,11 +51,12 @@ def test_uploaded_parameters_are_counted(foundation_config, observe):
 
 def test_results_hold_matrix_summary_and_traffic(record, whole):
     after = torch.tensor(
-        [[[v if v is not None else math.nan for v in n] for n in c] for c in record["accuracy"]["after"]["seen"]]
+        [[[v if v is not None else math.nan for v in n] for n in c] for c in record["accuracy"]["after"]["class_il"]]
     )
-    torch.testing.assert_close(after.double(), whole.trainer.matrix.of("seen").float().double(), equal_nan=True)
-    assert len(record["summary"]) == 2 and record["summary"][1]["seen/average"] <= 1
-    assert record["clients"]["seen"]["worst_average"] == min(record["clients"]["seen"]["average"])
+    torch.testing.assert_close(after.double(), whole.trainer.matrix.of("class_il").float().double(), equal_nan=True)
+    assert record["schema"] == 2
+    assert len(record["summary"]) == 2 and record["summary"][1]["class_il/average"] <= 1
+    assert record["clients"]["class_il"]["worst_average"] == min(record["clients"]["class_il"]["average"])
     assert record["traffic"]["up_bytes"] == int(whole.trainer.traffic["up"].sum()) > 0
     assert record["traffic"]["down"] == whole.trainer.traffic["down"].tolist()
 
@@ -143,10 +144,10 @@ def test_csv_has_a_row_for_rounds_in_which_the_server_trained():
 
 def test_table_has_a_row_per_mask_and_task():
     names = ("current", "average", "average_before_aggregation", "forgetting", "worst_client")
-    figures = {f"{mask}/{name}": 0.1 * i for mask in ("task", "seen") for i, name in enumerate(names)}
+    figures = {f"{mask}/{name}": 0.1 * i for mask in ("task_il", "class_il") for i, name in enumerate(names)}
     table = results_table({"summary": [figures, figures]})
-    assert table[1] == ["task's own", "1", "0.0", "10.0", "20.0", "30.0", "40.0"]
-    assert [row[:2] for row in table[2:]] == [["task's own", "2"], ["all seen", "1"], ["all seen", "2"]]
+    assert table[1] == ["task-IL", "1", "0.0", "10.0", "20.0", "30.0", "40.0"]
+    assert [row[:2] for row in table[2:]] == [["task-IL", "2"], ["class-IL", "1"], ["class-IL", "2"]]
 
 
 def test_plain_table_is_aligned():
@@ -165,6 +166,14 @@ def test_printed_table_names_the_files(whole, is_terminal):
     print_table(whole.trainer.run, Console(file=screen, force_terminal=is_terminal, width=80))
     text = screen.getvalue()
     assert ("\x1b[" in text) == is_terminal
-    for words in ("FedLSCL on fake", "all seen", "worst client", "trainable of", "images/s", "tensorboard --logdir"):
+    for words in (
+        "FedLSCL on fake",
+        "class-IL",
+        "class-incremental: all classes seen so far compete",
+        "worst client",
+        "trainable of",
+        "images/s",
+        "tensorboard --logdir",
+    ):
         assert words in text
     assert str(whole.folder / "results.json") in text

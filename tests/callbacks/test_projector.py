@@ -44,9 +44,9 @@ def test_it_is_off_unless_asked_for(whole):
 
 
 def test_what_cannot_be_shown_is_refused_before_training(tmp_path, capsys):
-    with pytest.raises(ValueError, match="per_class 0 shows nothing"):
+    with pytest.raises(ValueError, match="per_class must be >= 1, got 0"):
         FeatureProjector(per_class=0)
     wrong = CALLBACK.replace("per_class: 2", "pick: embedding")
     assert main(["fit", *tiny.FEDLSCL, *tiny.inside(tmp_path), "--trainer.callbacks", wrong]) == 2
-    assert "choose from features, lora, tokens" in capsys.readouterr().err
+    assert "pick must be one of features, lora, tokens, " in capsys.readouterr().err
     assert list(tmp_path.rglob("*")) == []

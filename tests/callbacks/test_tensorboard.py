@@ -42,7 +42,7 @@ def test_mean_loss_is_over_clients(events, whole):
 
 
 def test_accuracies_are_at_the_last_step_of_their_task(events, whole):
-    for mask in ("task", "seen"):
+    for mask in ("task_il", "class_il"):
         after = whole.trainer.matrix.of(mask)
         mean = after.nanmean(2)
         assert points(events, f"accuracy_{mask}/average") == [
@@ -81,7 +81,7 @@ def test_configuration_layout_and_hyperparameters_are_there(events):
     assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)
     start, experiment = plugins["_hparams_/session_start_info"], plugins["_hparams_/experiment"]
     assert b"collaborator.foundation.name" in start and b"FedLSCL" in start
-    assert b"accuracy_seen/average" in experiment
+    assert b"accuracy_class_il/average" in experiment
 
 
 def test_every_tag_is_in_a_group(events):
@@ -89,8 +89,8 @@ def test_every_tag_is_in_a_group(events):
     assert len(tags) > 30 and all("/" in tag for tag in tags)
     groups = {tag.split("/")[0] for tag in tags}
     assert groups == {
-        "accuracy_seen",
-        "accuracy_task",
+        "accuracy_class_il",
+        "accuracy_task_il",
         "uploads",
         "loss",
         "memory",
@@ -119,10 +119,12 @@ def test_hyperparameters_stand_beside_final_accuracies(events, whole):
     assert start["balance"].string_value == "True"
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
     shown = [metric.name.tag for metric in experiment.metric_infos]
-    assert shown[:2] == ["accuracy_seen/average", "accuracy_seen/worst_client"]
+    assert shown[:2] == ["accuracy_class_il/average", "accuracy_class_il/worst_client"]
     final = {tag: points(events, tag)[-1] for tag in shown}
     assert len(shown) == 12 and all(step == 3 for step, _ in final.values())
-    assert final["accuracy_seen/average"][1] == pytest.approx(float(whole.trainer.matrix.of("seen")[:, 1].mean()))
+    assert final["accuracy_class_il/average"][1] == pytest.approx(
+        float(whole.trainer.matrix.of("class_il")[:, 1].mean())
+    )
 
 
 def test_there_is_one_run(whole):

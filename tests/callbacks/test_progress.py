@@ -34,17 +34,20 @@ def test_plain_mode_has_a_line_per_stage_round_and_task(whole):
     assert len(re.findall(r"^task 1/2, round 1/2, client 0, collaborative: loss \S+ \(", text, re.M)) == 1
     assert len(re.findall(r"client \d, continual: loss \S+ = cross_entropy \S+ (\+ \w+ \S+ )+\(", text)) == 4
     assert len(re.findall(r"^task \d/2, round \d/2: [\d.]+ kB up, [\d.]+ kB down", text, re.M)) == 4
-    assert len(re.findall(r"^after task \d/2: average [\d.]+ %, current task [\d.]+ %, forgetting", text, re.M)) == 2
+    assert (
+        len(re.findall(r"^after task \d/2: class-IL average [\d.]+ %, current task [\d.]+ %, forgetting", text, re.M))
+        == 2
+    )
     assert "100% done, 0:00:00 left" in text
 
 
 def test_bytes_and_time_of_the_whole_run_are_said_after_two_rounds(whole):
     """As those of the first task's two rounds, twice: bytes of a round do not depend on the task."""
     lines = whole.screen.splitlines()
-    (place,) = [number for number, line in enumerate(lines) if line.startswith("  in all ")]
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("  estimate ")]
     assert lines[place - 1].startswith("task 1/2, round 2/2: ")
     up, down = (in_bytes(2 * int(whole.trainer.traffic[way][:, 0].sum())) for way in ("up", "down"))
-    assert re.fullmatch(rf"  in all      about {up} up, {down} down, 0:0\d:\d\d", lines[place])
+    assert re.fullmatch(rf"  estimate    {up} up, {down} down, 0:0\d:\d\d for the whole run", lines[place])
     assert int(whole.trainer.traffic["up"].sum()) == 2 * int(whole.trainer.traffic["up"][:, 0].sum())
 
 
@@ -53,10 +56,10 @@ def test_share_done_never_falls(whole):
     assert shares == sorted(shares) and len(shares) > 10
 
 
-def test_resumed_run_says_where_it_goes_on(resumed):
+def test_resumed_run_says_from_where(resumed):
     stopped, again = resumed
     assert stopped.screen.rstrip().endswith("stopped in task 2/2, round 2/2")
-    assert "goes on     from task 2/2, round 2/2" in again.screen
+    assert "resuming    from task 2/2, round 2/2" in again.screen
     assert int(re.search(r"(\d+)% done", again.screen)[1]) >= 75
 
 

@@ -1,0 +1,209 @@
+"""Scalars of a run, the same for TensorBoard and for any logger of Lightning."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.loggers import Logger
+from typing_extensions import override
+
+from fedlscl.federated.client import Client
+from fedlscl.federated.method import Stage
+from fedlscl.federated.metrics import AT_SERVER, MASKS, average_accuracy, plain, summary
+from fedlscl.federated.state import Callback, RunState
+
+
+class Lap(NamedTuple):
+    """Costs since the last lap."""
+
+    seconds: dict[str, float]
+    """By name of the stage, and 'server' and 'evaluation'."""
+    images: int
+    """Seen in training, repetitions counted."""
+    training_seconds: float
+    """The stages' part of ``seconds``."""
+
+
+class Timed(Callback):
+    """Base of callbacks that time the parts of the run."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._images, self._training_seconds, self._round_started = 0, 0.0, 0.0
+
+    def lap(self) -> Lap:
+        """The sums since the last call."""
+        lap = Lap(dict(self._seconds), self._images, self._training_seconds)
+        self._seconds, self._images, self._training_seconds = defaultdict(float), 0, 0.0
+        return lap
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds since the current round started."""
+        return time.perf_counter() - self._round_started
+
+    @override
+    def on_round_start(self, run: RunState) -> None:
+        self._round_started = time.perf_counter()
+
+    @override
+    def on_batch_end(self, run: RunState, client: Client | None, num_images: int) -> None:
+        self._images += num_images
+
+    @override
+    def on_stage_end(
+        self, run: RunState, client: Client | None, stage: Stage, terms: dict[str, float], seconds: float
+    ) -> None:
+        self._seconds[stage.name] += seconds
+        self._training_seconds += seconds
+
+    @override
+    def on_server_end(self, run: RunState, seconds: float) -> None:
+        self._seconds["server"] += seconds
+
+    @override
+    def on_evaluation_end(self, run: RunState, client: Client, phase: str, seconds: float) -> None:
+        self._seconds["evaluation"] += seconds
+
+
+class ScalarCallback(Timed):
+    """Base of callbacks that log scalars; the step is the number of rounds before the current one."""
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        """Log values by name."""
+        raise NotImplementedError
+
+    @override
+    def on_round_end(self, run: RunState) -> None:
+        self.log(round_scalars(run, self.lap(), self.round_seconds), run.step)
+
+    @override
+    def on_task_end(self, run: RunState) -> None:
+        self.log(task_scalars(run), run.step)
+
+
+class LoggerCallback(ScalarCallback):
+    """Logs to Lightning loggers.
+
+    Scalars are sent when a checkpoint is written: a resumed run repeats the rounds after the last checkpoint, and most
+    loggers cannot replace a step. A run without a folder writes no checkpoint and logs at once.
+    """
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        super().__init__()
+        self.loggers = loggers
+        self._pending: dict[int, dict[str, float]] = {}
+
+    @override
+    def on_fit_start(self, run: RunState) -> None:
+        for logger in self.loggers:
+            # Fabric's own CSVLogger has no file for hyper-parameters.
+            with suppress(NotImplementedError):
+                logger.log_hyperparams(hyperparameters(run))
+
+    @override
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._pending.setdefault(step, {}).update(scalars)
+
+    @override
+    def on_round_end(self, run: RunState) -> None:
+        super().on_round_end(run)
+        # The accuracies of a task belong to the step of its last round: one call per step.
+        if run.run_dir is None and not run.progress.last:
+            self.on_checkpoint(run)
+
+    @override
+    def on_task_end(self, run: RunState) -> None:
+        super().on_task_end(run)
+        if run.run_dir is None:
+            self.on_checkpoint(run)
+
+    @override
+    def on_checkpoint(self, run: RunState) -> None:
+        for step, scalars in self._pending.items():
+            for logger in self.loggers:
+                logger.log_metrics(scalars, step)
+        self._pending = {}
+        for logger in self.loggers:
+            logger.save()
+
+    @override
+    def on_fit_end(self, run: RunState) -> None:
+        for logger in self.loggers:
+            logger.finalize("success")
+
+    @override
+    def on_exception(self, run: RunState) -> None:
+        for logger in self.loggers:
+            logger.finalize("failed")
+
+
+def round_scalars(run: RunState, lap: Lap, seconds: float) -> dict[str, float]:
+    """Loss terms, bytes, seconds, speed and memory of the current round, by tag."""
+    scalars = dict(_losses(run))
+    scalars["uploads/rejected"] = sum((found.task, found.round) == run.progress.position for found in run.rejected)
+    for direction in ("up", "down"):
+        total = int(run.traffic[direction][:, *run.progress.position].sum())
+        scalars[f"traffic/{direction}_bytes"] = total
+        scalars[f"traffic/{direction}_bytes_per_client"] = total / max(1, len(run.participants))
+    scalars |= {f"seconds/{name}": value for name, value in lap.seconds.items()}
+    scalars |= {f"memory/{name}_peak_bytes": size for name, size in peak_memory().items() if size}
+    scalars["seconds/round"] = seconds
+    if lap.training_seconds:
+        scalars["speed/images_per_second"] = lap.images / lap.training_seconds
+    return scalars
+
+
+def task_scalars(run: RunState) -> dict[str, float]:
+    """Accuracies after the current task, by tag."""
+    task = run.progress.task
+    scalars = {f"accuracy_{name}": value for name, value in summary(run.matrix, task).items()}
+    for mask in MASKS:
+        for client, average in enumerate(average_accuracy(run.matrix.of(mask))[:, task].tolist()):
+            scalars[f"accuracy_{mask}/client_{client}"] = average
+    return scalars
+
+
+def _losses(run: RunState) -> Iterator[tuple[str, float]]:
+    """Loss terms of the current round by client (of a stage's last pass if it has several), and means over clients."""
+    by_term: dict[str, list[float]] = {}
+    for entry in run.history:
+        if (entry["task"], entry["round"]) != run.progress.position:
+            continue
+        for name, value in entry["terms"].items():
+            if entry["client"] == AT_SERVER:
+                yield f"train/server/{entry['stage']}/{name}", value
+            else:
+                by_term.setdefault(f"{entry['stage']}/{name}", []).append(value)
+                yield f"train/client_{entry['client']}/{entry['stage']}/{name}", value
+    for name, values in by_term.items():
+        yield f"loss/{name}", fmean(values)
+
+
+def hyperparameters(run: RunState) -> dict[str, Any]:
+    """Method, data set, seed and the method's fields under dotted names; numbers, or text."""
+    values = {"method": type(run.method).__name__, "seed": run.seed, "dataset": run.data["dataset"]}
+    return values | {"rounds_per_task": run.rounds_per_task, **dict(_flat(plain(run.method)))}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            # TensorBoard would show True as 1.0000.
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + name, value if is_number else str(value)
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far, on the host and on CUDA devices."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host": host, "device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0}

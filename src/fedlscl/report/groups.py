@@ -1,0 +1,273 @@
+"""Runs that differ only in the seed, their means and deviations, and which groups may be ranked together."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedlscl.report.runs import Run
+
+NOT_A_SETTING = {
+    "seed_everything",
+    "method.class_path",
+    *(f"trainer.{name}" for name in ("accelerator", "devices", "cache_gb", "clients_gb", "cache_dir", "compile")),
+    *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks", "loggers", "precision", "max_tasks")),
+    *(f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")),
+}
+"""Options that change only where, when and how precisely something is computed, or which repetition it is.
+
+Some are options of earlier versions, which configurations of old runs still have.
+"""
+MAX_NAMED = 3
+"""Maximum number of differing options in a group's name."""
+ORACLES = ("Joint", "JointLSCL")
+"""Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
+ORACLE, UNFINISHED = "oracles, not ranked", "unfinished runs, not ranked"
+
+
+class Spread(NamedTuple):
+    """A figure over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation (n - 1); None for a single seed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One method in one setting, over seeds."""
+
+    name: str
+    runs: tuple[Run, ...]
+    """By seed."""
+    comparable: str = ""
+    """Name of its set of groups under equal conditions; empty if there is one set."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seed of each run."""
+        return [run.seed for run in self.runs]
+
+    @property
+    def tasks(self) -> int:
+        """Finished tasks of every run."""
+        return self.runs[0].tasks
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the runs have finished all their tasks."""
+        return self.tasks >= self.runs[0].goal
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether the method pools all data."""
+        return self.runs[0].results["method"]["name"] in ORACLES
+
+    @property
+    def heading(self) -> str:
+        """Name of its set, and the number of tasks if trainer.max_tasks left some out."""
+        is_partial = self.tasks < self.runs[0].planned
+        return ", ".join(filter(None, (self.comparable, _progress(self.runs[0]) if is_partial else "")))
+
+    @property
+    def section(self) -> str:
+        """Heading of its rows in tables; groups are ranked only against those of the same section."""
+        if not self.is_finished:
+            return UNFINISHED
+        return ", ".join(filter(None, (self.heading, ORACLE * self.is_oracle)))
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether it takes part in the ranking of its section."""
+        return self.is_finished and not self.is_oracle
+
+    def final(self, figure: str) -> Spread | None:
+        """A figure after the last task, see `final`; None if a run does not have it."""
+        values = [final(run, figure) for run in self.runs]
+        return None if None in values else spread(np.array(values, dtype=float))
+
+    def known(self, figure: str) -> Spread:
+        """A figure that every run has."""
+        found = self.final(figure)
+        assert found is not None, figure
+        return found
+
+    def course(self, figure: str) -> np.ndarray:
+        """A figure of the summary after each task, (seeds, tasks)."""
+        return np.array([[figures[figure] for figures in run.results["summary"]] for run in self.runs])
+
+    def matrix(self, mask: str) -> np.ndarray:
+        """Accuracies (after task, on task), mean over clients and seeds, NaN above the diagonal."""
+        return np.mean([run.matrix(mask).mean(0) for run in self.runs], axis=0)
+
+    def ranked_clients(self, mask: str) -> np.ndarray:
+        """Final accuracies of each seed's clients, worst first, (seeds, clients)."""
+        return np.sort([run.client_averages(mask) for run in self.runs], axis=1)
+
+
+def final(run: Run, figure: str) -> float | None:
+    """A figure of one run after its last task: of the summary, bytes, seconds, or images."""
+    if figure in ("up_bytes", "down_bytes"):
+        return run.results["traffic"][figure]
+    if figure in ("total_seconds", "images"):
+        return None if run.costs is None else run.costs.get(figure)
+    return run.results["summary"][-1].get(figure)
+
+
+def spread(values: np.ndarray) -> Spread:
+    """Mean and sample standard deviation.
+
+    Example:
+        >>> spread(np.array([1.0, 3.0])), spread(np.array([5.0]))
+        (Spread(mean=2.0, deviation=1.4142135623730951), Spread(mean=5.0, deviation=None))
+    """
+    return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Groups by name and setting in the order of every table.
+
+    Groups are ranked by final class-incremental accuracy within a set of equal conditions (ours): data, clients, tasks,
+    finished tasks, rounds per task, and at least one common split. Oracles follow their set; unfinished runs come last.
+
+    Raises:
+        ValueError: if two runs do not differ.
+    """
+    groups: list[Group] = []
+    is_mixed = len({(run.tasks, run.planned) for run in runs}) > 1
+    for name in dict.fromkeys(run.name for run in runs):
+        settings: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+        for run in runs:
+            if run.name == name:
+                settings.setdefault(tuple(sorted(setting(run).items())), []).append(run)
+        labels = _labels(name, list(settings.values()), is_mixed)
+        for label, alike in zip(labels, settings.values(), strict=True):
+            _check_seeds(alike)
+            groups.append(Group(label, tuple(sorted(alike, key=lambda run: run.seed))))
+    finished = sorted((group for group in groups if group.is_finished), key=_merit)
+    unfinished = sorted((group for group in groups if not group.is_finished), key=_merit)
+    sets = sorted(_comparable(finished), key=lambda alike: (-alike[0].tasks, -len(alike), _merit(alike[0])))
+    ordered = [
+        replace(group, comparable=f"set {number}" if len(sets) > 1 else "")
+        for number, alike in enumerate(sets, start=1)
+        for group in sorted(alike, key=lambda group: group.is_oracle)
+    ]
+    return ordered + unfinished
+
+
+def _merit(group: Group) -> tuple[int, float, str]:
+    return -group.tasks, -group.known("class_il/average").mean, group.name
+
+
+def _comparable(groups: Sequence[Group]) -> list[list[Group]]:
+    sets: list[tuple[set[tuple[object, ...]], list[Group]]] = []
+    for group in groups:
+        keys = {_terms(run) for run in group.runs}
+        joined = [entry for entry in sets if entry[0] & keys]
+        sets = [entry for entry in sets if not entry[0] & keys]
+        sets.append((keys.union(*(k for k, _ in joined)), [*(g for _, found in joined for g in found), group]))
+    return [sorted(found, key=_merit) for _, found in sets]
+
+
+def _terms(run: Run) -> tuple[object, ...]:
+    """Conditions that two runs must share to be ranked against each other."""
+    data = run.results["data"]
+    rounds = run.results["trainer"]["rounds_per_task"]
+    return data["fingerprint"], data["num_clients"], run.planned, run.tasks, rounds, split_hash(run)
+
+
+def split_hash(run: Run) -> str:
+    """Hash of who has which classes and how many samples of them in each finished task."""
+    data = run.results["data"]
+    parts = [data["classes"], data.get("train_samples"), data.get("test_samples")]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
+def setting(run: Run) -> dict[str, str]:
+    """Options that runs of one group share, as text; weights by their hash, the method by its name."""
+    options = {name: value for name, value in run.options.items() if name not in NOT_A_SETTING}
+    options = {name: value for name, value in options.items() if name.split(".")[-1] != "weights"}
+    data, foundation = run.results["data"], run.results.get("foundation") or {}
+    hashes = {"data_hash": data.get("fingerprint"), "weights_hash": foundation.get("fingerprint")}
+    found = {**options, "method": run.results["method"]["name"], **hashes, "tasks_done": f"{run.tasks} of {run.goal}"}
+    return {name: str(value) for name, value in found.items()}
+
+
+def _labels(name: str, settings: list[list[Run]], is_mixed: bool) -> list[str]:
+    """The name, with the number of tasks if they differ, and the options that differ."""
+    firsts = [runs[0] for runs in settings]
+    known = [setting(run) for run in firsts]
+    keys = sorted({key for one in known for key in one if any(other.get(key) != one[key] for other in known)})
+    named = [key for key in keys if key not in ("tasks_done", "data.num_tasks")][:MAX_NAMED]
+    is_several = len({(run.tasks, run.planned) for run in firsts}) > 1
+    texts = []
+    for run, one in zip(firsts, known, strict=True):
+        is_partial = run.tasks < run.goal or (is_mixed and run.tasks < run.planned)
+        parts = [_progress(run)] if is_partial or is_several else []
+        parts += [", ".join(f"{key.split('.')[-1]}={one.get(key)}" for key in named)] if named else []
+        texts.append("; ".join(parts))
+    texts = [f"{text}; {n}".lstrip("; ") if texts.count(text) > 1 else text for n, text in enumerate(texts, start=1)]
+    return [f"{name} ({text})" if text else name for text in texts]
+
+
+def _progress(run: Run) -> str:
+    return f"{run.tasks} of {run.planned} tasks"
+
+
+def _check_seeds(runs: list[Run]) -> None:
+    by_seed: dict[int, Run] = {}
+    for run in runs:
+        if run.seed in by_seed:
+            pair = f"{str(by_seed[run.seed].path.parent)!r} and {str(run.path.parent)!r}"
+            raise ValueError(f"{pair} are the same run with the same seed {run.seed}: give one of them.")
+        by_seed[run.seed] = run
+
+
+SETS = "Sets differ in data, clients, tasks, rounds per task or split: rank runs only within one set."
+
+
+def inequalities(groups: Sequence[Group]) -> list[str]:
+    """One sentence for each condition that differs between groups, and for runs of identical results."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for group in groups:
+        for what, value in (entry for run in group.runs for entry in _conditions(group, run)):
+            names = found.setdefault(what, {}).setdefault(str(value), [])
+            names += [] if group.name in names else [group.name]
+    different = [_sentence(what, values) for what, values in found.items() if len(values) > 1]
+    is_split = any(group.comparable for group in groups)
+    return [SETS] * is_split + different + _copies(groups)
+
+
+def _copies(groups: Sequence[Group]) -> list[str]:
+    alike: dict[str, list[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            alike.setdefault(json.dumps(run.results, sort_keys=True), []).append(f"{group.name} seed {run.seed}")
+    return [
+        f"Identical results (copies of one run?): {', '.join(names)}." for names in alike.values() if len(names) > 1
+    ]
+
+
+def _sentence(what: str, values: dict[str, list[str]]) -> str:
+    *most, last = [f"{value} ({', '.join(names)})" for value, names in values.items()]
+    return f"{what}: {', '.join(most)} and {last}."
+
+
+def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
+    data, trainer, foundation = (run.results[name] for name in ("data", "trainer", "foundation"))
+    yield "Data set", f"{data['dataset']} {data['fingerprint'][:12]}"
+    yield "Clients", data["num_clients"]
+    yield "Finished tasks", f"{run.tasks} of {run.planned}"
+    yield "Rounds per task", trainer["rounds_per_task"]
+    if "local_epochs" in run.results["method"]["fields"]:
+        yield "Local epochs", run.results["method"]["fields"]["local_epochs"]
+    yield "Precision", trainer["precision"]
+    yield "Seeds", ", ".join(map(str, group.seeds))
+    yield f"Split of seed {run.seed}", split_hash(run)
+    if foundation:
+        yield "Frozen ViT", f"{foundation['name']} {foundation['fingerprint'][:12]}"
+    if run.devices:
+        yield "Device", ", ".join(run.devices)
