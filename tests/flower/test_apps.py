@@ -7,7 +7,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlscl.callbacks.results import write_results
 from fedlscl.flower import apps
-from fedlscl.flower.apps import carried, carried_by
+from fedlscl.flower.apps import from_record, to_record
 from fedlscl.flower.federation import read_federation
 from fedlscl.flower.messages import Request, read_reply
 from flower_network import EXAMPLE, ROOT, Network, missing
@@ -22,7 +22,7 @@ def test_the_example_has_the_configuration_of_the_demo():
     ("node", "config", "reason"),
     [
         ({"partition-id": 0}, "digits.yaml", "state-dir is missing: add it to --node-config"),
-        ({"partition-id": 7, "state-dir": "state"}, "digits.yaml", "partition-id 7: num_clients is 3"),
+        ({"partition-id": 7, "state-dir": "state"}, "digits.yaml", "partition-id must be in [0, 2], got 7"),
         ({"partition-id": 0, "state-dir": "state"}, "none.yaml", "none.yaml' cannot be read"),
         (
             {"partition-id": 0, "state-dir": "$MISSING"},
@@ -39,10 +39,10 @@ def test_a_node_that_is_set_up_wrongly_says_so_in_one_line(node, config, reason,
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.delenv("MISSING", raising=False)
     monkeypatch.setenv("HOME", "/HOME")
-    message = Message(carried(Request(0, "ab", "other", 0, [], None).encode()), 1, "train")
+    message = Message(to_record(Request(0, "ab", "other", 0, [], None).encode()), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(1, 1, node, RecordDict(), {"config": config})
-    reply = read_reply(carried_by(apps.client_app(EXAMPLE / "federation")(message, context).content))
+    reply = read_reply(from_record(apps.client_app(EXAMPLE / "federation")(message, context).content))
     assert reason in reply.refusal
 
 
@@ -50,7 +50,7 @@ def test_paths_of_a_node_are_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/HOME")
     monkeypatch.setenv("PLACE", "/place")
     options = {"state-dir": "~/state", "run-dir": "$PLACE/run", "config": "digits.yaml"}
-    assert [str(apps.place(options, name)) for name in options] == ["/HOME/state", "/place/run", "digits.yaml"]
+    assert [str(apps.path_option(options, name)) for name in options] == ["/HOME/state", "/place/run", "digits.yaml"]
 
 
 @pytest.mark.slow

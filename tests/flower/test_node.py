@@ -68,9 +68,9 @@ def test_only_upload_counts_and_accuracies_leave_a_node(node, make_data):
     ("letter", "reason"),
     [
         (LETTER._replace(identity="other"), "client 0 has another configuration"),
-        (LETTER._replace(client=1), "a letter for client 1 came to client 0"),
-        (LETTER._replace(run="../x"), "is no name of a run"),
-        (LETTER._replace(acknowledged=3), "is gone: restore it, or start a new run"),
+        (LETTER._replace(client=1), "client of the request must be 0, got 1"),
+        (LETTER._replace(run="../x"), "run must be 1 to 64 hexadecimal digits"),
+        (LETTER._replace(acknowledged=3), "is missing: restore it, or start a new run"),
         (LETTER._replace(commands=[Command(1, "erase", 0, 0)]), "command 'erase' is unknown"),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_node_does_not_continue_on_other_data_or_another_split(node, changed):
     node().answer(first.encode())
     # As long as the server has accepted nothing, corrected data begin again.
     fresh = read_reply(node(**changed).answer(first.encode()))
-    assert not fresh.refusal and fresh.results[0].said["classes"]
+    assert not fresh.refusal and fresh.results[0].values["classes"]
     assert not read_reply(node().answer(first.encode())).refusal
     refused = read_reply(node(**changed).answer(LETTER._replace(acknowledged=1).encode()))
     assert refused.refusal.startswith("the data of client 0 must not change during a run: restore its images")
@@ -114,7 +114,7 @@ def test_every_run_has_a_state_of_its_own(node, tmp_path):
 
 
 def test_a_partition_that_does_not_exist_is_refused(node):
-    with pytest.raises(ValueError, match="partition-id 2: num_clients is 2"):
+    with pytest.raises(ValueError, match="partition-id must be in \\[0, 1\\], got 2"):
         node(index=2)
 
 

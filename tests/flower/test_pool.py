@@ -11,11 +11,14 @@ from flwr.app import Message
 from absences import NamedAbsences
 from fedlscl.callbacks.results import write_results
 from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.data.images import names_hash
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower import server
-from fedlscl.flower.apps import carried
+from fedlscl.flower.apps import to_record
+from fedlscl.flower.federation import Federation
+from fedlscl.flower.server import Description, FlowerPool, check_classes, parse_description
 from tiny_methods import METHODS
 
 ALL = sorted(set(METHODS) - {"Joint", "JointLSCL"})
@@ -88,14 +91,14 @@ def test_letters_lost_doubled_and_failed_change_nothing(network, undisturbed):
 def test_a_server_that_is_killed_goes_on(network, undisturbed, monkeypatch, where, round_):
     made = network(small())
     with monkeypatch.context() as patched:
-        kill_coordinator(patched, where, round_)
+        kill_server(patched, where, round_)
         with pytest.raises(Killed):
             made.fit()
     same_run(made.fit(), undisturbed)
     assert any("resuming after" in line for line in made.said)
 
 
-def kill_coordinator(patched, where, round_):
+def kill_server(patched, where, round_):
     """Raise at one point of the n-th round."""
     calls = {"rounds": 0}
 
@@ -125,7 +128,7 @@ def kill_coordinator(patched, where, round_):
 def test_a_server_goes_back_one_checkpoint_and_the_nodes_follow(network, undisturbed, monkeypatch):
     made = network(small())
     with monkeypatch.context() as patched:
-        kill_coordinator(patched, "after_checkpoint", 1)
+        kill_server(patched, "after_checkpoint", 1)
         with pytest.raises(Killed):
             made.fit()
     path = made.folder / "run" / "checkpoint.pt"
@@ -181,7 +184,7 @@ def test_a_client_that_sends_nonsense_is_left_out_with_a_reason(network):
 
     def lying(message, context):
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
-            return Message(carried(b"nonsense"), reply_to=message)
+            return Message(to_record(b"nonsense"), reply_to=message)
         return app(message, context)
 
     made.grid.app = lying
@@ -263,13 +266,13 @@ def test_another_configuration_does_not_go_on_in_the_same_folder(network):
     made = network(small())
     made.fit()
     other = replace(made.federation(), identity="other")
-    with pytest.raises(ValueError, match="holds another run: choose another folder"):
+    with pytest.raises(ValueError, match="contains another run: choose another folder"):
         server.run_server(other, None, made.folder / "run")
 
 
 @pytest.mark.parametrize("name", ["Joint", "JointLSCL"])
 def test_oracles_are_refused_in_one_line(name, network):
-    with pytest.raises(ValueError, match=f"method {name} pools the data of all clients.*use fedlscl fit"):
+    with pytest.raises(ValueError, match=f"method must not pool the data of all clients, got {name}: use fedlscl fit"):
         network(METHODS[name]())
 
 
@@ -279,3 +282,57 @@ def test_secure_sums_end_as_in_simulation(network, federate):
     options = {"rounds_per_task": 2}
     made = network(replace(METHODS["FedLSCL"](), **secure), **options)
     same_run(made.fit(), federate(replace(METHODS["FedLSCL"](), **secure), **options))
+
+
+def description(*names):
+    return Description(len(names), "f" * 64, names_hash(names), [0], 4, 2)
+
+
+AB, BA, ABC = description("a", "b"), description("b", "a"), description("a", "b", "c")
+
+
+@pytest.fixture
+def pool(make_data):
+    return FlowerPool(Federation(METHODS["FedAvg"](), make_data(), FederatedTrainer(accelerator="cpu"), 42, "id"), None)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [([AB], AB), ([BA, AB, AB], AB), ([ABC, AB, BA, ABC], ABC), ([AB, BA], AB), ([BA, AB], BA), ([], None)],
+)
+def test_most_clients_decide_and_the_lowest_in_a_tie(pool, said, expected):
+    assert pool._reference(said) == expected
+
+
+def test_what_was_accepted_first_stays(pool):
+    pool.descriptions[1][0] = BA
+    assert pool._reference([AB, AB, AB]) == BA and pool.stream.num_classes == 2
+    assert pool._reference([AB]) == BA
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (BA, "class_names must have the hash .* of the other nodes, got .*: give every node the same classes"),
+        (description("a", "melanoma"), "class_names must have the hash"),
+        (description("a", "B"), "class_names must have the hash"),
+        (ABC, "num_classes must be 2 as on the other nodes, got 3: give every node the same classes"),
+    ],
+)
+def test_other_classes_are_refused(found, message):
+    with pytest.raises(ValueError, match=message):
+        check_classes(found, AB)
+
+
+def test_unicode_form_and_trailing_space_are_accepted():
+    check_classes(description("e\u0301", "b "), description("\u00e9", "b"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"class_names": None}, {"class_names": "a" * 63}, {"class_names": ["a"]}, {"fingerprint": 3}, {"classes": [2]}],
+)
+def test_a_malformed_description_is_refused(changed):
+    assert parse_description(AB._asdict()) == AB
+    with pytest.raises(ValueError, match=r"malformed: use the same version|its classes must be in \[0, 1\]"):
+        parse_description(AB._asdict() | changed)

@@ -20,7 +20,7 @@ def test_a_node_that_claims_another_ones_part_is_ignored_as_long_as_that_one_is_
     transport.exchange({1: b"nonsense"}, 5.0)
     assert transport.node_of_client == {0: 10, 1: 12}
     assert (
-        any("node 12 has partition-id 1 as node 11 has: ignored" in line for line in said)
+        any("node 12 is ignored: node 11 has the same partition-id 1" in line for line in said)
         or 12 not in transport.unknown_nodes
     )
 

@@ -42,21 +42,25 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         fingerprint: of the data set.
         splits: one per client.
     """
-    trainer = config["trainer"]
-    configuration = {
-        "method": by_content(config["method"]),
-        "seed": config["seed_everything"],
-        **{name: trainer[name] for name in DECIDING},
-    }
+    trainer, configuration = config["trainer"], decisive_options(config)
     if config["data"].get("augment", "none") != "none":
         configuration["augment"] = config["data"]["augment"]
     precision = chosen_precision(trainer["precision"], trainer["accelerator"])
-    return f"{_hash(configuration)}-{identify_data(fingerprint, splits)}-{_hash(precision)}"
+    return f"{hash_of(configuration)}-{identify_data(fingerprint, splits)}-{hash_of(precision)}"
+
+
+def decisive_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide a result on given data."""
+    return {
+        "method": by_content(config["method"]),
+        "seed": config["seed_everything"],
+        **{name: config["trainer"][name] for name in DECIDING},
+    }
 
 
 def identify_data(fingerprint: str, splits: list[ClientSplit]) -> str:
     """Hash of a data set and of what each client gets of it."""
-    return _hash([fingerprint, [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits]])
+    return hash_of([fingerprint, [[split.classes, _hashes(split.train), _hashes(split.test)] for split in splits]])
 
 
 def learned_part(identity: str) -> str:
@@ -82,7 +86,8 @@ def _hashes(tasks: Iterable[np.ndarray]) -> list[str]:
     return [hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() for ids in tasks]
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """SHA-256 of plain values, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -1,1 +1,1 @@
-"""A federation over a network: the same hooks, the same numbers; Flower (extra ``fedlscl[flower]``) carries it."""
+"""Federations over a network with Flower (extra ``fedlscl[flower]``); results equal those of a simulation."""

@@ -1,9 +1,10 @@
-"""ServerApp and ClientApp of Flower. An app of one's own has two modules of two lines each: see examples/flower."""
+"""Flower's ServerApp and ClientApp; a project of your own has two modules of two lines each, see examples/flower."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,151 +16,68 @@ from fedlscl.federated.payload import one_line
 if TYPE_CHECKING:
     from fedlscl.flower.federation import Federation
 
-
-# Letters over Flower's Grid: who is where, until when, and again where something was lost.
-
-HELLO, LETTER = "query", "train"
-"""Types of our messages, out of Flower's."""
+HANDSHAKE, REQUEST = "query", "train"
+"""Flower's message types for our messages."""
 RECORD, PARTITION = "fedlscl", "partition-id"
+DATA_OPTIONS = {"root": "data-root", "manifest": "data-manifest"}
+"""Options of ``read_federation`` by their names in --node-config."""
 
 
-class FlowerTransport:
-    """Carries letters to the nodes that a SuperLink has registered.
+def server_app(folder: str | Path) -> ServerApp:
+    """The app of the server; ``folder`` contains the file that the run's option ``config`` names."""
+    app = ServerApp()
 
-    A node says which client it is; the first that says so is it for as long as it is online. A letter whose node fails
-    is sent again: nodes do nothing twice.
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        from fedlscl.cli.errors import explain
+        from fedlscl.flower.federation import read_federation
 
-    Args:
-        grid: Flower's.
-        num_clients: clients are numbered below it.
-        say: takes a line about what happened.
-        pause: seconds between two looks for replies.
-        retry: seconds after which a letter that came back with an error is sent again.
-    """
+        try:
+            run(read_federation(Path(folder) / path_option(context.run_config, "config")), grid, context)
+        except Exception as error:
+            if (reason := explain(error)) is not None:
+                log(f"error: {reason}")
+            raise
 
-    def __init__(
-        self,
-        grid: Grid,
-        num_clients: int,
-        say: Callable[[str], None] = lambda line: None,
-        pause: float = 0.5,
-        retry: float = 5.0,
-    ) -> None:
-        self.grid, self.num_clients, self.say, self.pause, self.retry = grid, num_clients, say, pause, retry
-        self.node_of_client: dict[int, int] = {}
-        """Node of each client."""
-        self.unknown_nodes: set[int] = set()
-        """Nodes that turned out to be no client of this run, in this exchange."""
-
-    def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
-        """Replies by client, of those that came in time; returns as soon as all are there."""
-        # Asked anew where a client is missing: who came second may be the one that is left.
-        self.unknown_nodes.clear()
-        end, round_ = time.monotonic() + seconds, _Round(requests, {}, {}, {})
-        while len(round_.replies) < len(requests) and (left := end - time.monotonic()) > 0:
-            self._send(round_, left)
-            self._collect(round_)
-            if len(round_.replies) < len(requests):
-                time.sleep(min(self.pause, max(0.0, end - time.monotonic())))
-        return round_.replies
-
-    def _send(self, round_: "_Round", left: float) -> None:
-        """Greet nodes that nobody knows yet; send what is neither answered nor under way to those online."""
-        online, now = set(self.grid.get_node_ids()), time.monotonic()
-        unknown = online - set(self.node_of_client.values()) - self.unknown_nodes
-        if len(self.node_of_client) == self.num_clients and set(self.node_of_client.values()) <= online:
-            unknown = set()
-        busy = set(round_.under_way.values())
-        wanted = {node: (HELLO, RecordDict()) for node in unknown}
-        for client, data in round_.requests.items():
-            if client not in round_.replies and self.node_of_client.get(client) in online:
-                wanted[self.node_of_client[client]] = (LETTER, carried(data))
-        for node, (kind, content) in wanted.items():
-            if node not in busy and now >= round_.not_before.get(node, 0.0):
-                # What is not fetched by the deadline is not worth doing.
-                (number,) = self.grid.push_messages([Message(content, node, kind, ttl=max(left, 1.0))]) or [None]
-                if number is None:
-                    round_.not_before[node] = now + self.retry
-                else:
-                    round_.under_way[number] = node
-
-    def _collect(self, round_: "_Round") -> None:
-        if not round_.under_way:
-            return
-        for message in self.grid.pull_messages(list(round_.under_way)):
-            node = round_.under_way.pop(message.metadata.reply_to_message_id, None)
-            if node is None:
-                continue
-            client = next((client for client, home in self.node_of_client.items() if home == node), None)
-            if message.has_error():
-                who = f"node {node}" if client is None else f"client {client}"
-                self.say(f"{who}: {one_line(message.error.reason, 300)}; asked again in {self.retry:g} s")
-                round_.not_before[node] = time.monotonic() + self.retry
-            elif message.metadata.message_type == HELLO:
-                self._settle(node, message)
-            elif client is not None:
-                round_.replies[client] = carried_by(message.content)
-
-    def _settle(self, node: int, message: Message) -> None:
-        """Note which client a node says that it is."""
-        client = message.content.config_records.get(RECORD, {}).get(PARTITION)
-        if type(client) is not int or not 0 <= client < self.num_clients:
-            self.say(f"node {node} has partition-id {client!r}, which is none of {self.num_clients} clients: ignored")
-            self.unknown_nodes.add(node)
-        elif (
-            self.node_of_client.get(client, node) in self.grid.get_node_ids()
-            and self.node_of_client.get(client, node) != node
-        ):
-            self.say(f"node {node} has partition-id {client} as node {self.node_of_client[client]} has: ignored")
-            self.unknown_nodes.add(node)
-        else:
-            self.node_of_client[client] = node
+    return app
 
 
-class _Round(NamedTuple):
-    """An exchange under way."""
+def run(federation: "Federation", grid: Grid, context: Context) -> None:
+    """Train a federation in the folder ``run-dir``, or resume the run that it contains."""
+    from fedlscl.cli.runs import lock
+    from fedlscl.federated.metrics import summary
+    from fedlscl.flower.server import run_server
 
-    requests: dict[int, bytes]
-    replies: dict[int, bytes]
-    under_way: dict[str, int]
-    """Node by message."""
-    not_before: dict[int, float]
-    """When a node that failed is tried again."""
-
-
-def carried(data: bytes) -> RecordDict:
-    """A letter or reply as Flower carries it: in one array, untouched."""
-    return RecordDict({RECORD: ArrayRecord({RECORD: Array("uint8", (len(data),), "safetensors", data)})})
-
-
-def carried_by(content: RecordDict) -> bytes:
-    """The bytes of a letter or reply; none where there is nothing of ours."""
-    record = content.array_records.get(RECORD, {})
-    return record[RECORD].data if RECORD in record else b""
+    run_dir, deadline = path_option(context.run_config, "run-dir"), float(context.run_config["deadline"])
+    transport = FlowerTransport(grid, federation.num_clients, log)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = lock(run_dir)
+    try:
+        matrix = run_server(federation, transport, run_dir, deadline, log).matrix
+    finally:
+        os.close(handle)
+    average = summary(matrix, federation.num_tasks - 1)["class_il/average"]
+    log(f"done: mean class-incremental accuracy over all tasks {average:.4f}; results in {run_dir}")
 
 
 def client_app(folder: str | Path) -> ClientApp:
-    """The app of a node.
-
-    Args:
-        folder: where the configuration lies that the run names (``config``); the app's own folder.
-    """
+    """The app of a node; ``folder`` contains the file that the run's option ``config`` names."""
     app = ClientApp()
 
     @app.query()
     def handshake(message: Message, context: Context) -> Message:
-        said = ConfigRecord({PARTITION: int(context.node_config[PARTITION])})
-        return Message(RecordDict({RECORD: said}), reply_to=message)
+        record = ConfigRecord({PARTITION: int(context.node_config[PARTITION])})
+        return Message(RecordDict({RECORD: record}), reply_to=message)
 
     @app.train()
     def request(message: Message, context: Context) -> Message:
-        return Message(carried(_answer(Path(folder), context, carried_by(message.content))), reply_to=message)
+        return Message(to_record(_answer(Path(folder), context, from_record(message.content))), reply_to=message)
 
     return app
 
 
 def _answer(folder: Path, context: Context, request: bytes) -> bytes:
-    # Here, since torch takes seconds to load and a greeting needs none of it.
+    # Imported here: torch takes seconds to import, and a handshake does not need it.
     from fedlscl.cli.errors import explain
     from fedlscl.flower.federation import read_federation
     from fedlscl.flower.messages import Reply
@@ -169,9 +87,9 @@ def _answer(folder: Path, context: Context, request: bytes) -> bytes:
     try:
         if "state-dir" not in config:
             raise ValueError("state-dir is missing: add it to --node-config.")
-        own = {option: str(config[name]) for option, name in OWN_DATA.items() if name in config}
-        federation = read_federation(folder / place(context.run_config, "config"), **own)
-        return Node(federation, index, place(config, "state-dir")).answer(request)
+        own = {option: str(config[name]) for option, name in DATA_OPTIONS.items() if name in config}
+        federation = read_federation(folder / path_option(context.run_config, "config"), **own)
+        return Node(federation, index, path_option(config, "state-dir")).answer(request)
     except Exception as error:
         reason = explain(error)
         if reason is None:
@@ -179,58 +97,119 @@ def _answer(folder: Path, context: Context, request: bytes) -> bytes:
         return Reply(index, 0, [], reason).encode()
 
 
-OWN_DATA = {"root": "data-root", "manifest": "data-manifest"}
-"""Where a node's data are, among its --node-config."""
+class FlowerTransport:
+    """Exchanges messages with the nodes of a SuperLink.
 
-
-def server_app(folder: str | Path) -> ServerApp:
-    """The app of the server.
+    Nodes report their client in a handshake; of several nodes with the same client the first one is used while it is
+    online. A request that fails is sent again: nodes carry out no command twice.
 
     Args:
-        folder: where the configuration lies that the run names (``config``); the app's own folder.
+        grid: Flower's grid.
+        num_clients: number of clients.
+        log: writes one line.
+        pause: seconds between two polls for replies.
+        retry: seconds before a failed message is sent again.
     """
-    app = ServerApp()
 
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        from fedlscl.cli.errors import explain
-        from fedlscl.flower.federation import read_federation
+    def __init__(
+        self,
+        grid: Grid,
+        num_clients: int,
+        log: Callable[[str], None] = lambda line: None,
+        pause: float = 0.5,
+        retry: float = 5.0,
+    ) -> None:
+        self.grid, self.num_clients, self.log, self.pause, self.retry = grid, num_clients, log, pause, retry
+        self.node_of_client: dict[int, int] = {}
+        self.unknown_nodes: set[int] = set()
+        """Nodes without a client of this run, in the current exchange."""
+        self._in_flight: dict[str, int] = {}
+        """Node by message id."""
+        self._retry_at: dict[int, float] = {}
+        """Time of the next attempt by node."""
 
-        try:
-            run(read_federation(Path(folder) / place(context.run_config, "config")), grid, context)
-        except Exception as error:
-            if (reason := explain(error)) is not None:
-                say(f"error: {reason}")
-            raise
+    def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
+        """Replies by client that arrive in time; returns as soon as all have arrived."""
+        for state in (self.unknown_nodes, self._in_flight, self._retry_at):
+            state.clear()
+        replies: dict[int, bytes] = {}
+        end = time.monotonic() + seconds
+        while len(replies) < len(requests) and (left := end - time.monotonic()) > 0:
+            self._send({client: data for client, data in requests.items() if client not in replies}, left)
+            self._collect(replies)
+            if len(replies) < len(requests):
+                time.sleep(min(self.pause, max(0.0, end - time.monotonic())))
+        return replies
 
-    return app
+    def _send(self, requests: dict[int, bytes], seconds_left: float) -> None:
+        """Send handshakes to new nodes, and requests to nodes that are online."""
+        online, now = set(self.grid.get_node_ids()), time.monotonic()
+        known, busy = set(self.node_of_client.values()), set(self._in_flight.values())
+        wanted = {}
+        if len(known) < self.num_clients or not known <= online:
+            new = online - known - self.unknown_nodes
+            wanted = {node: (HANDSHAKE, RecordDict()) for node in new}
+        for client, data in requests.items():
+            if self.node_of_client.get(client) in online:
+                wanted[self.node_of_client[client]] = (REQUEST, to_record(data))
+        for node, (kind, content) in wanted.items():
+            if node not in busy and now >= self._retry_at.get(node, 0.0):
+                # The lifetime ends with the deadline: later results are not used.
+                message = Message(content, node, kind, ttl=max(seconds_left, 1.0))
+                (message_id,) = self.grid.push_messages([message]) or [None]
+                if message_id is None:
+                    self._retry_at[node] = now + self.retry
+                else:
+                    self._in_flight[message_id] = node
+
+    def _collect(self, replies: dict[int, bytes]) -> None:
+        if not self._in_flight:
+            return
+        client_of_node = {node: client for client, node in self.node_of_client.items()}
+        for message in self.grid.pull_messages(list(self._in_flight)):
+            node = self._in_flight.pop(message.metadata.reply_to_message_id, None)
+            if node is None:
+                continue
+            client = client_of_node.get(node)
+            if message.has_error():
+                sender = f"node {node}" if client is None else f"client {client}"
+                self.log(f"{sender}: {one_line(message.error.reason, 300)}; retrying in {self.retry:g} s")
+                self._retry_at[node] = time.monotonic() + self.retry
+            elif message.metadata.message_type == HANDSHAKE:
+                self._register(node, message)
+            elif client is not None:
+                replies[client] = from_record(message.content)
+
+    def _register(self, node: int, message: Message) -> None:
+        client = message.content.config_records.get(RECORD, {}).get(PARTITION)
+        if type(client) is not int or not 0 <= client < self.num_clients:
+            self.log(f"node {node} is ignored: partition-id must be 0 to {self.num_clients - 1}, got {client!r}")
+            self.unknown_nodes.add(node)
+            return
+        registered = self.node_of_client.get(client, node)
+        if registered != node and registered in self.grid.get_node_ids():
+            self.log(f"node {node} is ignored: node {registered} has the same partition-id {client}")
+            self.unknown_nodes.add(node)
+        else:
+            self.node_of_client[client] = node
 
 
-def run(federation: "Federation", grid: Grid, context: Context) -> None:
-    """Train a federation in the folder ``run-dir``, or continue the run that is there."""
-    import os
-
-    from fedlscl.cli.runs import lock
-    from fedlscl.federated.metrics import summary
-    from fedlscl.flower.server import run_server
-
-    run_dir, deadline = place(context.run_config, "run-dir"), float(context.run_config["deadline"])
-    transport = FlowerTransport(grid, federation.num_clients, say)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handle = lock(run_dir)
-    try:
-        matrix = run_server(federation, transport, run_dir, deadline, say).matrix
-    finally:
-        os.close(handle)
-    average = summary(matrix, federation.num_tasks - 1)["class_il/average"]
-    say(f"done: mean class-incremental accuracy over all tasks {average:.4f}; results in {run_dir}")
+def to_record(data: bytes) -> RecordDict:
+    """Flower's record of a message: one array of bytes."""
+    return RecordDict({RECORD: ArrayRecord({RECORD: Array("uint8", (len(data),), "safetensors", data)})})
 
 
-def place(options: Mapping[str, Any], name: str) -> Path:
-    """A path among Flower's options, with ``~`` and variables expanded on the machine where it is."""
+def from_record(content: RecordDict) -> bytes:
+    """The bytes in a record; empty if it has none of ours."""
+    record = content.array_records.get(RECORD, {})
+    return record[RECORD].data if RECORD in record else b""
+
+
+def path_option(options: Mapping[str, Any], name: str) -> Path:
+    """A path among Flower's options, with ``~`` and variables expanded on this machine."""
     return Path(expanded(str(options[name]), name))
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Write a line to the server's log."""
     print(f"fedlscl: {line}", flush=True)

@@ -1,7 +1,5 @@
-"""What server and nodes have in common: the configuration that ``fedlscl fit`` reads too."""
+"""Federation: the configuration that the server and all nodes share, read from the same file as ``fedlscl fit``."""
 
-import hashlib
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 
 from fedlscl.cli.app import FederatedCLI, with_method_names
-from fedlscl.cli.runs import DECIDING, by_content
+from fedlscl.cli.runs import decisive_options, hash_of
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.engine import Engine, connect
@@ -18,46 +16,43 @@ from fedlscl.federated.method import Method
 from fedlscl.federated.pool import ClientRunner
 from fedlscl.federated.trainer import FederatedTrainer
 
-OF_A_PLACE = ("root", "manifest", "cache_dir", "num_workers", "download")
-"""Options of the data that each node chooses for itself."""
+NODE_OPTIONS = ("root", "manifest", "cache_dir", "num_workers", "download")
+"""Data options that may differ between nodes."""
 
 
 @dataclass(frozen=True)
 class Federation:
-    """A configuration, read; no data is loaded and no net built yet."""
+    """A configuration; no data is loaded and no net built yet."""
 
     method: Method
     datamodule: SpatialTemporalDataModule
-    """On a node its own data; the server asks for numbers of clients and tasks alone."""
+    """On a node its own data; the server uses only the numbers of clients and tasks."""
     trainer: FederatedTrainer
-    """For its options; it is never run."""
     seed: int
     identity: str
-    """Hash of what decides the result; data do not count, since the server has none."""
+    """Fingerprint of the configuration, without data."""
     text: str = ""
-    """The configuration in full."""
+    """The resolved configuration as YAML."""
 
     def __post_init__(self) -> None:
-        """Refuse what works in a simulation alone."""
         if self.method.simulation_only:
             raise ValueError(
-                f"method {type(self.method).__name__} pools the data of all clients, which only a simulation can: "
-                "use fedlscl fit."
+                f"method must not pool the data of all clients, got {type(self.method).__name__}: use fedlscl fit."
             )
         self.datamodule.run_seed = self.seed
 
     @property
     def num_clients(self) -> int:
-        """Clients K."""
+        """Number of clients."""
         return self.datamodule.num_clients
 
     @property
     def num_tasks(self) -> int:
-        """Tasks of the run."""
+        """Number of tasks of the run."""
         return min(self.datamodule.num_tasks, self.trainer.max_tasks or self.datamodule.num_tasks)
 
     def client_runner(self, folder: Path | None = None) -> ClientRunner:
-        """Runs a client of the node on its data; frozen ViT tokens are kept in ``folder`` for the next process."""
+        """The runner of a node's client; frozen ViT tokens are cached in ``folder`` for later processes."""
         trainer = self.trainer
         dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
         cache = PrefixCache(self.datamodule, trainer.cache_gb * 2**30, dtype, folder)
@@ -70,8 +65,8 @@ def read_federation(config: Path, root: str | None = None, manifest: str | None 
 
     Args:
         config: YAML file.
-        root: folder of the data in place of the file's.
-        manifest: split in place of the file's: that of a node which has its own samples only.
+        root: folder of a node's data; replaces ``data.root``.
+        manifest: split of a node that has its own samples only; replaces ``data.manifest``.
     """
     arguments = ["fit", "--config", str(config)]
     arguments += [] if root is None else ["--data.root", root]
@@ -83,19 +78,10 @@ def read_federation(config: Path, root: str | None = None, manifest: str | None 
 
 
 def identify(config: dict[str, Any]) -> str:
-    """Name what decides a result and is the same on all machines."""
-    decides = {
-        "method": by_content(config["method"]),
-        "seed": config["seed_everything"],
-        "data": {name: value for name, value in config["data"].items() if name not in OF_A_PLACE}
-        | {"dataset": Path(config["data"]["dataset"]).name},
-        **{name: config["trainer"][name] for name in DECIDING},
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    """Fingerprint of the options that decide a result and are equal on all machines."""
+    data = {name: value for name, value in config["data"].items() if name not in NODE_OPTIONS}
+    return hash_of({**decisive_options(config), "data": data | {"dataset": Path(data["dataset"]).name}})
 
 
 class _Parsed(FederatedCLI):
-    """The command line of ``fedlscl fit``, of which nothing is run."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Objects are made; that is all."""
+    def _run_subcommand(self, subcommand: str) -> None: ...

@@ -1,4 +1,4 @@
-"""A client on a machine of its own: it does what letters tell it, once, and keeps everything in one file."""
+"""Node: one client on its own machine, which carries out the server's commands and keeps its state in one file."""
 
 import fcntl
 import os
@@ -12,61 +12,48 @@ from fedlscl.cli.runs import identify_data
 from fedlscl.data.images import names_hash
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Stage, StreamShape
+from fedlscl.federated.method import StreamShape
 from fedlscl.federated.payload import Payload
+from fedlscl.flower import messages
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.messages import (
-    BEGIN,
-    DOWNLOAD,
-    END,
-    TEST_AFTER,
-    TEST_BEFORE,
-    TRAIN,
-    UPLOAD,
-    Command,
-    Reply,
-    Request,
-    Result,
-    prefixed,
-    read_request,
-)
+from fedlscl.flower.messages import Command, Reply, Request, Result, read_request, with_prefix
 
-RUN_NAME = re.compile(r"[0-9a-f]{1,64}")
+RUN_ID = re.compile(r"[0-9a-f]{1,64}")
 
 
 class Node:
-    """Answers letters for one client.
+    """Answers requests for one client.
 
     Args:
         federation: the configuration, with the node's own data.
-        index: which client it is.
-        folder: where its state is kept, one file for each run.
+        index: the client.
+        folder: folder of its state, one file for each run.
     """
 
     def __init__(self, federation: Federation, index: int, folder: Path) -> None:
         if not 0 <= index < federation.num_clients:
-            raise ValueError(f"partition-id {index}: num_clients is {federation.num_clients}, use 0 to K - 1.")
+            raise ValueError(f"partition-id must be in [0, {federation.num_clients - 1}], got {index}.")
         self.federation, self.index, self.folder = federation, index, folder
 
     def answer(self, data: bytes) -> bytes:
-        """Do what is new in a letter and reply; a letter that comes again gets the same reply.
+        """Carry out the new commands of a request; a repeated request gets the same reply.
 
-        What the node cannot accept (another configuration, a lost state) comes back as a refusal in one line.
+        Errors (another configuration, a lost state) are replied as a refusal in one line.
         """
         try:
             request = read_request(data)
             self._check(request)
             self.folder.mkdir(parents=True, exist_ok=True)
-            with alone(self.folder):
+            with locked(self.folder):
                 return self._answer(request).encode()
         except ValueError as error:
             return Reply(self.index, 0, [], " ".join(str(error).split())).encode()
 
     def _check(self, request: Request) -> None:
         if request.client != self.index:
-            raise ValueError(f"a letter for client {request.client} came to client {self.index}.")
-        if not RUN_NAME.fullmatch(request.run):
-            raise ValueError(f"run {request.run!r} is no name of a run.")
+            raise ValueError(f"client of the request must be {self.index}, got {request.client}.")
+        if not RUN_ID.fullmatch(request.run):
+            raise ValueError(f"run must be 1 to 64 hexadecimal digits, got {request.run!r}.")
         if request.identity != self.federation.identity:
             raise ValueError(
                 f"client {self.index} has another configuration: use the server's YAML file and weights files on "
@@ -84,30 +71,32 @@ class Node:
                     f"the data of client {self.index} must not change during a run: restore its images, labels, class "
                     "names and split, or start a new run."
                 )
-            state = None  # Nothing of it was accepted: corrected data begin again.
+            state = None  # The server has accepted nothing yet: start again with the corrected data.
         done, acknowledged, kept_from = state["numbers"] if state else (0, 0, 0)
         if request.acknowledged > done:
-            what = "is gone" if state is None else "is older than what the server has of it"
-            raise ValueError(f"the state of client {self.index} in {path} {what}: restore it, or start a new run.")
+            problem = "is missing" if state is None else "is older than the server's"
+            raise ValueError(f"the state of client {self.index} in {path} {problem}: restore it, or start a new run.")
         if request.acknowledged < kept_from:
             raise ValueError(f"the server's checkpoint is too old for client {self.index}: restore its newest one.")
         outbox = [Result(**entry) for entry in state["outbox"]] if state else []
-        fresh = [command for command in request.commands if command.number > done]
-        if fresh:
+        new = [command for command in request.commands if command.number > done]
+        if new:
             client = self._client(state)
-            outbox += [Result(c.number, *self._do(client, c, request.answer)) for c in fresh]
-            done = fresh[-1].number
-            # One letter longer than needed: the server, too, may have to go back to the checkpoint before.
-            outbox = [result for result in outbox if result.number > acknowledged]
-            numbers = [done, request.acknowledged, acknowledged]
-            said = [result._asdict() for result in newest_uploads(outbox)]
-            kept = {"client": client.state_dict(), "numbers": numbers, "outbox": said}
-            # Replaced in one step: a node that is killed continues from the state before.
-            save_checkpoint(path, {"identity": request.identity, "data": identity, **kept})
+            outbox += [Result(c.number, *self._run(client, c, request.answer)) for c in new]
+            done = new[-1].number
+            # Results of the previous request are kept, too, for a server that resumes from its previous checkpoint.
+            outbox = newest_uploads([result for result in outbox if result.number > acknowledged])
+            state = {
+                "identity": request.identity,
+                "data": identity,
+                "client": client.state_dict(),
+                "numbers": [done, request.acknowledged, acknowledged],
+                "outbox": [result._asdict() for result in outbox],
+            }
+            save_checkpoint(path, state)
         return Reply(self.index, done, [result for result in outbox if result.number > request.acknowledged])
 
     def _client(self, state: dict[str, Any] | None) -> Client:
-        """The client as it was when the state was saved."""
         self.runner = self.federation.client_runner(self.folder / "tokens")
         data = self.federation.datamodule
         net = self.runner.build(self.index, StreamShape(data.num_classes, data.num_clients, data.num_tasks))
@@ -116,30 +105,28 @@ class Node:
             client.load_state_dict(state["client"])
         return client
 
-    def _do(self, client: Client, command: Command, answer: Payload | None) -> tuple[dict[str, Any], Payload]:
-        """Carry out one command; returns what is sent about it: an upload, counts, or accuracies."""
+    def _run(self, client: Client, command: Command, answer: Payload | None) -> tuple[dict[str, Any], Payload]:
+        """Carry out one command; returns the values and tensors of its result."""
         client.task, client.round = command.task, command.round
-        if command.kind == BEGIN:
-            self.runner.begin_task(client)
-            return self._description(client), {}
-        if command.kind == TRAIN:
-            self.runner.train(client, self._train)
-        elif command.kind == UPLOAD:
-            upload = self.runner.upload(client)
-            counts = {"class_counts": upload.class_counts}
-            return {"samples": upload.num_samples}, prefixed("payload", upload.payload) | counts
-        elif command.kind == DOWNLOAD and answer is not None:
-            self.runner.download(client, answer)
-        elif command.kind == END:
-            self.runner.end_task(client)
-        elif command.kind in (TEST_BEFORE, TEST_AFTER):
-            return {}, {"accuracies": self.runner.evaluate(client)}
-        else:
-            raise ValueError(f"command {command.kind!r} is unknown: use the same version of fedlscl everywhere.")
+        match command.kind:
+            case messages.BEGIN:
+                self.runner.begin_task(client)
+                return self._description(client), {}
+            case messages.TRAIN:
+                self.runner.train(client, lambda _, stage: self.runner.engine.train(stage))
+            case messages.UPLOAD:
+                upload = self.runner.upload(client)
+                tensors = with_prefix("payload", upload.payload) | {"class_counts": upload.class_counts}
+                return {"samples": upload.num_samples}, tensors
+            case messages.DOWNLOAD if answer is not None:
+                self.runner.download(client, answer)
+            case messages.END:
+                self.runner.end_task(client)
+            case messages.TEST_BEFORE | messages.TEST_AFTER:
+                return {}, {"accuracies": self.runner.evaluate(client)}
+            case _:
+                raise ValueError(f"command {command.kind!r} is unknown: use the same version of fedlscl everywhere.")
         return {}, {}
-
-    def _train(self, client: Client | None, stage: Stage) -> None:
-        self.runner.engine.train(stage)
 
     def _description(self, client: Client) -> dict[str, Any]:
         data = self.federation.datamodule
@@ -154,14 +141,14 @@ class Node:
 
 
 def newest_uploads(outbox: list[Result], number: int = 2) -> list[Result]:
-    """Without uploads whose rounds are over: those before the last two."""
-    uploads = [result.number for result in outbox if "samples" in result.said]
+    """Remove all but the newest uploads."""
+    uploads = [result.number for result in outbox if "samples" in result.values]
     return [result for result in outbox if result.number not in uploads[:-number]]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in a folder: a letter may be delivered while its twin is still in hand."""
+def locked(folder: Path) -> Iterator[None]:
+    """Exclude other processes from a folder: a repeated request may arrive while the first one is being answered."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""FlowerPool: the clients of a federation over a network, as the trainer sees them."""
+"""The server: the trainer over FlowerPool, whose clients are on other machines."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.callbacks.results import write_results
 from fedlscl.cli.runs import CHECKPOINT, CONFIG
@@ -18,7 +19,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
-from fedlscl.federated.pool import ClientRunner, Uploads
+from fedlscl.federated.pool import ClientPool, ClientRunner, Uploads
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.federated.validation import UploadLimits
@@ -35,18 +36,19 @@ from fedlscl.flower.messages import (
     Reply,
     Result,
     read_reply,
-    tensors_under,
+    under_prefix,
 )
 
-HASH = re.compile("[0-9a-f]{64}")
+SHA256 = re.compile("[0-9a-f]{64}")
 PHASE = {TEST_BEFORE: "before", TEST_AFTER: "after"}
+Log = Callable[[str], None]
 
 
 class Transport(Protocol):
     """Delivers requests, repeatedly if needed: a node carries out no command twice."""
 
     def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
-        """Replies by client, of those that arrived in time; returns as soon as all are there."""
+        """Replies by client that arrive in time; returns as soon as all have arrived."""
         ...
 
 
@@ -55,56 +57,82 @@ def run_server(
     transport: Transport,
     run_dir: Path,
     deadline: float = 600.0,
-    log: Callable[[str], None] = lambda line: None,
+    log: Log = lambda line: None,
 ) -> FederatedTrainer:
-    """Train a federation of remote clients in ``run_dir``, or continue the run that is there.
+    """Train a federation of remote clients, or resume the run in ``run_dir``.
 
     Args:
         federation: the configuration.
         transport: delivers requests to the clients.
-        run_dir: for the checkpoint and the results.
+        run_dir: folder of checkpoint and results.
         deadline: seconds that a round waits for its clients.
-        log: takes a line about what happened.
+        log: writes one line.
 
     Raises:
-        ValueError: if the folder holds another run, or a round has too few clients; the last checkpoint is kept.
+        ValueError: if the folder contains another run, or a round has too few clients; the last checkpoint is kept.
     """
     pool = FlowerPool(federation, transport, deadline, log)
     trainer = copy(federation.trainer)
-    # A node keeps the results of two requests only, so that the server may lose one round and no more.
+    # Nodes keep the results of two requests only, hence a checkpoint after every round.
     trainer.devices, trainer.checkpoint_every, trainer.run_dir = 1, 1, run_dir
     trainer.callbacks, trainer.identity = [NetworkLog(pool)], federation.identity
     job = (federation.method, federation.datamodule, federation.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CHECKPOINT
-    if not path.exists():
-        write_atomically(run_dir / CONFIG, federation.text.encode())
-        trainer.setup(*job, pool)
-        trainer.save(Progress(0, 0))  # with the run's id, before any client knows of it
-    else:
+    if path.exists():
         state = load_last_good(path)
         if state["identity"] != federation.identity or "pending" not in state:
-            raise ValueError(f"run-dir {str(run_dir)!r} holds another run: choose another folder.")
+            raise ValueError(f"run-dir {str(run_dir)!r} contains another run: choose another folder.")
+    else:
+        write_atomically(run_dir / CONFIG, federation.text.encode())
+        trainer.setup(*job, pool)
+        trainer.save(Progress(0, 0))  # the run's id is saved before a client gets it
     trainer.fit(*job, checkpoint=path, identity=federation.identity, pool=pool)
     return trainer
 
 
-class FlowerPool:
+class NetworkLog(Callback):
+    """Writes network.json and the results of all clients that have reported, with every checkpoint."""
+
+    def __init__(self, pool: "FlowerPool") -> None:
+        self.pool = pool
+
+    @override
+    def on_checkpoint(self, run: RunState) -> None:
+        assert run.run_dir is not None
+        write_atomically(run.run_dir / "network.json", json.dumps(self.pool.rounds, indent=1).encode())
+        if run.remote_nets:
+            write_results(run)
+
+
+class Description(NamedTuple):
+    """A client's report at the start of a task: counts only."""
+
+    num_classes: int
+    fingerprint: str
+    class_names: str
+    """`names_hash` of the class names in label order."""
+    classes: list[int]
+    train_samples: int
+    test_samples: int
+
+
+Fact = Upload | Description | Tensor | None
+"""Content of a command's result; a tensor has the accuracies (masks, tasks so far)."""
+
+
+class FlowerPool(ClientPool):
     """Clients on other machines: commands are collected and sent once per round.
 
     Args:
         federation: the configuration.
         transport: delivers requests to the clients.
-        deadline: seconds that a round waits for its clients; a later reply misses the round.
-        log: takes a line about what happened.
+        deadline: seconds that a round waits for its clients; later replies miss the round.
+        log: writes one line.
     """
 
     def __init__(
-        self,
-        federation: Federation,
-        transport: Transport,
-        deadline: float = 600.0,
-        log: Callable[[str], None] = lambda line: None,
+        self, federation: Federation, transport: Transport, deadline: float = 600.0, log: Log = lambda line: None
     ) -> None:
         if not deadline > 0:
             raise ValueError(f"deadline must be > 0 seconds, got {deadline}.")
@@ -115,64 +143,61 @@ class FlowerPool:
             [None] * federation.num_tasks for _ in range(federation.num_clients)
         ]
         self.rounds: list[dict[str, Any]] = []
-        """Seconds and attendance of every round; they differ from run to run, hence not part of the results."""
-
-    def setup(self, run: RunState, limits: UploadLimits) -> None:
-        """Work for a run; called by the trainer's ``setup``."""
-        self.run, self.limits = run, limits
-        run.data = self._describe_data()
+        """Seconds and attendance of every round; not part of the results, since they differ from run to run."""
 
     @property
+    @override
     def stream(self) -> StreamShape | None:
-        """With the number of classes that all clients state; None before the first description."""
         reference, data = self._reference([]), self.federation.datamodule
         return None if reference is None else StreamShape(reference.num_classes, data.num_clients, data.num_tasks)
 
+    @override
+    def setup(self, run: RunState, limits: UploadLimits) -> None:
+        self.run, self.limits = run, limits
+        self._update_run()
+
+    @override
     def begin_task(self, task: int, first_round: int) -> None:
-        """Add the command to all clients."""
         if first_round == 0:
             for pending in self.pending:
                 pending.add(BEGIN, task, 0)
 
+    @override
     def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> Uploads:
-        """Send all open commands with those of this round, and wait for the replies."""
         began = time.perf_counter()
-        for pending in self.pending:
-            if pending.client in participants:
-                pending.add(TRAIN, progress.task, progress.round)
-                if progress.last:
-                    pending.add(TEST_BEFORE, progress.task, progress.round)
-                if with_uploads:
-                    pending.add(UPLOAD, progress.task, progress.round)
+        kinds = [TRAIN]
+        if progress.last:
+            kinds.append(TEST_BEFORE)
+        if with_uploads:
+            kinds.append(UPLOAD)
+        for client in participants:
+            for kind in kinds:
+                self.pending[client].add(kind, progress.task, progress.round)
         asked = [pending for pending in self.pending if progress.round == 0 or pending.client in participants]
         uploads, replied = self._exchange(asked)
         for pending in self.pending:
             pending.drop_round()
         seconds = time.perf_counter() - began
         missed = sorted({pending.client for pending in asked} - replied)
-        place = {"task": progress.task, "round": progress.round}
-        self.rounds.append({**place, "seconds": seconds, "asked": len(asked), "missed": missed})
+        position = {"task": progress.task, "round": progress.round}
+        self.rounds.append({**position, "seconds": seconds, "asked": len(asked), "missed": missed})
         arrived = f"{len(replied)} of {len(asked)} clients in {seconds:.1f} s"
         self.log(f"task {progress.task + 1}, round {progress.round + 1}: {arrived}")
         return uploads
 
+    @override
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        """Add the answers to the clients' next request."""
         for client, answer in answers.items():
             self.pending[client].add_download(answer, progress)
 
+    @override
     def end_task(self, progress: Progress) -> None:
-        """Add the commands to all clients."""
         for pending in self.pending:
             pending.add(END, progress.task, progress.round)
             pending.add(TEST_AFTER, progress.task, progress.round)
 
+    @override
     def finish(self, save: Callable[[], None]) -> None:
-        """Send what is still open after the last task.
-
-        Raises:
-            ValueError: if a client did not answer; the run can be continued when it is back.
-        """
         asked = [pending for pending in self.pending if pending.commands]
         replied = self._exchange(asked)[1] if asked else set()
         save()
@@ -182,31 +207,32 @@ class FlowerPool:
                 "them, and run again."
             )
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Open commands and what the clients have stated."""
         answers = list({id(pending.answer): pending.answer for pending in self.pending if pending.answer}.values())
         return {
             "run_id": self.run_id,
             "pending": [pending.state_dict(answers) for pending in self.pending],
             "answers": answers,
-            "descriptions": [[found and list(found) for found in row] for row in self.descriptions],
+            "descriptions": [[None if found is None else list(found) for found in row] for row in self.descriptions],
             "rounds": self.rounds,
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any], progress: Progress) -> None:
-        """Restore what ``state_dict`` gave."""
         self.run_id, self.rounds = state["run_id"], state["rounds"]
-        self.descriptions = [[found and Description(*found) for found in row] for row in state["descriptions"]]
+        self.descriptions = [
+            [None if found is None else Description(*found) for found in row] for row in state["descriptions"]
+        ]
         for pending, values in zip(self.pending, state["pending"], strict=True):
             pending.load_state_dict(values, state["answers"])
         self._update_run()
         self.log(f"resuming after {progress.task} tasks and {progress.round} rounds")
 
     def _exchange(self, asked: list[PendingCommands]) -> tuple[Uploads, set[int]]:
-        """Send open commands and record the results; returns uploads, and the clients with a valid reply."""
-        requests = {
-            pending.client: pending.request(self.run_id, self.federation.identity).encode() for pending in asked
-        }
+        """Send pending commands and record the results; returns uploads, and the clients with a valid reply."""
+        identity = self.federation.identity
+        requests = {pending.client: pending.request(self.run_id, identity).encode() for pending in asked}
         replies = self.transport.exchange(requests, self.deadline)
         uploads, parsed = Uploads([], {}), {}
         for client, data in sorted(replies.items()):
@@ -214,8 +240,8 @@ class FlowerPool:
                 parsed[client] = self._parse(client, data)
             except ValueError as error:
                 uploads.unreadable[client] = str(error)
-        stated = [fact for _, facts in parsed.values() for _, fact in facts if isinstance(fact, Description)]
-        reference = self._reference(stated)
+        reported = [fact for _, facts in parsed.values() for _, fact in facts if isinstance(fact, Description)]
+        reference = self._reference(reported)
         for client, (reply, facts) in parsed.items():
             try:
                 uploads.received.extend(self._record(client, reply, facts, reference))
@@ -226,104 +252,61 @@ class FlowerPool:
         self._update_run()
         return uploads, replies.keys() - uploads.unreadable.keys()
 
-    def _parse(self, client: int, data: bytes) -> "tuple[Reply, list[Fact]]":
+    def _parse(self, client: int, data: bytes) -> tuple[Reply, list[tuple[Command, Fact]]]:
         reply = read_reply(data, self.limits.num_bytes + MAX_HEADER)
         if reply.refusal:
             raise ValueError(one_line(reply.refusal, 300))
         done = self.pending[client].completed(reply)
         return reply, [(command, parse_result(client, command, result)) for command, result in done]
 
-    def _record(self, client: int, reply: Reply, facts: "list[Fact]", reference: "Description | None") -> list[Upload]:
+    def _record(
+        self, client: int, reply: Reply, facts: list[tuple[Command, Fact]], reference: Description | None
+    ) -> list[Upload]:
         for _, fact in facts:
             if isinstance(fact, Description) and reference is not None:
                 check_classes(fact, reference)
         self.pending[client].acknowledge(reply)
         for command, fact in facts:
-            if isinstance(fact, Measured):
-                self.run.matrix.record(fact.phase, client, command.task, fact.accuracies)
+            if isinstance(fact, Tensor):
+                self.run.matrix.record(PHASE[command.kind], client, command.task, fact)
             elif isinstance(fact, Description):
                 self.descriptions[client][command.task] = fact
         return [fact for _, fact in facts if isinstance(fact, Upload)]
 
-    def _reference(self, stated: "list[Description]") -> "Description | None":
-        """A description whose classes all others must share: an accepted one, or that of most clients in ``stated``.
+    def _reference(self, reported: list[Description]) -> Description | None:
+        """The description whose classes all clients must share: the first accepted one, or else the most frequent.
 
-        The first exchange that brings a description decides for the whole run; a tie goes to the lowest client (ours).
+        The exchange that brings the first descriptions decides for the whole run; ties go to the lowest client (ours).
         """
         known = next((found for row in self.descriptions for found in row if found is not None), None)
-        votes = Counter(classes_of(found) for found in stated)
-        return known or max(stated, key=lambda found: votes[classes_of(found)], default=None)
+        votes = Counter((found.num_classes, found.class_names) for found in reported)
+        return known or max(reported, key=lambda found: votes[found.num_classes, found.class_names], default=None)
 
     def _update_run(self) -> None:
-        self.run.data = self._describe_data()
-        if not self.run.remote_nets and (stream := self.stream) is not None:
-            runner = ClientRunner(self.run.method, self.run.engine, self.run.seed)
-            self.run.remote_nets = [runner.build(p.client, stream).to("meta") for p in self.pending]
-
-    def _describe_data(self) -> dict[str, Any]:
-        """The same as `describe_data` gives of a simulation, as far as the clients have come."""
+        """Describe the data in the form of ``describe_data``, and build one net structure per client."""
         known = [found for row in self.descriptions for found in row if found is not None]
-        prints = sorted({found.fingerprint for found in known})
+        fingerprints = sorted({found.fingerprint for found in known})
 
         def table(name: str) -> list[list[Any]]:
-            return [[found and getattr(found, name) for found in row] for row in self.descriptions]
+            return [[None if found is None else getattr(found, name) for found in row] for row in self.descriptions]
 
-        return {
+        self.run.data = {
             "dataset": self.federation.datamodule.dataset,
-            "fingerprint": prints[0] if len(prints) == 1 else prints,
+            "fingerprint": fingerprints[0] if len(fingerprints) == 1 else fingerprints,
             "num_classes": self.stream and self.stream.num_classes,
-            "num_clients": len(self.descriptions),
-            "num_tasks": len(self.descriptions[0]),
+            "num_clients": self.federation.num_clients,
+            "num_tasks": self.federation.num_tasks,
             "classes": table("classes"),
             "train_samples": table("train_samples"),
             "test_samples": table("test_samples"),
         }
+        if not self.run.remote_nets and (stream := self.stream) is not None:
+            runner = ClientRunner(self.run.method, self.run.engine, self.run.seed)
+            self.run.remote_nets = [runner.build(p.client, stream).to("meta") for p in self.pending]
 
 
-class NetworkLog(Callback):
-    """Writes network.json, and the results as far as the clients have reported, with every checkpoint."""
-
-    def __init__(self, pool: FlowerPool) -> None:
-        self.pool = pool
-
-    def on_checkpoint(self, run: RunState) -> None:
-        """Update the files."""
-        assert run.run_dir is not None
-        write_atomically(run.run_dir / "network.json", json.dumps(self.pool.rounds, indent=1).encode())
-        if run.remote_nets:
-            write_results(run)
-
-
-class Description(NamedTuple):
-    """What a client states when it begins a task: counts, no sample."""
-
-    num_classes: int
-    fingerprint: str
-    class_names: str
-    """SHA-256 of the names in label order, `names_hash`: labels have one meaning where it is equal."""
-    classes: list[int]
-    train_samples: int
-    test_samples: int
-
-
-class Measured(NamedTuple):
-    """Accuracies (masks, tasks so far), 'before' or 'after' the last aggregation of a task."""
-
-    phase: str
-    accuracies: Tensor
-
-
-Fact = tuple[Command, Upload | Description | Measured | None]
-"""A command and the content of its result."""
-
-
-def classes_of(found: Description) -> tuple[int, str]:
-    """What must be equal on all nodes."""
-    return found.num_classes, found.class_names
-
-
-def parse_result(client: int, command: Command, result: Result) -> Upload | Description | Measured | None:
-    """Content of a command's result; uploads are validated further before aggregation.
+def parse_result(client: int, command: Command, result: Result) -> Fact:
+    """Content of a command's result; uploads are validated later.
 
     Raises:
         ValueError: if it is malformed.
@@ -331,37 +314,37 @@ def parse_result(client: int, command: Command, result: Result) -> Upload | Desc
     if command.kind == UPLOAD:
         if "class_counts" not in result.tensors:
             raise ValueError("its upload has no class counts")
-        payload, counts = tensors_under("payload", result.tensors), result.tensors["class_counts"]
+        payload, counts = under_prefix("payload", result.tensors), result.tensors["class_counts"]
         return Upload(client=client, task=command.task, round=command.round, payload=payload, class_counts=counts)
     if command.kind in PHASE:
-        values = result.tensors.get("accuracies")
-        if values is None or values.shape != (len(MASKS), command.task + 1):
-            raise ValueError(f"its accuracies after task {command.task + 1} are missing or of another shape")
+        values, shape = result.tensors.get("accuracies"), (len(MASKS), command.task + 1)
+        if values is None or values.shape != shape:
+            raise ValueError(f"its accuracies after task {command.task + 1} must have shape {shape}")
         if not (values.is_floating_point() and ((values >= 0) & (values <= 1)).all()):
-            raise ValueError(f"its accuracies after task {command.task + 1} are not in [0, 1]")
-        return Measured(PHASE[command.kind], values)
-    return parse_description(result.said) if command.kind == BEGIN else None
+            raise ValueError(f"its accuracies after task {command.task + 1} must be in [0, 1]")
+        return values
+    return parse_description(result.values) if command.kind == BEGIN else None
 
 
-def parse_description(said: dict[str, Any]) -> Description:
-    """A description whose parts have the right types.
+def parse_description(values: dict[str, Any]) -> Description:
+    """Check the types of a description.
 
     Raises:
-        ValueError: if one has not.
+        ValueError: if one is wrong.
     """
-    values = [said.get(name) for name in Description._fields]
-    num_classes, fingerprint, class_names, classes, train, test = values
-    whole = all(type(number) is int and number >= 0 for number in (num_classes, train, test))
-    hashes = all(type(text) is str and HASH.fullmatch(text) for text in (fingerprint, class_names))
-    if not (whole and hashes and type(classes) is list):
-        raise ValueError("what it states about its data is malformed: use the same version of fedlscl everywhere")
-    if not all(type(label) is int and 0 <= label < said["num_classes"] for label in classes):
-        raise ValueError("it names classes that its data set does not have")
-    return Description(*values)
+    found = Description(*(values.get(name) for name in Description._fields))  # type: ignore[arg-type]
+    counts = (found.num_classes, found.train_samples, found.test_samples)
+    has_counts = all(type(number) is int and number >= 0 for number in counts)
+    has_hashes = all(type(text) is str and SHA256.fullmatch(text) for text in (found.fingerprint, found.class_names))
+    if not (has_counts and has_hashes and type(found.classes) is list):
+        raise ValueError("its description of the data is malformed: use the same version of fedlscl everywhere")
+    if not all(type(label) is int and 0 <= label < found.num_classes for label in found.classes):
+        raise ValueError(f"its classes must be in [0, {found.num_classes - 1}]")
+    return found
 
 
 def check_classes(found: Description, reference: Description) -> None:
-    """Check that labels mean the same on a client as on the others.
+    """Check that labels have the same meaning as on the other clients.
 
     Raises:
         ValueError: if the number of classes, their names or the order of the names differ.
