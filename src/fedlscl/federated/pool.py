@@ -23,7 +23,6 @@ from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import MASKS, correct
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.federated.state import RunState
-from fedlscl.federated.validation import UploadLimits
 from fedlscl.nets.net import Net
 
 TrainStage = Callable[[Client | None, Stage], Any]
@@ -47,7 +46,7 @@ class ClientPool(ABC):
         """Classes of the data set; None before a remote client has reported it."""
 
     @abstractmethod
-    def setup(self, run: RunState, limits: UploadLimits) -> None:
+    def setup(self, run: RunState) -> None:
         """Build the clients of a run."""
 
     @abstractmethod
@@ -104,7 +103,7 @@ class LocalPool(ClientPool):
         return self.datamodule.num_classes
 
     @override
-    def setup(self, run: RunState, limits: UploadLimits) -> None:
+    def setup(self, run: RunState) -> None:
         if self.ranks.size > 1 and run.method.simulation_only:
             raise ValueError(
                 f"devices must be 1 for {type(run.method).__name__}, which reads all clients' data in one process, got "
