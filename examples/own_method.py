@@ -12,7 +12,7 @@ from fedlscl.federated.method import StreamShape
 from fedlscl.federated.metrics import summary
 from fedlscl.methods import FedAvg
 from fedlscl.nets.heads import FoundationClassifier
-from fedlscl.testing import check
+from fedlscl.testing import check_method
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ def accuracy(method: Method) -> float:
 def main() -> dict[str, float]:
     """Run the checks of every method, then compare."""
     tiny = FoundationConfig(name="test_vit", weights="random", image_size=32)
-    check(lambda: Imprinted(foundation=tiny, local_epochs=1, batch_size=8))
+    check_method(lambda: Imprinted(foundation=tiny, local_epochs=1, batch_size=8))
     glyphs = FoundationConfig(name="vit_glyph_patch4_32", weights="bundled")
     return {kind.__name__: accuracy(kind(foundation=glyphs, local_epochs=2)) for kind in (FedAvg, Imprinted)}
 

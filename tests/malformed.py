@@ -28,7 +28,7 @@ def wrong_round(upload, picker):
 
 
 def too_large(upload, picker):
-    """Beyond the limit that `LIMITS` sets."""
+    """More bytes than the largest accepted upload."""
     huge = torch.zeros(1).expand(2**28 + picker.randrange(2**20))
     return [_with(upload, picker.choice([_name(upload, picker), "more"]), huge)]
 
@@ -117,11 +117,11 @@ KINDS = {
         wrong_shape, wrong_dtype, not_finite, far_too_large, wrong_counts,
     )
 }  # fmt: skip
-"""From an honest upload and a `random.Random` to what arrives in its place: uploads, or bytes in which one came."""
+"""Functions of a valid upload and a `random.Random`; they return what arrives instead: uploads, or bytes."""
 
 
 def deliver(validator, upload, arrived, progress):
-    """Uploads among what arrived from a client; unreadable bytes are refused as a network's receiver does."""
+    """Uploads among what arrived from a client; unreadable bytes are rejected as by a server."""
     uploads = []
     for item in arrived:
         try:
@@ -133,7 +133,7 @@ def deliver(validator, upload, arrived, progress):
 
 
 class Tamper(Callback):
-    """Puts something else in place of one client's upload in one round."""
+    """Replaces one client's upload in one round."""
 
     def __init__(self, client, task, round_, spoil):
         self.client, self.place, self.spoil = client, (task, round_), spoil

@@ -84,5 +84,5 @@ def test_its_tests_pass_and_notice_what_they_are_for(folder, monkeypatch):
         tests[name]()
     monkeypatch.setattr(tests["MyMethod"], "state_dict", lambda self: {})
     monkeypatch.setattr(tests["MyMethod"], "load_state_dict", lambda self, state: None)
-    with pytest.raises(AssertionError, match="does state_dict give all"):
+    with pytest.raises(AssertionError, match="does state_dict have the whole state"):
         tests["test_my_method_keeps_the_contract"]()

@@ -87,10 +87,10 @@ BROKEN = [
     (contract.check_payloads, SendsGradients, SMALL, "message 'head.weight' "),
     (contract.check_upload_spec, SaysOtherwise, SMALL, "is rejected: 'head.bias' is not expected"),
     (contract.check_memory, SharesMemory, SMALL, "shares memory with its client"),
-    (contract.check_foundation, SendsFoundation, HEAD, "'secret' holds weights of the frozen ViT"),
+    (contract.check_foundation, SendsFoundation, HEAD, "'secret' contains weights of the frozen ViT"),
     (contract.check_determinism, Draws, SMALL, "sends another 'drawn'"),
-    (contract.check_resume, Forgets, SMALL, "does state_dict give all"),
-    (contract.check_offloading, HoldsOn, SMALL, "is something of a client kept outside of it"),
+    (contract.check_resume, Forgets, SMALL, "does state_dict have the whole state"),
+    (contract.check_offloading, HoldsOn, SMALL, "is some state of a client stored outside of it"),
 ]
 
 

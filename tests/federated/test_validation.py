@@ -18,7 +18,8 @@ from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated import validation
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.validation import RejectedUpload, UploadLimits, UploadValidator
+from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.federated.validation import RejectedUpload, UploadValidator
 from fedlscl.testing import Recorded, Stop, Stopped, fake_data, learn, same_tensors
 from tiny_methods import METHODS, SMALL, VIT
 
@@ -200,7 +201,7 @@ def test_what_is_remembered_makes_later_rounds_stricter_and_survives_a_restart(f
 
 
 def test_norms_may_be_left_alone():
-    validator = UploadValidator(FAST["FedAvg"](), StreamShape(6, 3), UploadLimits(max_norm_ratio=0))
+    validator = UploadValidator(FAST["FedAvg"](), StreamShape(6, 3), max_norm_ratio=0)
     assert len(validator.filter([honest(validator, 0), honest(validator, 1), honest(validator, 2, 1e30)], FIRST)) == 3
 
 
@@ -208,7 +209,7 @@ def test_norms_may_be_left_alone():
 def test_limits_that_refuse_everybody_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
-        UploadLimits(**options)
+        FederatedTrainer(**options)
 
 
 def test_a_quorum_counts_who_was_let_in(four):

@@ -23,7 +23,6 @@ from fedlscl.federated.method import Method, Progress, Stage, StreamShape
 from fedlscl.federated.metrics import MASKS, correct
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.federated.state import RunState
-from fedlscl.federated.validation import UploadLimits
 from fedlscl.nets.net import Net
 
 TrainStage = Callable[[Client | None, Stage], Any]
@@ -47,7 +46,7 @@ class ClientPool(ABC):
         """Sizes of the data; None before a remote client has reported its classes."""
 
     @abstractmethod
-    def setup(self, run: RunState, limits: UploadLimits) -> None:
+    def setup(self, run: RunState) -> None:
         """Build the clients of a run."""
 
     @abstractmethod
@@ -105,7 +104,7 @@ class LocalPool(ClientPool):
         return StreamShape(data.num_classes, data.num_clients, data.num_tasks)
 
     @override
-    def setup(self, run: RunState, limits: UploadLimits) -> None:
+    def setup(self, run: RunState) -> None:
         if self.ranks.size > 1 and run.method.simulation_only:
             raise ValueError(
                 f"devices must be 1 for {type(run.method).__name__}, which reads all clients' data in one process, got "

@@ -22,7 +22,7 @@ from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, train_seeded
 from fedlscl.federated.state import Callback, RunState, Traffic, count
-from fedlscl.federated.validation import UploadLimits, UploadValidator
+from fedlscl.federated.validation import UploadValidator
 
 
 class FederatedTrainer:
@@ -81,6 +81,10 @@ class FederatedTrainer:
         for field, value in (("cache_gb", cache_gb), ("clients_gb", clients_gb)):
             if not value >= 0:
                 raise ValueError(f"{field} must be >= 0, got {value}.")
+        if not (max_norm_ratio == 0 or max_norm_ratio >= 1):
+            raise ValueError(f"max_norm_ratio must be 0 or >= 1, got {max_norm_ratio}.")
+        if not upload_gb > 0:
+            raise ValueError(f"upload_gb must be > 0, got {upload_gb}.")
         self.rounds_per_task = rounds_per_task
         self.server_every = server_every
         self.accelerator = accelerator
@@ -90,7 +94,8 @@ class FederatedTrainer:
         self.clients_gb = clients_gb
         self.checkpoint_every = checkpoint_every
         self.sampling = ClientSampling(participation=participation, failure_rate=failure_rate, quorum=quorum)
-        self.limits = UploadLimits(max_norm_ratio=max_norm_ratio, upload_gb=upload_gb)
+        self.max_norm_ratio = max_norm_ratio
+        self.upload_gb = upload_gb
         self.max_tasks = max_tasks
         self.default_root_dir = default_root_dir
         self.name = name
@@ -159,11 +164,11 @@ class FederatedTrainer:
             server_every=self.server_every,
             precision=self.precision,
             engine=Engine(self.fabric, cache, offloader=ClientOffloader(self.clients_gb * 2**30)),
-            validator=UploadValidator(method, pool.stream, self.limits),
+            validator=UploadValidator(method, pool.stream, self.max_norm_ratio, int(self.upload_gb * 2**30)),
             run_dir=self.run_dir,
         )
         self.pool = pool
-        pool.setup(self.run, self.limits)
+        pool.setup(self.run)
 
     def restore(self, path: Path, identity: str = "") -> Progress:
         """Restore from a checkpoint (after ``setup``); a prefix of the run's fingerprint is accepted as ``identity``.

@@ -6,8 +6,7 @@ Checked are the sender and the round, the size, the form (``Method.upload_spec``
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,27 +21,6 @@ SAMPLES = "number of samples"
 NUM_NORMS = 25
 """Earlier norms of each tensor that enter the median, besides those of the round (ours)."""
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UploadLimits:
-    """Maximum size of an upload (ours)."""
-
-    max_norm_ratio: float = 1000.0
-    """Maximum ratio of a tensor's norm (and of the number of samples) to the running median; 0 for no limit."""
-    upload_gb: float = 1.0
-    """Maximum size of an upload in units of 2^30 bytes."""
-
-    def __post_init__(self) -> None:
-        if not (self.max_norm_ratio == 0 or self.max_norm_ratio >= 1):
-            raise ValueError(f"max_norm_ratio must be 0 or >= 1, got {self.max_norm_ratio}.")
-        if not self.upload_gb > 0:
-            raise ValueError(f"upload_gb must be > 0, got {self.upload_gb}.")
-
-    @property
-    def num_bytes(self) -> int:
-        """Maximum size of an upload."""
-        return int(self.upload_gb * 2**30)
 
 
 class RejectedUpload(NamedTuple):
@@ -60,12 +38,20 @@ class UploadValidator:
     Args:
         method: defines well-formed uploads.
         stream: sizes of the data; may be set later, before the first upload.
-        limits: maximum sizes.
+        max_norm_ratio: maximum ratio of a tensor's norm (and of the number of samples) to the running median; 0 for
+            no limit (ours).
+        max_bytes: maximum size of an upload (ours).
     """
 
-    def __init__(self, method: Method, stream: StreamShape | None = None, limits: UploadLimits | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        stream: StreamShape | None = None,
+        max_norm_ratio: float = 1000.0,
+        max_bytes: int = 2**30,
+    ) -> None:
         self.method, self.stream = method, stream
-        self.limits = limits or UploadLimits()
+        self.max_norm_ratio, self.max_bytes = max_norm_ratio, max_bytes
         self.norms: dict[str, list[float]] = {}
         self.rejected: list[RejectedUpload] = []
         self._net: Net | None = None
@@ -113,28 +99,60 @@ class UploadValidator:
     def _error(self, upload: Upload, progress: Progress, times: int) -> str:
         """The reason to reject an upload on its own, or an empty string."""
         try:
-            return (
-                _sender_error(upload, progress, self.stream.num_clients, times)
-                or _counts_error(upload.class_counts, self.stream.num_classes)
-                or _tensors_error(upload.payload, self.limits.num_bytes)
-                or self._spec_error(upload)
-                or _values_error(upload.payload)
-                or self.method.check_upload(upload)
-            )
+            return next(self._errors(upload, progress, times), "") or self.method.check_upload(upload)
         except Exception as error:  # No upload may end the round of the other clients.
             return f"cannot be checked ({type(error).__name__}: {one_line(error)})"
 
-    def _spec_error(self, upload: Upload) -> str:
+    def _errors(self, upload: Upload, progress: Progress, times: int) -> Iterator[str]:
+        """Errors of an upload; each check requires that those before it have passed."""
+        client, position = upload.client, (upload.task, upload.round)
+        if type(client) is not int or not 0 <= client < self.stream.num_clients:
+            yield f"sender must be a client from 0 to {self.stream.num_clients - 1}, got {one_line(client)!r}"
+        if times > 1:
+            yield f"it sent {times} uploads"
+        if not all(type(number) is int for number in position) or position != progress.position:
+            yield f"it is for task {one_line(upload.task)}, round {one_line(upload.round)}, counted from 0"
+        counts, payload = upload.class_counts, upload.payload
+        if type(counts) is not Tensor or counts.dtype != torch.int64 or counts.shape != (self.stream.num_classes,):
+            yield f"its class counts must be {self.stream.num_classes} integers (int64)"
+        if (counts < 0).any():
+            yield f"its class counts must be >= 0, got {int(counts.min())} for class {int(counts.argmin())}"
+        if counts.double().sum() >= 2**53:
+            yield "its class counts must sum to less than 2^53"
+        if type(payload) is not dict:
+            yield f"its payload must be a dict of tensors, got {type(payload).__name__}"
+        for name, value in payload.items():
+            is_plain = type(name) is str and type(value) is Tensor and value.layout is torch.strided
+            if not is_plain or value.device.type != "cpu" or value.requires_grad or value.is_quantized:
+                yield f"{_quoted(name)} must be a plain tensor on the CPU"
+        size = sum(value.numel() * value.element_size() for value in payload.values())
+        if size > self.max_bytes:
+            yield f"it has {size} bytes, more than {self.max_bytes}"
+        expected = self._expected(upload)
+        if missing := expected.keys() - payload.keys():
+            yield f"{_quoted(min(missing))} is missing"
+        if unknown := payload.keys() - expected.keys():
+            yield f"{_quoted(min(unknown))} is not expected"
+        for name, value in payload.items():
+            if value.shape != expected[name].shape:
+                yield f"{_quoted(name)} has shape {one_line(tuple(value.shape))}, not {tuple(expected[name].shape)}"
+            if value.dtype != expected[name].dtype:
+                yield f"{_quoted(name)} is {value.dtype}, not {expected[name].dtype}"
+            if not value.isfinite().all():
+                yield f"{_quoted(name)} is not finite"
+
+    def _expected(self, upload: Upload) -> Payload:
+        """The method's specification of an upload; without one, the upload itself."""
         if self._net is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self._net = self.method.build_net(0, self.stream)
         expected = self.method.upload_spec(upload, self._net)
         if expected is None:
-            return ""
-        values = {n: v for n, v in expected.items() if n not in self._initial_norms and v.device.type != "meta"}
-        self._initial_norms |= _norms(values)
-        return _form_error(upload.payload, expected)
+            return upload.payload
+        new = {n: v for n, v in expected.items() if n not in self._initial_norms and v.device.type != "meta"}
+        self._initial_norms |= _norms(new)
+        return expected
 
     def _norm_limits(self, norms: list[dict[str, float]]) -> dict[str, float]:
         """Limit of each tensor's norm: a multiple of the upper median of earlier norms and of this round's.
@@ -143,68 +161,18 @@ class UploadValidator:
         If at least half of all norms are of valid uploads, a limit is at least the multiple of the smallest of these;
         if more than half are, at most that of the largest. Tensors that most clients send as zeros have no limit.
         """
-        if not self.limits.max_norm_ratio:
+        if not self.max_norm_ratio:
             return {}
         limits = {}
         for name in {name for sizes in norms for name in sizes}:
             initial = [self._initial_norms[name]] if self._initial_norms.get(name) else []
             known = sorted([*initial, *self.norms.get(name, ()), *(sizes[name] for sizes in norms if name in sizes)])
-            limits[name] = self.limits.max_norm_ratio * known[len(known) // 2] or float("inf")
+            limits[name] = self.max_norm_ratio * known[len(known) // 2] or float("inf")
         return limits
 
 
 def _sender(upload: Upload) -> int:
     return upload.client if type(upload.client) is int else -1
-
-
-def _sender_error(upload: Upload, progress: Progress, num_clients: int, times: int) -> str:
-    client, position = upload.client, (upload.task, upload.round)
-    if type(client) is not int or not 0 <= client < num_clients:
-        return f"sender must be a client from 0 to {num_clients - 1}, got {one_line(client)!r}"
-    if times > 1:
-        return f"it sent {times} uploads"
-    if not all(type(number) is int for number in position) or position != progress.position:
-        return f"it is for task {one_line(upload.task)}, round {one_line(upload.round)}, counted from 0"
-    return ""
-
-
-def _counts_error(counts: Tensor, num_classes: int | None) -> str:
-    if type(counts) is not Tensor or counts.dtype != torch.int64 or counts.shape != (num_classes,):
-        return f"its class counts must be {num_classes} integers (int64)"
-    if (counts < 0).any():
-        return f"its class counts must be >= 0, got {int(counts.min())} for class {int(counts.argmin())}"
-    if counts.double().sum() >= 2**53:
-        return "its class counts must sum to less than 2^53"
-    return ""
-
-
-def _tensors_error(payload: Payload, limit: int) -> str:
-    if type(payload) is not dict:
-        return f"its payload must be a dict of tensors, got {type(payload).__name__}"
-    for name, value in payload.items():
-        is_plain = type(name) is str and type(value) is Tensor and value.layout is torch.strided
-        if not is_plain or value.device.type != "cpu" or value.requires_grad or value.is_quantized:
-            return f"{_quoted(name)} must be a plain tensor on the CPU"
-    size = sum(value.numel() * value.element_size() for value in payload.values())
-    return f"it has {size} bytes, more than {limit}" if size > limit else ""
-
-
-def _form_error(payload: Payload, expected: Payload) -> str:
-    if missing := expected.keys() - payload.keys():
-        return f"{_quoted(min(missing))} is missing"
-    if unknown := payload.keys() - expected.keys():
-        return f"{_quoted(min(unknown))} is not expected"
-    for name, wanted in expected.items():
-        value = payload[name]
-        if value.shape != wanted.shape:
-            return f"{_quoted(name)} has shape {one_line(tuple(value.shape))}, not {tuple(wanted.shape)}"
-        if value.dtype != wanted.dtype:
-            return f"{_quoted(name)} is {value.dtype}, not {wanted.dtype}"
-    return ""
-
-
-def _values_error(payload: Payload) -> str:
-    return next((f"{_quoted(name)} is not finite" for name, v in payload.items() if not v.isfinite().all()), "")
 
 
 def _norm_error(norms: dict[str, float], limits: dict[str, float]) -> str:

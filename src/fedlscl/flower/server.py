@@ -22,7 +22,6 @@ from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
 from fedlscl.federated.pool import ClientPool, ClientRunner, Uploads
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.federated.validation import UploadLimits
 from fedlscl.flower.federation import Federation
 from fedlscl.flower.messages import (
     BEGIN,
@@ -152,8 +151,8 @@ class FlowerPool(ClientPool):
         return None if reference is None else StreamShape(reference.num_classes, data.num_clients, data.num_tasks)
 
     @override
-    def setup(self, run: RunState, limits: UploadLimits) -> None:
-        self.run, self.limits = run, limits
+    def setup(self, run: RunState) -> None:
+        self.run = run
         self._update_run()
 
     @override
@@ -253,7 +252,7 @@ class FlowerPool(ClientPool):
         return uploads, replies.keys() - uploads.unreadable.keys()
 
     def _parse(self, client: int, data: bytes) -> tuple[Reply, list[tuple[Command, Fact]]]:
-        reply = read_reply(data, self.limits.num_bytes + MAX_HEADER)
+        reply = read_reply(data, self.run.validator.max_bytes + MAX_HEADER)
         if reply.refusal:
             raise ValueError(one_line(reply.refusal, 300))
         done = self.pending[client].completed(reply)
