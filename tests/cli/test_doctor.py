@@ -182,7 +182,7 @@ def test_what_a_configuration_needs_is_made(tmp_path, capsys):
     file.write_text(CONFIG.replace("WEIGHTS", "random") + "data: {dataset: digits}\n")
     assert main(["doctor", "--config", str(file)]) == 0
     said = lines(capsys)
-    assert said["config"] == [("ok", f"{file} is understood: FedNCM on digits")]
+    assert said["config"] == [("ok", f"{file} is valid: FedNCM on digits")]
     assert said["data"] == [("ok", "1,347 + 450 images of 8x8, 10 classes; 3 clients x 3 tasks")]
     assert said["nets"][0][1].endswith(f"test_vit, weights {foundation(FoundationConfig(**tiny.VIT)).fingerprint[:12]}")
 

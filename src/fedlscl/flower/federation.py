@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedlscl.cli.app import FederatedCLI, with_method_names
+from fedlscl.cli.app import build
 from fedlscl.cli.runs import DECIDING, by_content
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
@@ -73,29 +73,21 @@ def read_federation(config: Path, root: str | None = None, manifest: str | None 
         root: folder of the data in place of the file's.
         manifest: split in place of the file's: that of a node which has its own samples only.
     """
-    arguments = ["fit", "--config", str(config)]
+    arguments = ["--config", str(config)]
     arguments += [] if root is None else ["--data.root", root]
     arguments += [] if manifest is None else ["--data.manifest", manifest]
-    parsed = _Parsed(with_method_names(arguments))
-    commands = parsed.trainer
-    identity = identify(commands.config)
-    return Federation(parsed.model, parsed.datamodule, commands.trainer, commands.seed, identity, commands.text)
+    trainer, method, datamodule, resolved, text = build(arguments)
+    return Federation(method, datamodule, trainer, resolved["seed_everything"], identify(resolved), text)
 
 
 def identify(config: dict[str, Any]) -> str:
     """Name what decides a result and is the same on all machines."""
+    dataset = config["data"]["dataset"]
     decides = {
         "method": by_content(config["method"]),
         "seed": config["seed_everything"],
         "data": {name: value for name, value in config["data"].items() if name not in OF_A_PLACE}
-        | {"dataset": Path(config["data"]["dataset"]).name},
+        | {"dataset": Path(dataset).name if isinstance(dataset, str) else dataset},
         **{name: config["trainer"][name] for name in DECIDING},
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-class _Parsed(FederatedCLI):
-    """The command line of ``fedlscl fit``, of which nothing is run."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Objects are made; that is all."""
