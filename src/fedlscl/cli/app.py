@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -52,8 +52,6 @@ def run(arguments: list[str]) -> None:
     try:
         with brief_warnings():
             if arguments[0] == "completion":
-                from fedlscl.cli.completion import print_completion
-
                 print_completion(arguments[1:])
             elif arguments[0] == "doctor":
                 from fedlscl.cli.doctor import doctor
@@ -165,8 +163,8 @@ def normalized(arguments: list[str]) -> list[str]:
     Example:
         >>> normalized(["fit", "--method", "fedavg", "--method=LWF", "--method.lr", "1"])
         ['fit', '--method', 'FedAvg', '--method=LwF', '--method.lr', '1']
-        >>> normalized(["fit", "--dry_run", "--data.dataset", "mine.Scans"])
-        ['fit', '--dry_run=true', '--data.dataset.class_path', 'mine.Scans']
+        >>> normalized(["fit", "--dry_run", "--data.dataset", "fedlscl.data.Fake"])
+        ['fit', '--dry_run=true', '--data.dataset.class_path', 'fedlscl.data.Fake']
     """
     changed, before = [], ""
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -380,7 +378,41 @@ def _classes(given: str) -> str:
     return f"did you mean {names[near[0]]}?" if near else f"choose from {choices}, or give module.Class."
 
 
-# ``fedlscl methods``.
+# ``fedlscl completion`` and ``fedlscl methods``.
+
+OTHERS = {"report": ["--out"], "methods": [], "doctor": ["--data_root", "--config"], "completion": []}
+"""Options of the commands that are not methods of `Commands`."""
+
+
+def print_completion(arguments: list[str]) -> None:
+    """Print the script of a shell.
+
+    Raises:
+        ValueError: if the shell is not bash or zsh.
+    """
+    if arguments not in (["bash"], ["zsh"]):
+        raise ValueError(f"completion must be of bash or zsh, got {' '.join(arguments)!r}.")
+    parser = Parser(prog="fedlscl")
+    commands = parser.add_subcommands()
+    for name in ("fit", "validate", "test", "predict"):
+        command = Parser()
+        command.add_argument("-c", "--config", action=ActionConfigFile)
+        command.add_argument("--seed_everything", type=int)
+        command.add_class_arguments(FederatedTrainer, "trainer", skip={"callbacks"})
+        command.add_subclass_arguments(Method, "method")
+        # With every subclass of torch's Dataset, which a class may ask for, it would take minutes.
+        command.add_class_arguments(SpatialTemporalDataModule, "data", skip={"dataset"})
+        command.add_argument("--data.dataset")
+        command.add_method_arguments(Commands, name, skip={"model", "datamodule"})
+        commands.add_subcommand(name, command)
+    for name, options in OTHERS.items():
+        command = Parser()
+        for option in options:
+            command.add_argument(option)
+        commands.add_subcommand(name, command)
+    # Short names of methods, as everywhere.
+    print(re.sub(r"fedlscl\.(methods\.)?(?=[A-Z])", "", parser.get_completion_script(f"shtab-{arguments[0]}")))
+
 
 LIST_HEADER = ("method", "source", "what a client trains", "what it uploads")
 
