@@ -251,7 +251,7 @@ def test_completion_is_switched_on_as_shown(tmp_path):
         ["bash", "-c", f"{line}; complete -p fedlscl"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path},
     )  # fmt: skip
-    assert "-F _fedlscl fedlscl" in done.stdout, done.stderr
+    assert "-F _shtab_fedlscl fedlscl" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

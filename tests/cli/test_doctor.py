@@ -182,7 +182,7 @@ def test_what_a_configuration_needs_is_made(tmp_path, capsys):
     file.write_text(CONFIG.replace("WEIGHTS", "random") + "data: {dataset: digits}\n")
     assert main(["doctor", "--config", str(file)]) == 0
     said = lines(capsys)
-    assert said["config"] == [("ok", f"{file} is understood: FedNCM on digits")]
+    assert said["config"] == [("ok", f"{file} is valid: FedNCM on digits")]
     assert said["data"] == [("ok", "1,347 + 450 images of 8x8, 10 classes; 3 clients x 3 tasks")]
     assert said["nets"][0][1].endswith(f"test_vit, weights {foundation(FoundationConfig(**tiny.VIT)).fingerprint[:12]}")
 
@@ -193,7 +193,7 @@ def test_what_a_configuration_lacks_comes_with_a_remedy(tmp_path, capsys):
     assert main(["doctor", "--config", str(file), "--data_root", str(tmp_path)]) == 1
     said = lines(capsys)
     assert said["data"] == [
-        ("FAILS", f"{tmp_path / 'gone.npz'} is missing: set root to its folder and dataset to its name")
+        ("FAILS", f"{tmp_path / 'gone.npz'} is missing: set root to its folder and dataset to its name.")
     ]
     assert said["nets"][0][0] == "FAILS" and "give a safetensors file" in said["nets"][0][1]
     file.write_text("method: {class_path: FedNCM, init_args: {leraning_rate: 1}}\n")

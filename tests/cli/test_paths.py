@@ -1,8 +1,9 @@
 """Every option that is a path is known as one, and expanded wherever it can be given."""
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -14,13 +15,32 @@ from fedlscl.callbacks import Callback
 from fedlscl.cli import doctor, report
 from fedlscl.cli.app import FederatedCLI
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.completion import TRAINED, _of_call, _of_fields
 from fedlscl.cli.paths import PATHS, expanded, with_expanded_paths
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.trainer import FederatedTrainer
 
+TRAINED = ("fit", "validate", "test", "predict")
 NO_PATHS = {"accelerator", "name", "small_model", "small_models", "targets"}
 """Options that are text, but no paths."""
+
+
+def _of_call(group, call):
+    """Options of a function or a constructor, with their types."""
+    hints = get_type_hints(call.__init__ if inspect.isclass(call) else call)
+    names = [name for name in inspect.signature(call).parameters if name not in ("self", "model", "datamodule")]
+    return {f"{group}.{name}".removeprefix("."): hints[name] for name in names}
+
+
+def _of_fields(group, kind):
+    """Options of a dataclass and of those in it, with their types."""
+    hints = get_type_hints(kind)
+    for field in (field for field in fields(kind) if field.init):
+        name, hint = f"{group}.{field.name}", hints[field.name]
+        nested = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        if nested:
+            yield from _of_fields(name, nested[0])
+        else:
+            yield name, hint
 
 
 def text_options():
@@ -49,7 +69,7 @@ def test_every_text_option_is_a_path_or_known_to_be_none():
 
 
 class Read(FederatedCLI):
-    """Everything is made, nothing runs."""
+    """A command with its own options: everything is made, nothing runs."""
 
     def _run_subcommand(self, subcommand):
         self.run = subcommand

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedlscl.cli.app import FederatedCLI, with_method_names
+from fedlscl.cli.app import build
 from fedlscl.cli.runs import decisive_options, hash_of
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
@@ -68,20 +68,16 @@ def read_federation(config: Path, root: str | None = None, manifest: str | None 
         root: folder of a node's data; replaces ``data.root``.
         manifest: split of a node that has its own samples only; replaces ``data.manifest``.
     """
-    arguments = ["fit", "--config", str(config)]
+    arguments = ["--config", str(config)]
     arguments += [] if root is None else ["--data.root", root]
     arguments += [] if manifest is None else ["--data.manifest", manifest]
-    parsed = _Parsed(with_method_names(arguments))
-    commands = parsed.trainer
-    identity = identify(commands.config)
-    return Federation(parsed.model, parsed.datamodule, commands.trainer, commands.seed, identity, commands.text)
+    trainer, method, datamodule, resolved, text = build(arguments)
+    return Federation(method, datamodule, trainer, resolved["seed_everything"], identify(resolved), text)
 
 
 def identify(config: dict[str, Any]) -> str:
     """Fingerprint of the options that decide a result and are equal on all machines."""
     data = {name: value for name, value in config["data"].items() if name not in NODE_OPTIONS}
-    return hash_of({**decisive_options(config), "data": data | {"dataset": Path(data["dataset"]).name}})
-
-
-class _Parsed(FederatedCLI):
-    def _run_subcommand(self, subcommand: str) -> None: ...
+    dataset = config["data"]["dataset"]
+    dataset = Path(dataset).name if isinstance(dataset, str) else dataset
+    return hash_of({**decisive_options(config), "data": data | {"dataset": dataset}})
