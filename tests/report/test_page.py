@@ -134,5 +134,5 @@ def test_oracles_are_named_as_such_and_never_lead(runs, tmp_path):
         path.write_text(json.dumps(results))
     text = page_of(grouped(read_runs([tmp_path])), [], [], tmp_path)
     first = text.index("Class-incremental: FedAvg reaches ")
-    assert "With all data in one place Local has 100.0 %." in text[first:]
+    assert "Trained on the pooled data of all clients, Local has 100.0 %." in text[first:]
     assert "Local reaches" not in text and "points above" not in text and "numbers as files" not in text

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 from typing_extensions import override
 
 from fedlscl.federated.client import Client

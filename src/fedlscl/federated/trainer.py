@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.fabric.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,17 +146,21 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
                 settings.setdefault(tuple(sorted(setting(run).items())), []).append(run)
         labels = _labels(name, list(settings.values()), is_mixed)
         for label, alike in zip(labels, settings.values(), strict=True):
-            _check_seeds(alike)
-            groups.append(Group(label, tuple(sorted(alike, key=lambda run: run.seed))))
-    finished = sorted((group for group in groups if group.is_finished), key=_merit)
-    unfinished = sorted((group for group in groups if not group.is_finished), key=_merit)
-    sets = sorted(_comparable(finished), key=lambda alike: (-alike[0].tasks, -len(alike), _merit(alike[0])))
+            group = Group(label, tuple(sorted(alike, key=lambda run: run.seed)))
+            for run, other in pairwise(group.runs):
+                if run.seed == other.seed:
+                    pair = f"{str(run.path.parent)!r} and {str(other.path.parent)!r}"
+                    raise ValueError(f"{pair} are the same run with the same seed {run.seed}: give one of them.")
+            groups.append(group)
+    groups.sort(key=_merit)
+    sets = _comparable([group for group in groups if group.is_finished])
+    sets.sort(key=lambda alike: (-alike[0].tasks, -len(alike), _merit(alike[0])))
     ordered = [
         replace(group, comparable=f"set {number}" if len(sets) > 1 else "")
         for number, alike in enumerate(sets, start=1)
         for group in sorted(alike, key=lambda group: group.is_oracle)
     ]
-    return ordered + unfinished
+    return ordered + [group for group in groups if not group.is_finished]
 
 
 def _merit(group: Group) -> tuple[int, float, str]:
@@ -217,43 +222,24 @@ def _progress(run: Run) -> str:
     return f"{run.tasks} of {run.planned} tasks"
 
 
-def _check_seeds(runs: list[Run]) -> None:
-    by_seed: dict[int, Run] = {}
-    for run in runs:
-        if run.seed in by_seed:
-            pair = f"{str(by_seed[run.seed].path.parent)!r} and {str(run.path.parent)!r}"
-            raise ValueError(f"{pair} are the same run with the same seed {run.seed}: give one of them.")
-        by_seed[run.seed] = run
-
-
 SETS = "Sets differ in data, clients, tasks, rounds per task or split: rank runs only within one set."
 
 
 def inequalities(groups: Sequence[Group]) -> list[str]:
     """One sentence for each condition that differs between groups, and for runs of identical results."""
     found: dict[str, dict[str, list[str]]] = {}
-    for group in groups:
-        for what, value in (entry for run in group.runs for entry in _conditions(group, run)):
-            names = found.setdefault(what, {}).setdefault(str(value), [])
-            names += [] if group.name in names else [group.name]
-    different = [_sentence(what, values) for what, values in found.items() if len(values) > 1]
-    is_split = any(group.comparable for group in groups)
-    return [SETS] * is_split + different + _copies(groups)
-
-
-def _copies(groups: Sequence[Group]) -> list[str]:
-    alike: dict[str, list[str]] = {}
+    copies: dict[str, list[str]] = {}
     for group in groups:
         for run in group.runs:
-            alike.setdefault(json.dumps(run.results, sort_keys=True), []).append(f"{group.name} seed {run.seed}")
-    return [
-        f"Identical results (copies of one run?): {', '.join(names)}." for names in alike.values() if len(names) > 1
-    ]
-
-
-def _sentence(what: str, values: dict[str, list[str]]) -> str:
-    *most, last = [f"{value} ({', '.join(names)})" for value, names in values.items()]
-    return f"{what}: {', '.join(most)} and {last}."
+            copies.setdefault(json.dumps(run.results, sort_keys=True), []).append(f"{group.name} seed {run.seed}")
+            for what, value in _conditions(group, run):
+                names = found.setdefault(what, {}).setdefault(str(value), [])
+                names += [] if group.name in names else [group.name]
+    notes = [SETS] if any(group.comparable for group in groups) else []
+    for what, values in found.items():
+        *others, last = [f"{value} ({', '.join(names)})" for value, names in values.items()]
+        notes += [f"{what}: {', '.join(others)} and {last}."] if others else []
+    return notes + [f"Identical results (copies of one run?): {', '.join(n)}." for n in copies.values() if len(n) > 1]
 
 
 def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The HTML page of a report."""
+"""``fedlscl report RUN [RUN ...] --out DIR``: tables, figures, and an HTML page that loads no other file."""
 
 import os
 import tempfile
@@ -14,12 +14,12 @@ from fedlscl.report.groups import Group, grouped, inequalities
 from fedlscl.report.plots import Picture, against_cost, clients, for_page, looks, matrices, over_tasks
 from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Run, left_out, read_runs
 from fedlscl.report.table import COLUMNS, cell, per_task_rows, table_latex, table_markdown, table_rows
-from fedlscl.report.table import sections as in_sections
+from fedlscl.report.table import sections as table_sections
 
-# The report as one page that needs nothing but itself.
-
+PAGE = "index.html"
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 BESIDE = (CONFIG, COSTS, MATRIX, "rounds.csv", "manifest.json")
+"""Files of a run that the page links to."""
 
 
 class Section(NamedTuple):
@@ -31,7 +31,7 @@ class Section(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the numbers of a run come from."""
+    """Origin of a run's numbers."""
 
     name: str
     seed: int
@@ -40,14 +40,93 @@ class Source(NamedTuple):
     config: str | None
 
 
+def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Write tables, figures and the page if all runs can be read; returns their paths, the page first.
+
+    Raises:
+        ValueError: if a run cannot be read, or the folder cannot be written.
+    """
+    runs = read_runs(paths)
+    groups, unshown = grouped(runs), left_out(paths, runs)
+    notes = inequalities(groups) + unshown
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror}): choose another folder.") from error
+    tables = {
+        "table.md": table_markdown(groups, notes),
+        "table.csv": to_csv(table_rows(groups)),
+        "table.tex": table_latex(groups, notes),
+        "per_task.csv": to_csv(per_task_rows(groups)),
+    }
+    sections = figures(groups)
+    html = page(groups, sections, list(tables), out, unshown)
+    files = {name: text.encode() for name, text in tables.items()}
+    for picture in (picture for section in sections for picture in section.pictures):
+        files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
+    # The page comes last, after the files that it links to.
+    for name, content in (files | {PAGE: html.encode()}).items():
+        write_atomically(out / name, content)
+    return [out / name for name in (PAGE, *files)]
+
+
+def figures(groups: Sequence[Group]) -> list[Section]:
+    """All figures in the page's order; those of costs only if costs are known."""
+    masks = list(MASK_TITLES)
+    costs = {
+        name: [picture for mask in masks if (picture := against_cost(groups, name, mask)) is not None]
+        for name in ("up_bytes", "total_seconds")
+    }
+    sections = [
+        Section(
+            "Accuracy after each task",
+            "Mean over clients and over all tasks so far. Bands are one standard deviation over seeds. "
+            "The axes do not begin at zero.",
+            [over_tasks(groups, "average", mask) for mask in masks],
+        ),
+        Section(
+            "Forgetting",
+            "Best earlier accuracy minus the current one, mean over earlier tasks and clients. Below zero, earlier "
+            "tasks gained.",
+            [over_tasks(groups, "forgetting", mask) for mask in masks],
+        ),
+        Section(
+            "Clients",
+            "Final accuracy of every client, mean over tasks. Over several seeds bars are means of equal ranks, since "
+            "client 0 of another seed has other classes; a dot is a seed.",
+            [clients(groups, mask) for mask in masks],
+        ),
+        Section(
+            "Accuracy against uploaded bytes",
+            "Bytes of all clients in all rounds, on a logarithmic axis. The accuracy of a method that uploads nothing "
+            "is a dashed line.",
+            costs["up_bytes"],
+        ),
+        Section(
+            "Accuracy against seconds",
+            "Seconds of the whole run on its device, evaluation included, on a logarithmic axis. Compare only runs "
+            "on the same device with the same number of epochs.",
+            costs["total_seconds"],
+        ),
+        Section(
+            "Accuracy matrices",
+            "Row: after learning that task. Column: accuracy on that task. Mean over clients and seeds.",
+            [matrices(groups, mask) for mask in masks],
+        ),
+    ]
+    return [section for section in sections if section.pictures]
+
+
 def page(
     groups: Sequence[Group], sections: Sequence[Section], files: Sequence[str], out: Path, unshown: Sequence[str] = ()
 ) -> str:
-    """HTML with all figures inside; only links lead to other files, by paths relative to ``out``.
+    """HTML with all figures inside; links to other files are relative to ``out``.
 
     ``unshown`` are sentences about runs that were left out.
     """
-    # Takes a tenth of a second, which only a report has to spend.
+    # Imported here because it takes a tenth of a second.
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -57,7 +136,7 @@ def page(
         unshown=unshown,
         inequalities=inequalities(groups),
         columns=COLUMNS,
-        tables=[(title, [_row(group) for group in found]) for title, found in in_sections(groups)],
+        tables=[(title, [_row(group) for group in found]) for title, found in table_sections(groups)],
         colours={name: look.colour for name, look in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),
@@ -76,43 +155,44 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def _findings(groups: Sequence[Group]) -> list[str]:
-    """For each set of comparable groups and each mask what `_finding` says; unfinished groups are in none."""
-    finished = [group for group in groups if group.is_finished]
-    if not finished:
+    """`_finding` for each set of comparable finished groups and each mask."""
+    sets: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.is_finished:
+            sets.setdefault(group.heading, []).append(group)
+    if not sets:
         return ["No run is finished: nothing is ranked."]
     return [
-        f"{name}. ".capitalize() * bool(name) + _finding([g for g in finished if g.heading == name], mask)
-        for name in dict.fromkeys(group.heading for group in finished)
+        f"{name}. ".capitalize() * bool(name) + _finding(found, mask)
+        for name, found in sets.items()
         for mask in MASK_TITLES
     ]
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """Who is first under a mask, by how much, at what cost, and what that is worth; and what oracles reach."""
+    """The best group under a mask, its lead, its upload and the significance of both; and the best oracle."""
     ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
     oracles = [group for group in ordered if group.is_oracle]
-    ranked = [group for group in ordered if group.is_ranked]
-    if not ranked or not oracles:
-        return _lead(ordered, mask)
-    best = oracles[0].known(f"{mask}/average").mean
-    return f"{_lead(ranked, mask)} With all data in one place {oracles[0].name} has {percent(best)} %."
-
-
-def _lead(ranked: Sequence[Group], mask: str) -> str:
-    first, *others = ranked
-    best = first.known(f"{mask}/average")
-    sentence = f"{MASK_TITLES[mask].capitalize()}: {first.name} reaches {percent(best.mean)} %"
-    if not others:
-        return f"{sentence}."
-    second = others[0].known(f"{mask}/average")
-    ahead = best.mean - second.mean
-    sent, less = (in_bytes(group.known("up_bytes").mean) for group in (first, others[0]))
-    sentence += f", {100 * ahead:.2f} points above {others[0].name}, with {sent} uploaded against {less}."
-    if best.deviation is None or second.deviation is None:
-        return f"{sentence} With one seed there is no telling what another would give."
-    larger = max(best.deviation, second.deviation)
-    compared = "larger" if ahead > larger else "not larger"
-    return f"{sentence} The lead is {compared} than the standard deviation over seeds ({100 * larger:.2f})."
+    ranked = [group for group in ordered if group.is_ranked] or ordered
+    first, best = ranked[0], ranked[0].known(f"{mask}/average")
+    text = f"{MASK_TITLES[mask].capitalize()}: {first.name} reaches {percent(best.mean)} %"
+    if len(ranked) == 1:
+        text += "."
+    else:
+        second, next_best = ranked[1], ranked[1].known(f"{mask}/average")
+        lead = best.mean - next_best.mean
+        sent, other = (in_bytes(group.known("up_bytes").mean) for group in (first, second))
+        text += f", {100 * lead:.2f} points above {second.name}, with {sent} uploaded against {other}."
+        if best.deviation is None or next_best.deviation is None:
+            text += " Each has one seed: the lead may be chance."
+        else:
+            larger = max(best.deviation, next_best.deviation)
+            compared = "larger" if lead > larger else "not larger"
+            text += f" The lead is {compared} than the standard deviation over seeds ({100 * larger:.2f})."
+    if oracles and ranked is not ordered:
+        reached = percent(oracles[0].known(f"{mask}/average").mean)
+        text += f" Trained on the pooled data of all clients, {oracles[0].name} has {reached} %."
+    return text
 
 
 def _row(group: Group) -> dict[str, Any]:
@@ -123,123 +203,35 @@ def _row(group: Group) -> dict[str, Any]:
 
 def _source(group: Group, run: Run, out: Path) -> Source:
     results, costs = run.results, run.costs or {}
-    data, foundation = results["data"], results["foundation"]
-    trainer = results["trainer"]
-    split = f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished"
-    rounds = f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}"
-    sessions = [f"{session['started']} to {session['ended']}" for session in costs.get("sessions", [])]
+    data, foundation, trainer = (results[name] for name in ("data", "foundation", "trainer"))
+    sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in run.sessions)
     facts = {
         "method": results["method"]["name"],
         "seed": str(run.seed),
         "data": f"{data['dataset']}, SHA-256 {data['fingerprint']}",
-        "split": split,
+        "split": f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished",
         "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
         "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
-        "left out": _left_out(results.get("quarantined", [])),
-        "training": f"{rounds}, precision {trainer['precision']}",
+        "rejected": _rejected(results.get("quarantined", [])),
+        "training": f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}, "
+        f"precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "commit": ", ".join(run.commits) or "not recorded",
         "device": ", ".join(run.devices) or "not recorded",
-        "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({'; '.join(sessions)})",
+        "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({sessions})",
     }
     folder = run.path.parent
-    paths = [run.path, *(folder / name for name in BESIDE if (folder / name).is_file())]
-    links = [(RESULTS if path is run.path else path.name, _relative(path, out)) for path in paths]
-    return Source(group.name, run.seed, [(k, v) for k, v in facts.items() if v], links, run.config)
-
-
-def _left_out(rejected: list[dict[str, Any]]) -> str:
-    """The first uploads that were refused at the door, and how many there were."""
-    places = [(r["client"], f"task {r['task'] + 1}, round {r['round'] + 1}", r["reason"]) for r in rejected[:5]]
-    shown = [f"client {client} in {place}: {reason}" for client, place, reason in places]
-    more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-    return "; ".join(shown) + more
-
-
-def _relative(path: Path, out: Path) -> str:
-    return quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix())
-
-
-# ``fedlscl report RUN [RUN ...] --out DIR``: everything about some runs in one folder.
-
-PAGE = "index.html"
-
-
-def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Tables, figures and the page; returns their paths, the page first. Nothing is made unless all runs can be read.
-
-    Raises:
-        ValueError: if a run cannot be read, or the folder not be written.
-    """
-    runs = read_runs(paths)
-    groups, unshown = grouped(runs), left_out(paths, runs)
-    notes = inequalities(groups) + unshown
-    _check_writable(out)
-    tables = {
-        "table.md": table_markdown(groups, notes),
-        "table.csv": to_csv(table_rows(groups)),
-        "table.tex": table_latex(groups, notes),
-        "per_task.csv": to_csv(per_task_rows(groups)),
-    }
-    sections = figures(groups)
-    html = page(groups, sections, list(tables), out, unshown)
-    files = {name: text.encode() for name, text in tables.items()}
-    for picture in (picture for section in sections for picture in section.pictures):
-        files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
-    # The page comes last: what it links to is there before it.
-    for name, content in (files | {PAGE: html.encode()}).items():
-        write_atomically(out / name, content)
-    return [out / name for name in (PAGE, *files)]
-
-
-def figures(groups: Sequence[Group]) -> list[Section]:
-    """All figures in the page's order; those of costs only where costs are known."""
-    masks = list(MASK_TITLES)
-    costs = {name: [against_cost(groups, name, mask) for mask in masks] for name in ("up_bytes", "total_seconds")}
-    sections = [
-        Section(
-            "Accuracy after each task",
-            "Mean over clients and over all tasks so far. Bands are one standard deviation over seeds. "
-            "The axes do not begin at zero.",
-            [over_tasks(groups, "average", mask) for mask in masks],
-        ),
-        Section(
-            "Forgetting",
-            "Best earlier accuracy minus the present one, mean over earlier tasks and clients. Below zero, earlier "
-            "tasks gained.",
-            [over_tasks(groups, "forgetting", mask) for mask in masks],
-        ),
-        Section(
-            "Clients",
-            "Final accuracy of every client, mean over tasks. Over several seeds bars are means of equal ranks, since "
-            "client 0 of another seed has other classes; a dot is a seed.",
-            [clients(groups, mask) for mask in masks],
-        ),
-        Section(
-            "Accuracy against uploaded bytes",
-            "Bytes of all clients in all rounds, on a logarithmic axis. A method that uploads nothing has no place on "
-            "it: its accuracy is a dashed line.",
-            [picture for picture in costs["up_bytes"] if picture is not None],
-        ),
-        Section(
-            "Accuracy against seconds",
-            "Seconds of the whole run on its device, evaluation included, on a logarithmic axis. Compare only what ran "
-            "on the same device with the same number of epochs.",
-            [picture for picture in costs["total_seconds"] if picture is not None],
-        ),
-        Section(
-            "Accuracy matrices",
-            "Row: after learning that task. Column: accuracy on that task. Mean over clients and seeds.",
-            [matrices(groups, mask) for mask in masks],
-        ),
+    links = {RESULTS: run.path} | {name: folder / name for name in BESIDE if (folder / name).is_file()}
+    relative = [
+        (name, quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix())) for name, path in links.items()
     ]
-    return [section for section in sections if section.pictures]
+    return Source(group.name, run.seed, [(name, fact) for name, fact in facts.items() if fact], relative, run.config)
 
 
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror}): choose another folder.") from error
+def _rejected(uploads: list[dict[str, Any]]) -> str:
+    """The first rejected uploads, and the number of the others."""
+    texts = [
+        f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
+        for upload in uploads[:5]
+    ]
+    return "; ".join([*texts, *([f"and {len(uploads) - 5} more"] if len(uploads) > 5 else [])])

@@ -1,4 +1,4 @@
-"""Tables over runs: terminal, Markdown, LaTeX and CSV."""
+"""Tables over runs for the terminal, Markdown, LaTeX and CSV."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from fedlscl.federated.metrics import MASKS
 from fedlscl.report.groups import Group, Spread, grouped, inequalities
 from fedlscl.report.runs import PER_TASK, left_out, read_runs
-
-# The comparison as Markdown, CSV and LaTeX, and every run's figures after every task.
 
 
 class Column(NamedTuple):
@@ -33,7 +31,7 @@ COLUMNS = (
     Column("total_seconds", "seconds", 1, 0),
 )
 """Accuracies are means over clients; bytes are those of all clients in all rounds."""
-UNKNOWN = "–"
+UNKNOWN, PM = "–", r"\pm"
 TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 
@@ -44,7 +42,7 @@ def header() -> list[str]:
 
 
 def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Groups under the headings of their sections, in their order; one section without a heading is the usual case."""
+    """Groups by section, in their order; usually one section without a heading."""
     return [(title, list(found)) for title, found in groupby(groups, key=lambda group: group.section)]
 
 
@@ -72,7 +70,7 @@ def markdown(rows: list[list[str]], rule: str = "---:") -> str:
 
 
 def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """The same unrounded, accuracies as fractions, for CSV; a deviation is empty where there is one seed."""
+    """The same for CSV, unrounded, accuracies as fractions; the deviation of one seed is empty."""
     for group in groups:
         row: dict[str, Any] = {"run": group.name, "method": group.runs[0].results["method"]["name"]}
         row |= {"n": len(group.runs), "seeds": " ".join(map(str, group.seeds)), "tasks": group.tasks}
@@ -84,12 +82,14 @@ def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 
 def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
-    """The same for a paper; needs the package booktabs."""
+    """The same in LaTeX; needs the package booktabs."""
     titles, rows = header(), []
     for number, (title, found) in enumerate(sections(groups)):
         rows += ["\\midrule"] if number else []
         rows += [f"\\multicolumn{{{len(titles)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
-        rows += [" & ".join([tex(group.name), *map(_tex_cell, cells(group))]) + " \\\\" for group in found]
+        for group in found:
+            texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in cells(group)]
+            rows.append(" & ".join([tex(group.name), *texts]) + " \\\\")
     lines = [
         "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
         *(f"% {' '.join(note.split())}" for note in notes),
@@ -124,19 +124,19 @@ def cell(column: Column, found: Spread | None) -> str:
 
 
 def per_task_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """Every run after every task under both masks; tasks count from 0, accuracies are fractions, bytes add up."""
+    """Every run after every task, per mask; tasks count from 0, accuracies are fractions, bytes add up."""
     for group in groups:
         for run in group.runs:
             sent = 0
             for task, figures in enumerate(run.results["summary"]):
                 sent += sum(sum(client[task]) for client in run.results["traffic"]["up"])
                 for mask in MASKS:
-                    place = {"run": group.name, "seed": run.seed, "mask": mask, "after_task": task}
-                    yield place | {name: figures[f"{mask}/{name}"] for name in PER_TASK} | {"up_bytes_so_far": sent}
+                    row = {"run": group.name, "seed": run.seed, "mask": mask, "after_task": task}
+                    yield row | {name: figures[f"{mask}/{name}"] for name in PER_TASK} | {"up_bytes_so_far": sent}
 
 
 def tex(text: str) -> str:
-    r"""Text that LaTeX prints as it stands.
+    r"""Text escaped for LaTeX.
 
     Example:
         >>> print(tex("FedAvg_50%"))
@@ -145,17 +145,8 @@ def tex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in text)
 
 
-def _tex_cell(text: str) -> str:
-    if text == UNKNOWN:
-        return "--"
-    return f"${text.replace('±', chr(92) + 'pm')}$"
-
-
-# The comparison on the terminal.
-
-
 def print_comparison(paths: Sequence[Path]) -> None:
-    """Print the table and what is not equal in its rows; Markdown where the output goes elsewhere.
+    """Print the table and the differences between its rows; Markdown if the output is not a terminal.
 
     Raises:
         ValueError: if a run cannot be read.
