@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from fedlscl.data.images import Batch
-from fedlscl.functional.objectives import consolidation, cross_entropy, distillation, proximal
+from fedlscl.functional.objectives import consolidation, cross_entropy, knowledge_distillation, proximal
 from fedlscl.nets.net import Frozen, Net, SmallMapPrecision, freeze_batch_norm, single_value_norms
 
 # Learner: a LightningModule that is one whole local objective over one net.
@@ -199,7 +199,7 @@ class DistillationModule(ClassificationModule):
         """Cross-entropy over the new classes and distillation over the old ones, from one forward pass."""
         logits = self.net(batch.images, batch.prefix).head_logits
         answers = self.previous(batch.images, batch.prefix).head_logits[:, self.old_classes]
-        kept = distillation(logits[:, self.old_classes], answers, self.temperature)
+        kept = knowledge_distillation(logits[:, self.old_classes], answers, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),
             "distillation": self.alpha * kept,
