@@ -89,12 +89,12 @@ def refused(tmp_path, capsys):
         ("--method.collaborator.foundation.name deit_tinny_patch16_224", "did you mean deit_tiny_patch16_224"),
         (
             "--method.collaborator.foundation.name resnet18",
-            "'resnet18' takes no image_size: choose a name such as vit_*",
+            "'resnet18' does not support image_size: choose a name such as vit_*",
         ),
-        ("--method.collaborator.block 12", "block 12 is beyond test_vit: choose 0 to 5."),
-        ("--method.collaborator.rank 0", "rank 0 makes no adapter: choose 1 or more."),
-        ("--method.collaborator.foundation.image_size 33", "image_size 33 is no multiple of the 16 pixels of a patch"),
-        ("--method.collaborator.foundation.weights no.safetensors", "weights 'no.safetensors' is no file: give a"),
+        ("--method.collaborator.block 12", "block must be 0 to 5 for test_vit, got 12."),
+        ("--method.collaborator.rank 0", "rank must be >= 1, got 0."),
+        ("--method.collaborator.foundation.image_size 33", "image_size must be a multiple of the patch size 16, got 33."),
+        ("--method.collaborator.foundation.weights no.safetensors", "or 'random', got 'no.safetensors'"),
         # Data.
         ("--data.image_size 0", "image_size must be an integer between 1 and 4096, got 0: correct it, or leave it out"),
         ("--data.image_size -5", "image_size must be an integer between 1 and 4096, got -5"),
@@ -163,7 +163,7 @@ def test_nothing_else_is_said_by_a_process_of_its_own(tmp_path):
     command = [sys.executable, "-m", "fedlscl", "fit", *tiny.FEDLSCL, "--method.collaborator.block", "12"]
     done = subprocess.run([*command, *tiny.inside(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fedlscl: error: block 12 is beyond test_vit: choose 0 to 5.\n"
+    assert done.stderr == "fedlscl: error: block must be 0 to 5 for test_vit, got 12.\n"
     assert list(tmp_path.iterdir()) == []
 
 

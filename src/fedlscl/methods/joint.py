@@ -1,4 +1,4 @@
-"""Joint training on all data: an upper bound, not a federated method.
+"""Joint training on the pooled data of all clients: a reference, not a federated method.
 
 It violates federation and continual learning on purpose: the server pools the training samples of all clients and of
 all tasks so far, one net is trained on them, and all clients get it.
@@ -71,14 +71,14 @@ class _Pool(Method):
 
 @dataclass(kw_only=True)
 class Joint(_Pool, FedAvg):
-    """Upper bound: FedAvg's net, trained on all data of all clients and tasks so far (in simulation only)."""
+    """Reference: FedAvg's net, trained on all data of all clients and tasks so far (in simulation only)."""
 
     card: ClassVar = MethodCard("oracle", trains="as FedAvg, on everything pooled", uploads="everything, on purpose")
 
 
 @dataclass(kw_only=True)
 class JointLSCL(_Pool):
-    """Upper bound: Fed-LSCL's net, trained by Stage 1 on all data of all clients and tasks so far."""
+    """Reference: Fed-LSCL's net, trained by Stage 1 on all data of all clients and tasks so far."""
 
     card: ClassVar = MethodCard("oracle", trains="as Fed-LSCL, on everything pooled", uploads="everything, on purpose")
 
