@@ -93,7 +93,10 @@ def refused(tmp_path, capsys):
         ),
         ("--method.collaborator.block 12", "block must be 0 to 5 for test_vit, got 12."),
         ("--method.collaborator.rank 0", "rank must be >= 1, got 0."),
-        ("--method.collaborator.foundation.image_size 33", "image_size must be a multiple of the patch size 16, got 33."),
+        (
+            "--method.collaborator.foundation.image_size 33",
+            "image_size must be a multiple of the patch size 16",
+        ),
         ("--method.collaborator.foundation.weights no.safetensors", "or 'random', got 'no.safetensors'"),
         # Data.
         ("--data.image_size 0", "image_size must be an integer between 1 and 4096, got 0: correct it, or leave it out"),
@@ -368,7 +371,7 @@ def test_a_trained_run_names_the_weights_that_it_misses(command, fault, trained_
         if fault == "other weights":
             assert "belongs to another configuration" in line and "and the same weights files" in line
         else:
-            assert line.startswith(f"weights {str(file)!r} is no file: give a safetensors file")
+            assert line == f"weights must be a safetensors file, 'timm', 'bundled' or 'random', got {str(file)!r}."
     finally:
         file.rmdir() if file.is_dir() else file.unlink(missing_ok=True)
         moved.rename(file)
