@@ -71,10 +71,10 @@ def refused(tmp_path, capsys):
         ("--trainer.rounds_per_task 0", "rounds_per_task must be >= 1, got 0."),
         ("--method.lr 0", "lr must be > 0, got 0.0."),
         ("--method.batch_size 0", "batch_size must be > 0, got 0."),
-        ("--method.generator_lr -1", "generator_lr -1.0 cannot be used: choose more than 0."),
-        ("--method.lambda_proximal 0", "lambda_proximal 0.0 cannot be used: choose more than 0."),
-        ("--method.shrinkage 2", "shrinkage 2.0 is no share: choose up to 1."),
-        ("--method.buffer_per_class -1", "buffer_per_class -1 cannot be kept: choose 0 or more."),
+        ("--method.generator_lr -1", "generator_lr must be > 0, got -1.0."),
+        ("--method.lambda_proximal 0", "lambda_proximal must be > 0, got 0.0."),
+        ("--method.shrinkage 2", "shrinkage must be in (0, 1], got 2.0."),
+        ("--method.buffer_per_class -1", "buffer_per_class must be >= 0, got -1."),
         # Classes that do not add up.
         ("--data.private_classes 4", "4 private x 2 clients + 2 public = 10 classes, but the data set has 6"),
         ("--data.num_tasks 3", "cannot be cut into 3 equal tasks: set num_tasks to one of 1, 2, 4"),
@@ -90,12 +90,15 @@ def refused(tmp_path, capsys):
         ("--method.collaborator.foundation.name deit_tinny_patch16_224", "did you mean deit_tiny_patch16_224"),
         (
             "--method.collaborator.foundation.name resnet18",
-            "'resnet18' takes no image_size: choose a name such as vit_*",
+            "'resnet18' does not support image_size: choose a name such as vit_*",
         ),
-        ("--method.collaborator.block 12", "block 12 is beyond test_vit: choose 0 to 5."),
-        ("--method.collaborator.rank 0", "rank 0 makes no adapter: choose 1 or more."),
-        ("--method.collaborator.foundation.image_size 33", "image_size 33 is no multiple of the 16 pixels of a patch"),
-        ("--method.collaborator.foundation.weights no.safetensors", "weights 'no.safetensors' is no file: give a"),
+        ("--method.collaborator.block 12", "block must be 0 to 5 for test_vit, got 12."),
+        ("--method.collaborator.rank 0", "rank must be >= 1, got 0."),
+        (
+            "--method.collaborator.foundation.image_size 33",
+            "image_size must be a multiple of the patch size 16",
+        ),
+        ("--method.collaborator.foundation.weights no.safetensors", "or 'random', got 'no.safetensors'"),
         # Data.
         ("--data.image_size 0", "image_size must be from 1 to 4096, got 0."),
         ("--data.image_size -5", "image_size must be from 1 to 4096, got -5"),
@@ -168,7 +171,7 @@ def test_nothing_else_is_said_by_a_process_of_its_own(tmp_path):
     command = [sys.executable, "-m", "fedlscl", "fit", *tiny.FEDLSCL, "--method.collaborator.block", "12"]
     done = subprocess.run([*command, *tiny.inside(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fedlscl: error: block 12 is beyond test_vit: choose 0 to 5.\n"
+    assert done.stderr == "fedlscl: error: block must be 0 to 5 for test_vit, got 12.\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,7 +376,7 @@ def test_a_trained_run_names_the_weights_that_it_misses(command, fault, trained_
         if fault == "other weights":
             assert "belongs to another configuration" in line and "and the same weights files" in line
         else:
-            assert line.startswith(f"weights {str(file)!r} is no file: give a safetensors file")
+            assert line == f"weights must be a safetensors file, 'timm', 'bundled' or 'random', got {str(file)!r}."
     finally:
         file.rmdir() if file.is_dir() else file.unlink(missing_ok=True)
         moved.rename(file)

@@ -192,7 +192,7 @@ def test_weights_are_looked_up_under_the_data_root(tmp_path, capsys):
     save_file(foundation(FoundationConfig(**tiny.VIT)).vit.state_dict(), tmp_path / "some.safetensors")
     arguments = ["fit", *tiny.FEDLSCL, "--method.collaborator.foundation.weights", "some.safetensors"]
     assert main([*arguments, *tiny.inside(tmp_path)]) == 2
-    assert "weights 'some.safetensors' is no file" in capsys.readouterr().err
+    assert "or 'random', got 'some.safetensors'" in capsys.readouterr().err
     assert main([*arguments, "--data.root", str(tmp_path), *tiny.inside(tmp_path)]) == 0
     # As given, so that another data.root serves as well.
     weights = saved(tmp_path / "FedLSCL" / "version_0")["method"]["init_args"]["collaborator"]["foundation"]["weights"]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.validation import UploadValidator
-from fedlscl.functional.analytic import is_semidefinite
-from fedlscl.functional.distillation import Sums, solve, symmetric, upper_triangle
+from fedlscl.functional.analytic import is_semidefinite, pack_symmetric, unpack_symmetric
+from fedlscl.functional.distillation import Sums, solve
 from fedlscl.testing import learn
 from tiny_methods import METHODS
 
@@ -48,9 +48,9 @@ def run_of(method):
 
 
 def moments_with_a_negative_eigenvalue(payload):
-    moment = symmetric(payload["moments"].clone(), len(payload["generator"]))
+    moment = unpack_symmetric(payload["moments"].clone(), len(payload["generator"]))
     moment[0, 0] -= 0.01
-    return {"moments": upper_triangle(moment)}
+    return {"moments": pack_symmetric(moment)}
 
 
 def asymmetric(name):
@@ -71,12 +71,12 @@ def another_class(name):
 
 
 SPOILT = [
-    ("FedLSCL", moments_with_a_negative_eigenvalue, "no second moment"),
+    ("FedLSCL", moments_with_a_negative_eigenvalue, "moments are not positive semidefinite"),
     ("FedLSCL", times("moments", 50), "moments are larger than those of unit features"),
-    ("FedLSCL", asymmetric("analytic.gram"), "analytic.gram is no Gram matrix"),
+    ("FedLSCL", asymmetric("analytic.gram"), "analytic.gram is not symmetric"),
     ("FedLSCL", times("adapted.gram", 1.1), "adapted.gram is larger than that of unit features"),
     ("FedLSCL", another_class("adapted.products"), "products count other samples"),
-    ("FedRidge", times("gram", -1), "gram is no Gram matrix"),
+    ("FedRidge", times("gram", -1), "gram is not symmetric"),
     ("FedRidge", times("products", 2), "products count other samples"),
     ("FedNCM", times("means", 1.5), "means are larger than those of unit features"),
     ("LoRM", times("gram.head", -1), "gram.head is no Gram"),

@@ -6,11 +6,11 @@ import torch
 
 from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress, StreamShape
-from fedlscl.functional.analytic import discriminant_solution, moment_sums
+from fedlscl.functional.analytic import discriminant_solution, moment_sums, unpack_symmetric
 from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
-from fedlscl.methods.fedlscl import draw_per_class, feature_moment, scored_buffer, symmetric
+from fedlscl.methods.fedlscl import draw_per_class, feature_moment, task_statistics
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
@@ -38,7 +38,7 @@ class Watch(Callback):
 
         def watched_upload(client):
             payload = upload(client)
-            ids = scored_buffer(client, method.buffer_per_class).ids
+            ids = task_statistics(client, method.buffer_per_class).buffer.ids
             with torch.no_grad():
                 features = client.net.eval().generate(client.data.fetch(ids).images)[0]
             self.features.append(features)
@@ -124,7 +124,7 @@ def test_moments_are_those_of_the_features_of_the_buffer_to_be(watched):
     _, watch = watched
     for payload, features in zip(watch.uploads, watch.features, strict=True):
         expected = second_moment(features)
-        torch.testing.assert_close(symmetric(payload["moments"], 17).double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(unpack_symmetric(payload["moments"], 17).double(), expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(expected.trace().item(), 2.0, rtol=1e-2, atol=0)  # unit-norm features and the 1
 
 
@@ -133,7 +133,7 @@ def test_answers_are_eq5_and_become_the_clients_generators(watched):
     assert len(watch.answers) == 4
     for round_, answers in enumerate(watch.answers):
         payloads = watch.uploads[2 * round_ : 2 * round_ + 2]
-        moments = [symmetric(payload["moments"], 17) for payload in payloads]
+        moments = [unpack_symmetric(payload["moments"], 17) for payload in payloads]
         fused = one_by_one_distill([payload["generator"] for payload in payloads], moments, 1.0)
         for answer, expected, payload in zip(answers, fused, payloads, strict=True):
             assert answer.keys() == {"generator"} and torch.equal(answer["generator"], expected)
@@ -257,7 +257,7 @@ def test_without_a_buffer_moments_are_of_the_tasks_samples(make_method, federate
     trainer = federate(method, max_tasks=1, rounds_per_task=1)
     assert len(watch.uploads) == 2 and all(len(client.buffer) == 0 for client in trainer.clients)
     for payload in watch.uploads:
-        moment = symmetric(payload["moments"], 17)
+        moment = unpack_symmetric(payload["moments"], 17)
         assert torch.linalg.matrix_rank(moment) > 1 and moment[-1, -1] == 1
 
 
@@ -310,7 +310,7 @@ def test_it_runs_without_collaboration(make_method, federate, continual):
         ({"head": "linear"}, {"imprint": False, "replay_current": False, "balance": False}),
         ({"analytic_weight": 2.0}, {"continual": "ewc", "shared_initialisation": False}),
         ({"analytic_weight": 1.0}, {"continual": "lwf"}),
-        ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "block": 5, "rank": 1}, {"data_anchor": 0.5}),
+        ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "block": 5, "rank": 1}, {}),
         ({}, {"buffer_per_class": 1, "replay_current": False}),
     ],
     ids=["paper", "frozen-ewc", "adapted-lwf", "other-targets", "one-sample-per-class"],
@@ -424,7 +424,7 @@ def test_heads_before_the_last_round_do_not_touch_the_sums_that_stay(make_method
 
 def test_permuting_clients_permutes_answers(watched):
     trainer, _ = watched
-    trainer.run.progress = type(trainer.progress)(1, 1)
+    trainer.run.progress = type(trainer.run.progress)(1, 1)
     uploads = [trainer.pool.runner.upload(client) for client in trainer.clients]
     plain = trainer.method.aggregate(uploads, trainer.run.progress)
     swapped = trainer.method.aggregate(uploads[::-1], trainer.run.progress)
@@ -447,7 +447,7 @@ def test_a_triangle_becomes_the_matrix_it_was_taken_from():
     half = torch.randn(5, 5)
     matrix = half + half.T
     rows, columns = torch.triu_indices(5, 5)
-    assert torch.equal(symmetric(matrix[rows, columns], 5), matrix)
+    assert torch.equal(unpack_symmetric(matrix[rows, columns], 5), matrix)
 
 
 def test_the_predecessors_features_are_computed_once_a_task_and_the_run_stays_the_same(

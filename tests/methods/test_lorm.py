@@ -5,7 +5,8 @@ import torch
 
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
-from fedlscl.methods.lorm import LoRM, merge_head, pack, regression_mean, shares
+from fedlscl.functional.analytic import pack_symmetric
+from fedlscl.methods.lorm import LoRM, merge_head, regression_mean, shares
 
 TINY = {"local_epochs": 1, "batch_size": 8, "rank": 2, "lr": 0.01}
 LAYERS = 24
@@ -153,7 +154,7 @@ def test_until_the_server_answers_tasks_count_alike(foundation_config, federate)
 
 
 def head_upload(client, counts, weight, gram):
-    payload = {"head.weight": weight, "head.bias": weight[:, 0].clone(), "gram.head": pack(gram)}
+    payload = {"head.weight": weight, "head.bias": weight[:, 0].clone(), "gram.head": pack_symmetric(gram)}
     return Upload(client=client, task=0, round=0, payload=payload, class_counts=torch.tensor(counts))
 
 

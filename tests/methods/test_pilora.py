@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlscl.federated.client import class_means
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
-from fedlscl.methods.pilora import PILoRA, prototype_weights, raw_class_means
+from fedlscl.methods.pilora import PILoRA, prototype_weights
 
 TINY = {"local_epochs": 1, "batch_size": 8, "lr": 0.05}
 START = Progress(0, 0)
@@ -161,7 +162,7 @@ def test_payload_is_the_tasks_module_and_its_classes_rows(foundation_config, fed
 
 def test_class_means_are_of_raw_features(foundation_config, federate):
     client = federate(PILoRA(foundation=foundation_config, **TINY)).clients[0]
-    classes, means = raw_class_means(client)
+    classes, means = class_means(client, client.train_ids, unit=False)
     batch = client.data.fetch(client.train_ids)
     with torch.no_grad():
         features = client.net(batch.images).features

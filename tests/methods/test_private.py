@@ -61,11 +61,11 @@ def test_what_travels_is_clipped_and_noisy():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_multiplier": 1.0, "collaborator": COLLABORATOR}, "does not cover the analytic heads"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier -1.0"),
-        ({"noise_multiplier": float("nan")}, "noise_multiplier nan"),
-        ({"clip_norm": 0.0}, "clip_norm 0.0"),
-        ({"noise_delta": 1.0}, "noise_delta 1.0"),
+        ({"noise_multiplier": 1.0, "collaborator": COLLABORATOR}, "must be 0 with closed-form heads"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier must be >= 0, got -1.0"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier must be >= 0, got nan"),
+        ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),
+        ({"noise_delta": 1.0}, "noise_delta must be between 0 and 1, got 1.0"),
     ],
 )
 def test_noise_that_cannot_be_counted_is_refused(options, message):

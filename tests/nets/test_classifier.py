@@ -51,7 +51,7 @@ def test_heads_go_by_name(kind, expected):
 
 
 def test_an_unknown_head_is_refused():
-    with pytest.raises(ValueError, match="head 'mlp' is unknown: choose from linear, cosine"):
+    with pytest.raises(ValueError, match="head must be one of linear, cosine, unit, got 'mlp'"):
         make_head("mlp", 6, 3)
 
 

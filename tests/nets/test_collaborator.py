@@ -211,10 +211,10 @@ def test_an_adapted_head_reads_the_adapted_features(collaborator_config, images,
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"rank": 0}, "rank 0 makes no adapter"),
-        ({"block": 6}, "block 6 is beyond test_vit: choose 0 to 5"),
-        ({"targets": ("attn.q",)}, "'attn.q' is no linear layer"),
-        ({"head": "mlp"}, "head 'mlp' is unknown"),
+        ({"rank": 0}, "rank must be >= 1, got 0"),
+        ({"block": 6}, "block must be 0 to 5 for test_vit, got 6"),
+        ({"targets": ("attn.q",)}, "target must be one of attn.qkv.* got 'attn.q'"),
+        ({"head": "mlp"}, "head must be one of linear, cosine, unit, got 'mlp'"),
         ({"small_model": "resnet81"}, "small_model 'resnet81' is unknown"),
     ],
 )

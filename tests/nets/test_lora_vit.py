@@ -158,9 +158,9 @@ def test_bfloat16(foundation_config, images, task):
 
 
 def test_what_makes_no_net_is_refused(foundation_config):
-    with pytest.raises(ValueError, match="rank 0 makes no adapter"):
+    with pytest.raises(ValueError, match="rank must be >= 1, got 0"):
         make(foundation_config, rank=0)
-    with pytest.raises(ValueError, match=r"target 'attn.o' is no linear layer.*choose from attn.qkv"):
+    with pytest.raises(ValueError, match=r"target must be one of attn.qkv.*, got 'attn.o'"):
         make(foundation_config, targets=("attn.o",))
-    with pytest.raises(ValueError, match="block 6 is beyond test_vit: choose 0 to 5"):
+    with pytest.raises(ValueError, match="block must be 0 to 5 for test_vit, got 6"):
         make(foundation_config, blocks=(6,))

@@ -213,12 +213,12 @@ def test_normalisation_is_the_models_own(model):
 
 @pytest.mark.parametrize("block", [-1, 6, 99])
 def test_a_block_beyond_the_vit_is_refused(model, block):
-    with pytest.raises(ValueError, match=f"block {block} is beyond test_vit: choose 0 to 5"):
+    with pytest.raises(ValueError, match=f"block must be 0 to 5 for test_vit, got {block}"):
         model.block(block)
 
 
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(model):
-    with pytest.raises(ValueError, match=r"'attn.q_norm' is no linear layer of block 2: choose from attn.qkv, attn.pr"):
+    with pytest.raises(ValueError, match=r"target must be one of attn.qkv, attn.proj.* in block 2, got 'attn.q_norm'"):
         model.linear(2, "attn.q_norm")
 
 
@@ -233,7 +233,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
     ("name", "image_size", "reason"),
     [
         ("test_resnet", None, "must be a plain VisionTransformer, got 'test_resnet', whose timm class is ResNet"),
-        ("test_resnet", 32, "'test_resnet' takes no image_size"),
+        ("test_resnet", 32, "'test_resnet' does not support image_size"),
         ("vit_small_patch16_dinov3", None, "must be a plain VisionTransformer, got .* class is Eva"),
         (
             "vit_relpos_small_patch16_224",
@@ -269,7 +269,7 @@ def test_weights_that_lack_a_tensor_are_refused(model, tmp_path):
 
 
 def test_a_missing_weights_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.safetensors' is no file"):
+    with pytest.raises(ValueError, match=r"weights must be .*, got '.*absent\.safetensors'"):
         foundation(FoundationConfig(name="test_vit", weights=str(tmp_path / "absent.safetensors")))
 
 

@@ -8,11 +8,11 @@ def apply(phi, features):
     return phi.T @ torch.cat([features, features.new_ones(1)])
 
 
-def eq5(phi, student, generators, feature_sets, lambda_absolute, weights=None, data_anchor=0.0):
+def eq5(phi, student, generators, feature_sets, lambda_absolute, weights=None):
     """sum_{j != i} w_j mean_{x in FS_j} ||phi(x) - phi_j(x)||^2 + lambda ||phi - phi_i||^2 for i = ``student``."""
     value = lambda_absolute * ((phi - generators[student]) ** 2).sum()
     for j, (teacher, feature_set) in enumerate(zip(generators, feature_sets, strict=True)):
-        weight = data_anchor if j == student else 1.0 if weights is None else weights[j]
+        weight = 0.0 if j == student else 1.0 if weights is None else weights[j]
         for x in feature_set:
             value = value + weight * ((apply(phi, x) - apply(teacher, x)) ** 2).sum() / len(feature_set)
     return value

@@ -161,26 +161,23 @@ class ClientOffloader:
 
 
 @torch.no_grad()
-def class_means(client: Client, ids: Tensor, pick: str = "features") -> tuple[Tensor, Tensor]:
-    """Mean normalised features of each class among some samples.
+def class_means(client: Client, ids: Tensor, pick: str = "features", unit: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean features of each class among some samples.
 
     Args:
         client: its net computes the features.
         ids: samples.
         pick: field of the net's output to average.
+        unit: whether features are scaled to unit norm first.
 
     Returns:
         Classes (C,) in ascending order and means (C, width).
     """
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+    sums = torch.zeros(client.net.head.weight.shape, dtype=torch.float64)
+    counts = torch.zeros(len(sums), dtype=torch.int64)
     for batch, output in client.infer(ids):
-        rows = torch.nn.functional.normalize(getattr(output, pick).double())
-        for label in batch.labels.unique().tolist():
-            chosen = rows[batch.labels == label].cpu()
-            sums[label] = sums.get(label, 0) + chosen.sum(0)
-            counts[label] = counts.get(label, 0) + len(chosen)
-    classes = sorted(sums)
-    if not classes:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, client.net.head.weight.shape[1])
-    return torch.tensor(classes), torch.stack([sums[label] / counts[label] for label in classes]).float()
+        rows, labels = getattr(output, pick).double(), batch.labels.cpu()
+        sums.index_add_(0, labels, (torch.nn.functional.normalize(rows) if unit else rows).cpu())
+        counts += torch.bincount(labels, minlength=len(counts))
+    classes = counts.nonzero().flatten()
+    return classes, (sums[classes] / counts[classes, None]).float()

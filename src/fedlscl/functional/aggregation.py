@@ -1,4 +1,4 @@
-"""Averages of clients' tensors, as every averaging server needs them, and others that a few bad clients cannot move."""
+"""Averages of clients' tensors: weighted, class-wise, masked, and robust to a few bad clients."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +19,15 @@ def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[f
     """
     total = float(sum(weights))
     if not total > 0:
-        raise ValueError(f"weights {list(weights)} sum to {total}: at least one client must count.")
+        raise ValueError(f"weights must have a positive sum, got {list(weights)}.")
     return {name: _average([state[name] for state in states], [w / total for w in weights]) for name in states[0]}
 
 
 def classwise_average(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
     """Average head rows (num_classes, ...) class by class, with each client's sample counts (num_classes,) as weights.
 
-    A plain average shrinks the update of a class that one of k clients has to 1/k; here its row is that client's own.
-    Rows of classes that nobody has are averaged uniformly.
+    A plain average shrinks the update of a class that one of k clients has to 1/k; here its row is that client's.
+    Rows of classes without samples are averaged uniformly.
     """
     weights = torch.stack([count.double() for count in counts])  # (clients, num_classes)
     weights[:, weights.sum(0) == 0] = 1
@@ -37,9 +37,9 @@ def classwise_average(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> Tenso
 
 
 def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Plain mean of every row among those who sent it, and which rows somebody sent (FedWeIT's server).
+    """Plain mean of every row over the clients that sent it, and the mask of all rows sent (FedWeIT's server).
 
-    ``rows[i]`` (n_i, ...) are the rows that mask i (n,) names, in its order; the answer has the same form.
+    ``rows[i]`` (n_i, ...) are the rows selected by mask i (n,), in its order; the result has the same form.
 
     Example:
         >>> masks = torch.tensor([[False, True, False], [True, True, False]])
@@ -56,7 +56,7 @@ def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Ten
 
 
 def coordinate_median(values: Tensor) -> Tensor:
-    """Median over clients (k, ...) of every coordinate; between the two middle values of an even number, their mean.
+    """Median over clients (k, ...) of every coordinate; for an even k the mean of the two middle values.
 
     Fewer than half of the clients cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
 
@@ -71,7 +71,7 @@ def coordinate_median(values: Tensor) -> Tensor:
 def trimmed_mean(values: Tensor, trim: float) -> Tensor:
     """Mean over clients (k, ...) of every coordinate without its ``num_trimmed`` smallest and largest values.
 
-    As many clients at most cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
+    Up to that many clients cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
 
     Example:
         >>> trimmed_mean(torch.tensor([[1.0], [2.0], [1e9]]), 0.2)
@@ -82,7 +82,7 @@ def trimmed_mean(values: Tensor, trim: float) -> Tensor:
 
 
 def num_trimmed(num_clients: int, trim: float) -> int:
-    """Clients cut at either end: the share ``trim``, rounded up, as long as somebody is left (rounding is ours).
+    """Clients cut at either end: the share ``trim``, rounded up, while one is left (rounding is ours).
 
     Example:
         >>> [num_trimmed(k, 0.2) for k in (1, 2, 3, 5, 6)]
@@ -92,11 +92,11 @@ def num_trimmed(num_clients: int, trim: float) -> int:
 
 
 def norm_clipped(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """States drawn towards their median until none is further from it than the median distance, in float64.
+    """States clipped around their median to the median distance from it, in float64.
 
-    Distances are over all floating tensors at once; counters stay. A client then moves the mean of k by at most that
-    distance / k, whatever it sends (clipping around a centre: Karimireddy et al., ICML 2021, arXiv 2012.10333; that
-    centre and radius are medians of the round is ours).
+    Distances are over all floating tensors at once; counters are unchanged. A client then moves the mean of k by at
+    most that distance / k, whatever it sends (centred clipping: Karimireddy et al., ICML 2021, arXiv 2012.10333; the
+    medians as centre and radius are ours).
 
     Example:
         >>> [state["w"].item() for state in norm_clipped([{"w": torch.tensor([x])} for x in (1.0, 2.0, 100.0)])]
@@ -116,22 +116,25 @@ def norm_clipped(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tenso
 
 
 Combine = Callable[[Tensor], Tensor]
-"""What becomes of stacked tensors (k, ...) of k clients."""
+"""Reduces the stacked tensors (k, ...) of k clients to one."""
 
 
 def robust_average(states: Sequence[Mapping[str, Tensor]], combine: Combine) -> dict[str, Tensor]:
-    """``combine`` for every tensor, in its own dtype; integers take the (lower) median. No client weighs more."""
+    """``combine`` for every tensor, in its own dtype; integers take the (lower) median. All clients weigh the same."""
     average = {}
     for name, first in states[0].items():
         values = torch.stack([state[name] for state in states])
-        average[name] = combine(values).to(first.dtype) if first.is_floating_point() else _middle(values)
+        if first.is_floating_point():
+            average[name] = combine(values).to(first.dtype)
+        else:
+            average[name] = values.sort(0).values[(len(values) - 1) // 2]
     return average
 
 
 def robust_rows(rows: Sequence[Tensor], counts: Sequence[Tensor], combine: Combine) -> Tensor:
-    """``combine`` of every head row (num_classes, ...) among the clients with samples of its class; of all if none has.
+    """``combine`` of every head row (num_classes, ...) over the clients with samples of its class; of all if none has.
 
-    The row of a class that one client has is that client's, whatever the rule: there is nobody to compare it with.
+    The row of a class that one client has is that client's, whatever the rule.
     """
     has = torch.stack([count > 0 for count in counts])  # (clients, num_classes)
     has[:, ~has.any(0)] = True
@@ -140,10 +143,6 @@ def robust_rows(rows: Sequence[Tensor], counts: Sequence[Tensor], combine: Combi
         classes = (has.mT == holders).all(1)
         merged[classes] = combine(values[holders][:, classes]).to(merged.dtype)
     return merged
-
-
-def _middle(values: Tensor) -> Tensor:
-    return values.sort(0).values[(len(values) - 1) // 2]
 
 
 def _average(values: list[Tensor], shares: list[float]) -> Tensor:

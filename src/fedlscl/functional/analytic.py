@@ -1,4 +1,4 @@
-"""Closed-form classifiers from sums over samples, and validity checks for uploaded sums and second moments."""
+"""Second moments of features, the linear classifiers that follow from them in closed form, and validity checks."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.functional.privacy import MOMENT_BOUND
-
-# Linear classifiers in closed form, from sums that any number of clients and tasks can add up.
-
 ABSENT = -1e4
-"""Score of a class that nobody has met."""
+"""Score of a class without samples."""
+MOMENT_BOUND = 2.0
+"""Largest trace, and norm, of a second moment C: the mean of e e^T over e = [E; 1] with E of unit norm."""
+TOLERANCE = 1e-6
+"""Share of the trace by which rounding to float32 may move an eigenvalue."""
 
 
 class MomentSums(NamedTuple):
-    """All that a solution depends on, in float64; sums over disjoint samples simply add."""
+    """Sums over samples, in float64; those of disjoint samples add up."""
 
     gram: Tensor
     """sum x x^T over x = [unit feature; 1], (width + 1, width + 1)."""
@@ -36,9 +36,9 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int) -> MomentSum
     return MomentSums(x.mT @ x, x.mT @ F.one_hot(labels, num_classes).double())
 
 
-def added(one: MomentSums, other: MomentSums) -> MomentSums:
-    """Sums over the samples of both."""
-    return MomentSums(one.gram + other.gram, one.products + other.products)
+def added(total: MomentSums | None, part: MomentSums) -> MomentSums:
+    """Sums over the samples of both; ``total`` is None before the first part."""
+    return part if total is None else MomentSums(total.gram + part.gram, total.products + part.products)
 
 
 def ridge_solution(sums: MomentSums, ridge: float) -> tuple[Tensor, Tensor]:
@@ -57,10 +57,10 @@ def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, T
 
     Class means mu_c, one covariance within classes, shrunk towards a multiple of the identity:
     score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with A = (1 - shrinkage) S + shrinkage tr(S) / width I. With
-    shrinkage 1 it is the nearest class mean. A class counts by its mean alone, however many samples it has.
+    shrinkage 1 it is the nearest class mean. The number of samples of a class does not weigh.
     """
     if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage {shrinkage} leaves the covariance without an inverse: choose above 0, up to 1.")
+        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}.")
     counts = sums.products[-1]
     means = sums.products[:-1] / counts.clamp(min=1)  # (width, num_classes)
     within = (sums.gram[:-1, :-1] - (means * counts) @ means.mT) / counts.sum().clamp(min=1)
@@ -71,10 +71,31 @@ def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, T
     return weight.mT.float().contiguous(), bias.float()
 
 
-# Whether statistics can be what they claim to be: a lie of the right form and of a usual size may break the solver.
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix (d, d), row by row: (d (d + 1) / 2,); a diagonal (d,) is unchanged."""
+    return matrix if matrix.dim() == 1 else matrix[tuple(torch.triu_indices(*matrix.shape))]
 
-TOLERANCE = 1e-6
-"""Of the trace: what rounding to float32 may move an eigenvalue."""
+
+def packed_size(size: int) -> int:
+    """Length of a packed symmetric matrix (size, size)."""
+    return size * (size + 1) // 2
+
+
+def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
+    """The symmetric matrix (size, size), or the diagonal (size,), that ``pack_symmetric`` packed.
+
+    Example:
+        >>> unpack_symmetric(torch.tensor([1, 2, 3]), 2)
+        tensor([[1, 2],
+                [2, 3]])
+    """
+    if len(packed) == size:
+        return packed
+    matrix = packed.new_zeros(size, size)
+    rows, columns = torch.triu_indices(size, size)
+    matrix[rows, columns] = packed
+    matrix[columns, rows] = packed
+    return matrix
 
 
 def is_semidefinite(matrix: Tensor) -> bool:
@@ -102,9 +123,7 @@ def is_gram(gram: Tensor) -> bool:
 
 
 def moment_error(moment: Tensor, noisy: bool = False) -> str:
-    """What shows that a matrix (p, p) is no second moment of unit features; nothing if nothing does.
-
-    With noise it may have any size.
+    """Why a matrix (p, p) cannot be a second moment of unit features, or ''; with noise it may have any size.
 
     Example:
         >>> moment_error(torch.eye(3) / 2)
@@ -115,16 +134,15 @@ def moment_error(moment: Tensor, noisy: bool = False) -> str:
     # In bf16 a unit norm is one up to 2^-8.
     if moment.trace() > 1.02 * MOMENT_BOUND and not noisy:
         return "moments are larger than those of unit features"
-    return "" if is_semidefinite(moment) else "moments are no second moment: not positive semidefinite"
+    return "" if is_semidefinite(moment) else "moments are not positive semidefinite"
 
 
 def sums_error(sums: MomentSums, counts: Tensor) -> str:
-    """What shows that sums are not of as many samples of each class as counted (num_classes,); nothing if nothing does.
+    """Why sums cannot be of as many samples of each class as counted (num_classes,), or ''.
 
     Unit features bound every sum: the Gram's trace by twice the number of samples, products by sqrt(2) times it.
 
     Example:
-        >>> from fedlscl.functional.analytic import moment_sums
         >>> sums = moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2)
         >>> sums_error(sums, torch.tensor([1, 2]))
         ''
@@ -138,4 +156,4 @@ def sums_error(sums: MomentSums, counts: Tensor) -> str:
         return "products are larger than those of unit features"
     if sums.gram.trace() > slack * 2 * counts.sum():
         return "gram is larger than that of unit features"
-    return "" if is_semidefinite(sums.gram) else "gram is no Gram matrix: not symmetric and positive semidefinite"
+    return "" if is_semidefinite(sums.gram) else "gram is not symmetric and positive semidefinite"

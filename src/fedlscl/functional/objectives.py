@@ -1,4 +1,4 @@
-"""The terms that local objectives are made of, as pure functions."""
+"""Terms of local objectives, as pure functions."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,10 @@ from torch import Tensor
 def cross_entropy(
     logits: Tensor, labels: Tensor, classes: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy over the columns ``classes`` (sorted) of logits (B, num_classes); all columns where not given.
+    """Cross-entropy over the columns ``classes`` (sorted) of logits (B, num_classes); over all columns if None.
 
-    Columns are cut out, not filled with minus infinity, so that no term can become 0 * inf. With ``counts``
-    (num_classes,) of training samples it is the balanced softmax (Ren et al., NeurIPS 2020, arXiv 2007.10740): rare
-    classes are not pushed away for being rare.
+    Columns are selected, not filled with minus infinity, so that no term can become 0 * inf. With ``counts``
+    (num_classes,) of training samples it is the balanced softmax (Ren et al., NeurIPS 2020, arXiv 2007.10740).
 
     Example:
         >>> logits = torch.tensor([[9.0, 1.0, 1.0]])
@@ -49,17 +48,17 @@ def consolidation(parameters: Iterable[Tensor], anchors: Iterable[Tensor], fishe
     return torch.stack(terms).sum() / 2
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def knowledge_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over rows of (B, C) logits (LwF)."""
     target = F.log_softmax(teacher.float() / temperature, 1)
-    answer = F.log_softmax(student.float() / temperature, 1)
-    return temperature**2 * F.kl_div(answer, target, reduction="batchmean", log_target=True)
+    predicted = F.log_softmax(student.float() / temperature, 1)
+    return temperature**2 * F.kl_div(predicted, target, reduction="batchmean", log_target=True)
 
 
 def retention(base: Tensor, anchor: Tensor, gates: Tensor) -> Tensor:
     """``sum_s ||(B - B*) * g_s||^2 / 2`` for a base (rows, ...) and the gates (s, rows) of earlier tasks (FedWeIT).
 
-    With an adaptive part A_s that stays, this is ``||B g_s + A_s - theta*_s||^2 / 2`` for theta*_s = B* g_s + A_s.
+    With a constant adaptive part A_s, this is ``||B g_s + A_s - theta*_s||^2 / 2`` for theta*_s = B* g_s + A_s.
     """
     drift = (base - anchor).square().flatten(1).sum(1)
     return (drift * gates.square().sum(0)).sum() / 2
@@ -68,8 +67,8 @@ def retention(base: Tensor, anchor: Tensor, gates: Tensor) -> Tensor:
 def compensation_weights(logits: Tensor, labels: Tensor, is_new: Tensor) -> Tensor:
     """``|sigmoid(z_y) - 1|`` over its mean among samples of the same group, (B,), without gradient (GLFC).
 
-    ``is_new`` (B,) tells the groups apart, so that new classes and remembered ones weigh 1 each on the mean; ``logits``
-    (B, C) have the column of every label (B,). A group that is fitted perfectly weighs 1 throughout (ours).
+    The groups are new and replayed classes, by ``is_new`` (B,); the mean weight of each is 1. ``logits`` (B, C) have
+    the column of every label (B,). All weights of a perfectly fitted group are 1 (ours).
     """
     size = (logits.detach().float().gather(1, labels[:, None])[:, 0].sigmoid() - 1).abs()
     weights = torch.ones_like(size)

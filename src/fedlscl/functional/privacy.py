@@ -1,4 +1,12 @@
-"""Sums under pairwise masks (secure aggregation) and Gaussian noise with an accountant."""
+"""Sums under pairwise masks (secure aggregation) and Gaussian noise with an accountant.
+
+Secure sums (Bonawitz et al., CCS 2017, doi 10.1145/3133956.3133982): numbers become integers modulo 2^64. Every two
+clients agree on a key (X25519) and expand it into one mask (ChaCha20), which one of them adds and the other subtracts:
+all masks cancel exactly, in any order. Reduced: there are no secret shares, so a sum that lacks a member is refused.
+
+Noise is client-level: two federations are neighbours if one has zeros instead of one client's contribution. Its
+standard deviation is multiplier * bound on every number, where bound is the L2 norm that contributions are clipped to.
+"""
 
 import math
 import os
@@ -10,22 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlscl.functional.analytic import MOMENT_BOUND, pack_symmetric, unpack_symmetric
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-# Sums that a server learns without seeing a summand (Bonawitz et al., CCS 2017, doi 10.1145/3133956.3133982).
-#
-# Numbers become integers modulo 2^64. Every two clients agree on a key (X25519) and expand it into one mask (ChaCha20),
-# which one of them adds and the other subtracts: all masks cancel exactly, in whatever order they are added.
-#
-# Reduced: there are no secret shares, so a sum that lacks a member cannot be unmasked and is refused.
 
 FRACTION_BITS = 36
 """Numbers are rounded to multiples of 2^-36; sums may reach 2^27."""
 KEY_BYTES = 32
 """Of a private or public key."""
-REMEDY = "go on from the last checkpoint when all members are there, or train without secure_sum"
+REMEDY = "resume from the last checkpoint when all members are online, or set secure_sum to false"
+Secrets = Literal["seed", "system"]
+"""Source of private keys and noise: the run's public seed, or the operating system's randomness."""
 
 
 def encode(values: Tensor, num_members: int) -> Tensor:
@@ -39,13 +43,13 @@ def encode(values: Tensor, num_members: int) -> Tensor:
     largest = values.abs().max().item() if values.numel() else 0.0
     if not largest < limit:
         raise ValueError(
-            f"a value of {largest:.3g} cannot be summed over {num_members} members: stay below {limit:.3g}."
+            f"values in a secure sum of {num_members} members must be below {limit:.3g}, got {largest:.3g}."
         )
     return (values.double() * 2.0**FRACTION_BITS).round().to(torch.int64)
 
 
 def decode(words: Tensor) -> Tensor:
-    """What ``encode`` gave, or a sum of such, in float64."""
+    """Numbers from fixed point, or from a sum of fixed-point words, in float64."""
     return words.double() * 2.0**-FRACTION_BITS
 
 
@@ -56,22 +60,22 @@ def new_private_key() -> Tensor:
 
 def public_key(private: Tensor) -> Tensor:
     """The public key (32,) uint8 that belongs to a private one."""
-    raw = x25519().X25519PrivateKey.from_private_bytes(_bytes(private)).public_key().public_bytes_raw()
+    raw = x25519().X25519PrivateKey.from_private_bytes(private.numpy().tobytes()).public_key().public_bytes_raw()
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
 
 def masked(
     terms: Mapping[str, Tensor], me: int, private: Tensor, public_keys: Mapping[int, Tensor], context: str
 ) -> dict[str, Tensor]:
-    """One member's terms as int64 that look uniform to whoever lacks the members' private keys.
+    """One member's terms plus its masks, int64: uniform noise without the members' private keys.
 
     Args:
-        terms: what is to be summed, by name; the same names and shapes at every member.
+        terms: the summands by name; the same names and shapes at every member.
         me: the member's number.
         private: its private key.
         public_keys: of all members by number, its own included.
-        context: what the sum is, such as task and round. A pair's mask is the same whenever its keys and the context
-            are: two uploads of different terms under one context give away their difference.
+        context: names the sum, such as task and round. Equal keys and contexts give equal masks: two uploads of
+            different terms under one context reveal their difference.
     """
     words = {name: encode(terms[name], len(public_keys)) for name in sorted(terms)}
     flat = np.concatenate(
@@ -86,21 +90,27 @@ def masked(
 
 
 def unmasked_sum(uploads: Mapping[int, Mapping[str, Tensor]], members: Sequence[int]) -> dict[str, Tensor]:
-    """Sums over all members in float64, by name; ``uploads`` is what ``masked`` gave each of them.
+    """Sums over all members in float64, by name, from the members' ``masked`` inputs.
 
     Raises:
-        ValueError: naming the members that are missing, who were not invited, or whose terms differ in name or shape.
+        ValueError: if members are missing, clients without keys take part, or terms differ in name or shape.
     """
-    missing, strangers = sorted(set(members) - set(uploads)), sorted(set(uploads) - set(members))
+    missing, unknown = sorted(set(members) - set(uploads)), sorted(set(uploads) - set(members))
     if missing:
-        raise ValueError(f"the secure sum lacks clients {missing}, whose masks stay in it: {REMEDY}.")
-    if strangers:
-        raise ValueError(f"clients {strangers} have agreed on no keys with the {len(members)} members: {REMEDY}.")
+        raise ValueError(f"the secure sum lacks clients {missing}, whose masks do not cancel: {REMEDY}.")
+    if unknown:
+        raise ValueError(f"clients {unknown} have no keys in common with the {len(members)} members: {REMEDY}.")
     first = uploads[members[0]]
     for member in members:
         if {n: v.shape for n, v in uploads[member].items()} != {n: v.shape for n, v in first.items()}:
             raise ValueError(f"client {member} sends other names or shapes than client {members[0]}: {REMEDY}.")
-    return {name: decode(_add([uploads[member][name] for member in members])) for name in first}
+    sums = {}
+    for name, words in first.items():
+        total = np.zeros(words.shape, np.uint64)  # wraps at 2^64 as the masks do
+        for member in members:
+            total = total + uploads[member][name].numpy().view(np.uint64)
+        sums[name] = decode(torch.from_numpy(total.view(np.int64)))
+    return sums
 
 
 def pair_mask(private: Tensor, public: Tensor, context: str, length: int) -> "NDArray[np.uint64]":
@@ -110,8 +120,8 @@ def pair_mask(private: Tensor, public: Tensor, context: str, length: int) -> "ND
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
     keys = x25519()
-    secret = keys.X25519PrivateKey.from_private_bytes(_bytes(private)).exchange(
-        keys.X25519PublicKey.from_public_bytes(_bytes(public))
+    secret = keys.X25519PrivateKey.from_private_bytes(private.numpy().tobytes()).exchange(
+        keys.X25519PublicKey.from_public_bytes(public.numpy().tobytes())
     )
     key = HKDF(SHA256(), KEY_BYTES, salt=None, info=f"fedlscl secure sum {context}".encode()).derive(secret)
     # The key serves one stream, so that a constant nonce repeats nothing.
@@ -128,30 +138,8 @@ def x25519() -> ModuleType:
     return x25519
 
 
-def _add(words: Sequence[Tensor]) -> Tensor:
-    total = np.zeros(words[0].shape, np.uint64)  # wraps at 2^64 as the masks do
-    for part in words:
-        total = total + part.numpy().view(np.uint64)
-    return torch.from_numpy(total.view(np.int64))
-
-
-def _bytes(key: Tensor) -> bytes:
-    return key.numpy().tobytes()
-
-
-# The Gaussian mechanism for what a client uploads, and the privacy that it is worth.
-#
-# Client level: two federations are neighbours if one of them has zeros in place of one client's contribution. Noise has
-# standard deviation multiplier * bound on every number, where bound is the L2 norm to which a contribution is clipped.
-
-Secrets = Literal["seed", "system"]
-"""Where what nobody may know is drawn: from the turn's public seed, or from the operating system's randomness."""
-MOMENT_BOUND = 2.0
-"""Largest trace, and norm, of a second moment C: the mean of e e^T over e = [E; 1] with E of unit norm."""
-
-
 def clipped(values: Tensor, bound: float) -> Tensor:
-    """The values, scaled down to L2 norm ``bound`` where theirs is larger.
+    """The values, scaled down to L2 norm ``bound`` if theirs is larger.
 
     Example:
         >>> clipped(torch.tensor([3.0, 4.0]), 1.0)
@@ -176,19 +164,15 @@ def gaussian(shape: torch.Size, secrets: Secrets) -> Tensor:
 def noisy_moment(moment: Tensor, multiplier: float, secrets: Secrets) -> Tensor:
     """A second moment (p, p) with noise on its upper triangle, mirrored, and the nearest positive semidefinite matrix.
 
-    The last step looks at the noisy matrix alone and costs no privacy; without it Eq. 5 may have no minimum.
+    The projection depends on the noisy matrix alone and costs no privacy; without it Eq. 5 may have no minimum.
     """
-    rows, columns = torch.triu_indices(*moment.shape)
-    upper = noised(moment[rows, columns].double(), MOMENT_BOUND, multiplier, secrets)
-    noisy = torch.zeros_like(moment, dtype=torch.float64)
-    noisy[rows, columns] = upper
-    noisy[columns, rows] = upper
-    values, vectors = torch.linalg.eigh(noisy)
+    upper = noised(pack_symmetric(moment).double(), MOMENT_BOUND, multiplier, secrets)
+    values, vectors = torch.linalg.eigh(unpack_symmetric(upper, len(moment)))
     return ((vectors * values.clamp(min=0)) @ vectors.mT).to(moment.dtype)
 
 
 def epsilon(multiplier: float, releases: int, delta: float) -> float:
-    """Epsilon at ``delta`` after so many Gaussian mechanisms of one noise multiplier, one client's view of all.
+    """Epsilon at ``delta`` of all of a client's ``releases``, Gaussian mechanisms with one noise multiplier.
 
     Together they are exactly one Gaussian mechanism with multiplier / sqrt(releases), whose epsilon Google's
     dp-accounting computes (Balle & Wang, ICML 2018, arXiv 1805.06530).

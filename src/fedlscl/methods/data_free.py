@@ -16,7 +16,7 @@ from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.functional.objectives import cross_entropy, distillation
+from fedlscl.functional.objectives import cross_entropy, knowledge_distillation
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.learner import ClassificationModule, Learner
 from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
@@ -328,7 +328,7 @@ class ImitationModule(Learner):
         """``T^2 KL(teacher || student)``."""
         answers = self.net(batch.images).head_logits[:, self.classes]
         wanted = self.teacher(batch.images).head_logits[:, self.classes]
-        return {"distillation": distillation(answers, wanted, self.temperature)}
+        return {"distillation": knowledge_distillation(answers, wanted, self.temperature)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD with the momentum and weight decay of TARGET's code."""
@@ -397,7 +397,7 @@ class SyntheticDistillationModule(ClassificationModule):
         """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
         terms, images = super().loss(batch), self._draw()
         answers = self.net(images).head_logits[:, self.old_classes]
-        kept = distillation(answers, self.previous(images).head_logits[:, self.old_classes], self.temperature)
+        kept = knowledge_distillation(answers, self.previous(images).head_logits[:, self.old_classes], self.temperature)
         return {**terms, "distillation": self.alpha / self.temperature**2 * kept}
 
     def _draw(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""FedAvg and its regularised variants: FedProx, EWC and LwF, and Local, which never aggregates."""
+"""FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629), FedProx, EWC and LwF on it, and Local without a server."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
@@ -22,8 +23,6 @@ from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.heads import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig
-
-# FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629), from scratch or on a frozen ViT; and none at all.
 
 
 @dataclass(kw_only=True)
@@ -44,10 +43,10 @@ class FedAvg(Method):
     pretrained: bool = False
     """Start the CNN from timm's weights."""
     foundation: FoundationConfig | None = None
-    """A frozen ViT in place of the CNN; only the linear head is then trained and sent."""
+    """A frozen ViT instead of the CNN; then only the linear head is trained and sent."""
 
+    @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
-        """A CNN with a head, or a frozen ViT with a head."""
         if self.foundation is not None:
             return FoundationClassifier(self.foundation, stream.num_classes)
         return SmallClassifier(self.small_model, stream.num_classes, self.small_image_size, self.pretrained)
@@ -55,58 +54,55 @@ class FedAvg(Method):
 
 @dataclass(kw_only=True)
 class Local(FedAvg):
-    """Control: every client trains alone and nothing is sent."""
+    """Baseline without federation: every client trains alone, nothing is sent."""
 
     card: ClassVar = MethodCard("baseline", trains="as FedAvg", uploads="nothing")
 
+    @override
     def upload(self, client: Client) -> Payload:
-        """Nothing."""
         return {}
 
+    @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """Nothing."""
         return {}
 
+    @override
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Nothing."""
         return [{} for _ in uploads]
 
+    @override
     def download(self, client: Client, payload: Payload) -> None:
-        """Nothing."""
-
-
-# FedProx (Li et al., MLSys 2020, arXiv 1812.06127): FedAvg with a pull towards the round's global weights.
+        pass
 
 
 @dataclass(kw_only=True)
 class FedProx(FedAvg):
-    """FedAvg whose clients minimise cross-entropy + mu / 2 ||w - w_g||^2."""
+    """FedAvg whose clients minimise cross-entropy + mu / 2 ||w - w_g||^2 (Li et al., MLSys 2020, arXiv 1812.06127)."""
 
     card: ClassVar = MethodCard(
         "MLSys 2020", "1812.06127", trains="as FedAvg, pulled towards the global weights", uploads="all that is trained"
     )
 
     mu: float = 0.01
-    """Strength of the pull; under Adam it is not comparable with the paper's SGD values."""
+    """Weight of the proximal term; under Adam it is not comparable with the paper's SGD values."""
 
+    @override
     def stages(self, client: Client) -> Iterator[Stage]:
-        """One stage, anchored at the weights just received."""
         module = ProximalModule(client.net, self.mu, client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
 
-# EWC (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796) on FedAvg.
-#
-# Online form: one anchor and one Fisher, decayed by gamma. The Fisher is the empirical one from per-sample gradients;
-# it is taken of the global model on the client's own data and never leaves the client (ours).
-
 FISHER, ANCHOR = "fisher.", "anchor."
-"""Prefixes of a client's memory."""
+"""Prefixes of EWC in a client's memory."""
 
 
 @dataclass(kw_only=True)
 class EWC(FedAvg):
-    """FedAvg whose clients pay for moving weights that mattered for their earlier tasks."""
+    """FedAvg whose clients penalise changes of weights important for earlier tasks (arXiv 1612.00796).
+
+    Online form: one anchor and one Fisher, decayed by gamma. The Fisher is the empirical one from per-sample gradients;
+    it is of the global model on the client's data and never leaves the client (ours).
+    """
 
     card: ClassVar = MethodCard(
         "PNAS 2017", "1612.00796", trains="as FedAvg, with a Fisher penalty", uploads="all that is trained"
@@ -117,10 +113,10 @@ class EWC(FedAvg):
     gamma: float = 1.0
     """Decay of earlier tasks' Fisher."""
     fisher_samples: int = 200
-    """Training samples of a task that the Fisher is estimated from (ours)."""
+    """Training samples of a task from which the Fisher is estimated (ours)."""
 
+    @override
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Plain training on the first task, with the penalty from the second on."""
         anchor, fisher = consolidated(client)
         if not fisher:
             module = ClassificationModule(client.net, client.classes, lr=self.lr)
@@ -128,13 +124,13 @@ class EWC(FedAvg):
             module = ConsolidationModule(client.net, anchor, fisher, self.strength, client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
+    @override
     def end_task(self, client: Client) -> None:
-        """Add the task's Fisher and anchor at the weights that will be evaluated."""
         consolidate(client, self.fisher_samples, self.gamma)
 
 
 def consolidate(client: Client, samples: int, gamma: float) -> None:
-    """Update a client's anchor and Fisher after a task; rows of the head move freely, new classes need them."""
+    """Update a client's anchor and Fisher after a task; the head, which new classes need, is not penalised."""
     chosen = client.train_ids[torch.randperm(len(client.train_ids))[:samples]]
     fisher = fisher_diagonal(client, chosen)
     _, earlier = consolidated(client)
@@ -147,15 +143,15 @@ def consolidate(client: Client, samples: int, gamma: float) -> None:
 def consolidated(client: Client) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Anchor and Fisher of earlier tasks by parameter name; empty before the first task ends."""
     device = client.net.head.weight.device
-    picked = [
-        {name.removeprefix(start): value.to(device) for name, value in client.memory.items() if name.startswith(start)}
-        for start in (ANCHOR, FISHER)
-    ]
-    return picked[0], picked[1]
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): v.to(device) for n, v in client.memory.items() if n.startswith(prefix)}
+
+    return under(ANCHOR), under(FISHER)
 
 
 def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
-    """Mean squared gradient of each sample's log-likelihood under its label, by parameter name, head left out."""
+    """Mean squared gradient of each sample's log-likelihood under its label, by parameter name, without the head."""
     weights = {name: p for name, p in trainable(client.net).items() if not name.startswith("head.")}
     totals = {name: torch.zeros_like(p) for name, p in weights.items()}
     if not totals:
@@ -173,15 +169,13 @@ def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
     return totals
 
 
-# LwF (Li & Hoiem, TPAMI 2017, arXiv 1606.09282) on FedAvg.
-#
-# The teacher is the global model at the end of the client's previous task, and only columns of classes that the client
-# itself has met are distilled (ours: the columns of other clients' private classes were never trained here).
-
-
 @dataclass(kw_only=True)
 class LwF(FedAvg):
-    """FedAvg whose clients keep the old model's answers about old classes on the new images."""
+    """FedAvg whose clients distil the previous model's logits of old classes on the new images (arXiv 1606.09282).
+
+    The teacher is the global model at the end of the client's previous task. Only columns of the client's classes are
+    distilled (ours: those of other clients' private classes were never trained here).
+    """
 
     card: ClassVar = MethodCard(
         "TPAMI 2017", "1606.09282", trains="as FedAvg, distilling the previous model", uploads="all that is trained"
@@ -192,8 +186,8 @@ class LwF(FedAvg):
     temperature: float = 2.0
     """T of both softmaxes."""
 
+    @override
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Plain training on the first task, with distillation from the second on."""
         if client.previous is None:
             module = ClassificationModule(client.net, client.classes, lr=self.lr)
         else:
@@ -202,6 +196,6 @@ class LwF(FedAvg):
             )
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
+    @override
     def end_task(self, client: Client) -> None:
-        """The model as the server last sent it becomes the teacher."""
         client.snapshot()

@@ -19,8 +19,8 @@ from fedlscl.federated.method import Method, MethodCard, Progress, Stage, Stream
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.heads import make_head
-from fedlscl.nets.net import Classification, Net, prepare
-from fedlscl.nets.vit import Block, Foundation, FoundationConfig, foundation, is_plain, run_block
+from fedlscl.nets.net import Classification, Net
+from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
 
 # Who trains which part of a model: blocks for clients by importance and label balance (FedBE).
 
@@ -78,7 +78,7 @@ def kl_divergence(counts: Sequence[int], reference: Sequence[int]) -> float:
 # Block expansion (LLaMA Pro; Wu et al., ACL 2024, arXiv 2401.02415): new ViT blocks between frozen ones.
 
 
-class ExpandedViT(Net):
+class ExpandedViT(FrozenViTNet):
     """A frozen ViT whose blocks form groups of even size, each followed by a trainable copy of its last block.
 
     The copies' output layers begin at zero, weights and biases, so that each is the identity bit for bit.
@@ -89,27 +89,14 @@ class ExpandedViT(Net):
         num_expanded: groups, and so new blocks.
     """
 
-    foundation: Foundation
-
     def __init__(self, config: FoundationConfig, head: nn.Module, num_expanded: int) -> None:
-        super().__init__()
-        self.foundation = foundation(config)
+        super().__init__(foundation(config))
         self.places = expansion_places(self.foundation.depth, num_expanded)
         """Each new block stands behind so many frozen ones."""
         self.expanded = nn.ModuleList([identity_copy(self.foundation.block(place - 1)) for place in self.places])
         # Tokens at the depth would be features already.
         self.entry = min(self.places[0], self.foundation.depth - 1)
         self.head = head
-
-    @property
-    def prefix_key(self) -> str:
-        """The ViT's weights, its input size and the block before which the first new one stands."""
-        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.entry}"
-
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, width) behind the first group."""
-        model = self.foundation.to(images.device)
-        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self.entry)
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
         """Classify stored images (B, 3, h, w)."""

@@ -1,11 +1,13 @@
 """Fed-LSCL (Yu et al., arXiv 2508.09489): large-small collaboration for federated continual learning.
 
-Deviations from the paper, most of them fields: a cosine head with imprinted rows, the current task's samples
-beside the buffer in Stage 2, a balanced softmax, BatchNorm at rest, analytic heads on the frozen and on the adapted
-path, second moments instead of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
+`FedLSCL` follows Algorithm 1 from top to bottom; the functions below it are its steps, in the order of their use.
+
+Deviations from the paper, most of them options: a cosine head with imprinted rows, the current task's samples beside
+the buffer in Stage 2, a balanced softmax, BatchNorm in eval mode, closed-form heads on the frozen and on the adapted
+features, second moments instead of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
@@ -16,12 +18,19 @@ from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import MomentSums, added, discriminant_solution, moment_sums, sums_error
-from fedlscl.functional.distillation import one_by_one_distill, second_moment, symmetric
+from fedlscl.functional.analytic import (
+    MomentSums,
+    added,
+    discriminant_solution,
+    moment_sums,
+    packed_size,
+    sums_error,
+    unpack_symmetric,
+)
+from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
-from fedlscl.methods import privacy as secure
+from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.methods.privacy import PrivateSums
 from fedlscl.methods.training_free import add_sums, empty_sums
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
@@ -29,119 +38,13 @@ from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Lea
 from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 
-# Which samples Stage 2 replays (Sec. 4.3): those of lowest loss, kept in a buffer, and some of the current task.
-
-
-class Survey(NamedTuple):
-    """What one pass of the client's net over its task's samples tells."""
-
-    buffer: Buffer
-    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
-    sums: dict[str, MomentSums]
-    """Behind each analytic head that was asked for; none for a client without samples."""
-
-
-def scored_buffer(client: Client, per_class: int) -> Buffer:
-    """B^n as the net is now."""
-    return survey(client, per_class).buffer
-
-
-@torch.no_grad()
-def survey(client: Client, per_class: int, heads: Sequence[str] = ()) -> Survey:
-    """Score the task's samples, and sum up what the given heads read of them."""
-    ids, labels, losses = [], [], []
-    sums: dict[str, MomentSums] = {}
-    for batch, output in client.infer(client.train_ids):
-        ids.append(batch.ids.cpu())
-        labels.append(batch.labels.cpu())
-        losses.append(sample_losses(output.head_logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
-        for head in heads:
-            part = moment_sums(getattr(output, HEADS[head]), batch.labels, output.logits.shape[1])
-            sums[head] = added(sums[head], part) if head in sums else part
-    if not ids:
-        return Survey(client.buffer, sums)
-    return Survey(client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class), sums)
-
-
-def feature_moment(client: Client, ids: Tensor) -> Tensor:
-    """C_i of the samples' features; of the task's where there are none, and zero of a client without data (ours)."""
-    ids = ids if len(ids) else client.train_ids
-    if not len(ids):
-        size = len(client.net.generator.matrix)
-        return torch.zeros(size, size, dtype=torch.float64)
-    return second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
-
-
-def predecessor_features(client: Client) -> Tensor:
-    """E' of the buffer's samples, (n, feature_dim), on the host: the predecessor stays as it is for a whole task.
-
-    W' = phi'(E') is one product away and would be some thousand numbers per sample.
-    """
-    net = client.previous
-    found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
-    return torch.cat(found) if found else torch.empty(0, net.config.feature_dim)
-
-
-def draw_per_class(client: Client, per_class: int) -> Tensor:
-    """Ids of up to ``per_class`` random training samples of each class of the current task."""
-    ids = client.train_ids[torch.randperm(len(client.train_ids))]
-    labels = client.data.data.labels(ids)
-    return torch.cat([ids[labels == label][:per_class] for label in client.classes])
-
-
-# The closed-form heads of a collaborator, from sums over all clients and tasks.
-
-
-def sums_of(found: Mapping[str, MomentSums], heads: Sequence[str], net: Net, or_zeros: bool = False) -> Payload:
-    """What a client adds to the sums behind its heads for its task; without samples nothing, or zeros."""
-    payload: Payload = {}
-    for head in heads:
-        sums = found.get(head)
-        if sums is None and or_zeros:
-            sums = MomentSums(*(torch.zeros(part.shape) for part in empty_sums(net)))
-        if sums is not None:
-            payload |= {f"{head}.{name}": value for name, value in sums._asdict().items()}
-    return payload
-
-
-def heads_error(payload: Payload, counts: Tensor) -> str:
-    """What shows that the sums behind a head are not of as many samples of each class as counted, (num_classes,)."""
-    for head in HEADS:
-        if f"{head}.gram" in payload:
-            flaw = sums_error(MomentSums(*(payload[name] for name in _names(head))), counts)
-            if flaw:
-                return f"{head}.{flaw}"
-    return ""
-
-
-def with_sums(sums: Mapping[str, Tensor], head: str, payloads: Sequence[Payload]) -> dict[str, Tensor]:
-    """The sums with what came for a head added."""
-    added = dict(sums)
-    add_sums(added, payloads, _names(head))
-    return added
-
-
-def solved_heads(sums: Mapping[str, Tensor], shrinkage: float) -> Payload:
-    """Linear discriminants of all heads that there are sums for."""
-    answer: Payload = {}
-    for head in HEADS:
-        if f"{head}.gram" in sums:
-            moments = MomentSums(*(sums[name] for name in _names(head)))
-            answer[f"{head}.weight"], answer[f"{head}.bias"] = discriminant_solution(moments, shrinkage)
-    return answer
-
-
-def _names(head: str) -> list[str]:
-    return [f"{head}.{name}" for name in MomentSums._fields]
-
-
 KEPT = "buffer_features"
-"""Where a client keeps its predecessor's features of the buffer."""
+"""In a client's memory: its predecessor's features of the buffer."""
 
 
 @dataclass(kw_only=True)
-class FedLSCL(PrivateSums):
-    """Client CNNs generate LoRA weights for one frozen ViT; only the generators meet at the server."""
+class FedLSCL(privacy.PrivateSums):
+    """Client CNNs generate LoRA weights for one frozen ViT; the server aggregates the generators only."""
 
     card: ClassVar = MethodCard(
         "arXiv 2025",
@@ -153,22 +56,23 @@ class FedLSCL(PrivateSums):
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
     """The net of each client."""
     small_models: Sequence[str] = ()
-    """Small models handed out to the clients in turn, in place of collaborator.small_model (Fig. 4)."""
+    """Small models assigned to the clients in turn, instead of collaborator.small_model (Fig. 4)."""
     generator_lr: float = GENERATOR_LR
     """Learning rate of the generator (ours; not in the paper)."""
     head_lr: float = HEAD_LR
     """Learning rate of the head (ours; not in the paper)."""
     freeze_norm: bool = True
-    """Keep BatchNorm at rest from the start (ours): E means the same in training, at test and in all clients, but with
-    MobileNetV3 from scratch hardly depends on the image. Otherwise the first task sets it, unless ``pretrained``."""
+    """Keep the CNN's BatchNorm in eval mode (fixed running statistics) from the first task (ours): E has the same scale
+    in training, at test and in all clients, but with MobileNetV3 from scratch it hardly depends on the image. If false,
+    the first task updates the statistics of a CNN that is not pretrained."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
     shrinkage: float = 0.2
-    """Of the analytic heads' covariance, 1 being nearest class mean (ours)."""
+    """Shrinkage of the closed-form heads' covariance; 1 is nearest class mean (ours)."""
     imprint: bool = True
     """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
     continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
-    """Stage 2 (Eq. 4), or what replaces it (end of Sec. 4.3)."""
+    """Stage 2 (Eq. 4), or its replacement (end of Sec. 4.3)."""
     buffer_per_class: int = 20
     """M: samples of lowest loss kept of each class (Fig. 5)."""
     replay_current: bool = True
@@ -181,8 +85,6 @@ class FedLSCL(PrivateSums):
     """One-by-One Distillation at the server; without it clients keep their own generators (Table 2)."""
     lambda_proximal: float = 1.0
     """lambda of Eq. 5, relative to the mean eigenvalue of the others' moments (ours)."""
-    data_anchor: float = 0.0
-    """Weight of keeping a generator's outputs on its own features in Eq. 5 (ours; 0 is the paper)."""
     shared_initialisation: bool = True
     """All clients with the same small model start from the same weights (ours; not in the paper)."""
     ewc_strength: float = 100.0
@@ -190,26 +92,27 @@ class FedLSCL(PrivateSums):
     lwf_alpha: float = 1.0
     """Weight of continual 'lwf'."""
     sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """``MomentSums`` behind the closed-form heads, by head and name."""
 
     def __post_init__(self) -> None:
-        """Refuse values that would end the run later."""
+        """Check options before a run depends on them."""
         super().__post_init__()
-        for name in ("generator_lr", "head_lr", "lambda_proximal", "shrinkage"):
+        for name in ("generator_lr", "head_lr", "lambda_proximal"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} cannot be used: choose more than 0.")
-        if self.shrinkage > 1:
-            raise ValueError(f"shrinkage {self.shrinkage} is no share: choose up to 1.")
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage must be in (0, 1], got {self.shrinkage}.")
         if self.buffer_per_class < 0:
-            raise ValueError(f"buffer_per_class {self.buffer_per_class} cannot be kept: choose 0 or more.")
+            raise ValueError(f"buffer_per_class must be >= 0, got {self.buffer_per_class}.")
         shape = self.collaborator
         if self.noise_multiplier and (shape.analytic_weight > 0 or shape.adapted_weight > 0):
             raise ValueError(
-                f"noise_multiplier {self.noise_multiplier} does not cover the analytic heads' sums: set "
-                "collaborator.analytic_weight and collaborator.adapted_weight to 0."
+                f"noise_multiplier must be 0 with closed-form heads, whose sums get no noise, got "
+                f"{self.noise_multiplier}: set collaborator.analytic_weight and collaborator.adapted_weight to 0."
             )
 
     def build_net(self, client: int, stream: StreamShape) -> Collaborator:
-        """A collaborator with this client's small model."""
+        """Build a collaborator with this client's small model."""
         if not self.shared_initialisation:
             torch.manual_seed(torch.initial_seed() + 1 + client)
         config = self.collaborator
@@ -218,20 +121,16 @@ class FedLSCL(PrivateSums):
         return Collaborator(config, stream.num_classes)
 
     def begin_task(self, client: Client) -> None:
-        """Imprint the rows of the new classes."""
-        if self._federates(client):
+        """Imprint the head's rows of the new classes."""
+        if self._federates(client.net):
             self.remember_start(client)
         if self.imprint and len(client.train_ids):
             client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Lines 6 to 21 of Algorithm 1: train on the task, then, from the second task on, fine-tune on the buffer."""
-        yield Stage(
-            "collaborative",
-            self._stage_one(client),
-            client.loader(client.train_ids, self.batch_size),
-            self.local_epochs,
-        )
+        batches = client.loader(client.train_ids, self.batch_size)
+        yield Stage("collaborative", self._first_stage(client), batches, self.local_epochs)
         if self.continual == "replay" and client.previous is not None and len(client.buffer):
             ids = client.buffer.ids
             if self.replay_current:
@@ -252,67 +151,70 @@ class FedLSCL(PrivateSums):
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
-        """phi_i and the second moment of FS_i, the features of what the buffer would be now (M = 0: of the task).
+        """phi_i and the second moment of FS_i, the features of the buffer as it would be now (M = 0: of the task).
 
-        With analytic heads also the second moments of the ViT's features: once per task of the frozen ones, in every
-        round of the adapted ones. CNN, head and images stay on the client. The ViT feature of a class with one sample
-        does not: it is a column of ``products``. With ``secure_sum``, a key at first, and then all of it masked.
+        With closed-form heads also second moments of ViT features: of the frozen ones once per task, of the adapted
+        ones in every round. CNN, head and images stay on the client. The ViT feature of a class with one sample does
+        not: it is a column of ``products``. With ``secure_sum``, a public key at first, and then masked inputs.
         """
-        if self.secure_sum and not secure.has_peer_keys(client):
-            return secure.advertise_keys(client, self.secrets)
-        is_first = secure.first_sum_of_task(client) if self.secure_sum else not client.num_synced_rounds
-        wanted = {
-            "analytic": self.collaborator.analytic_weight > 0 and is_first,
-            "adapted": client.net.has_adapted_head,
-        }
-        heads = [head for head, is_wanted in wanted.items() if is_wanted]
+        if self.secure_sum and not privacy.has_peer_keys(client):
+            return privacy.advertise_keys(client, self.secrets)
+        is_first = privacy.is_first_sum(client) if self.secure_sum else not client.num_synced_rounds
+        heads = [head for head in self._heads(client.net) if head == "adapted" or is_first]
         payload: Payload = {}
-        if heads or self._federates(client):
-            found = survey(client, self.buffer_per_class, heads)
-            payload |= sums_of(found.sums, heads, client.net, or_zeros=self.secure_sum)
-            if self._federates(client):
-                payload |= self.released(client, feature_moment(client, found.buffer.ids))
+        if heads or self._federates(client.net):
+            found = task_statistics(client, self.buffer_per_class, heads)
+            for head in heads:
+                if head in found.sums:
+                    payload |= _named(head, found.sums[head])
+                elif self.secure_sum:  # a summand must have the same names and shapes at every member
+                    payload |= _named(head, MomentSums(*(torch.zeros(part.shape) for part in empty_sums(client.net))))
+            if self._federates(client.net):
+                payload |= self.release(client, feature_moment(client, found.buffer.ids))
         payload = outgoing(payload)
-        return secure.masked_upload(client, payload) if self.secure_sum else payload
+        return privacy.masked_input(client, payload) if self.secure_sum else payload
 
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """As ``upload``: sums may be missing after a task's first answer and of a client without samples."""
+        """As ``upload``: sums may be missing after a task's first answer and from a client without samples."""
         if self.secure_sum and self.members is None:
-            return secure.advertised_spec()
+            return privacy.advertised_spec()
         expected: Payload = {}
-        can_come = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.has_adapted_head}
-        for head in HEADS:
-            if f"{head}.gram" in upload.payload and can_come[head]:
-                expected |= {f"{head}.{name}": value for name, value in empty_sums(net)._asdict().items()}
-        if self.distill and net.config.collaboration:
-            rows = len(net.generator.matrix)
-            moments = torch.empty(rows * (rows + 1) // 2, device="meta")
-            expected |= {"generator": net.generator.matrix, "moments": moments}
-        return secure.masked_spec(expected) if self.secure_sum else expected
+        for head in self._heads(net):
+            if f"{head}.gram" in upload.payload:
+                expected |= _named(head, empty_sums(net))
+        if self._federates(net):
+            matrix = net.generator.matrix
+            expected |= {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
+        return privacy.masked_spec(expected) if self.secure_sum else expected
 
     def check_upload(self, upload: Upload) -> str:
-        """As of moments; the sums behind heads have to be of as many samples as announced."""
-        return super().check_upload(upload) or (
-            "" if self.secure_sum else heads_error(upload.payload, upload.class_counts)
-        )
+        """Whether moments are valid, and the heads' sums are of as many samples of each class as announced."""
+        if self.secure_sum:
+            return ""
+        for head in HEADS:
+            if f"{head}.gram" in upload.payload:
+                error = sums_error(_sums(head, upload.payload), upload.class_counts)
+                if error:
+                    return f"{head}.{error}"
+        return super().check_upload(upload)
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Eq. 5 for every client in closed form, and the analytic heads that follow from all sums so far."""
+        """Eq. 5 for every client in closed form, and the closed-form heads from all sums so far."""
         if self.secure_sum:
-            return [self.answer_to_all(uploads, progress, self._analytic_heads)] * len(uploads)
-        common = self._analytic_heads([upload.payload for upload in uploads], progress)
+            return [self.secure_answer(uploads, progress, self._closed_form_heads)] * len(uploads)
+        common = self._closed_form_heads([upload.payload for upload in uploads], progress)
         if "generator" not in uploads[0].payload:
             return [dict(common) for _ in uploads]
         self.account(progress)
         generators = [upload.payload["generator"] for upload in uploads]
-        moments = [symmetric(upload.payload["moments"], len(upload.payload["generator"])) for upload in uploads]
-        fused = one_by_one_distill(generators, moments, self.lambda_proximal, data_anchor=self.data_anchor)
+        moments = [unpack_symmetric(upload.payload["moments"], len(generators[0])) for upload in uploads]
+        fused = one_by_one_distill(generators, moments, self.lambda_proximal)
         return [{"generator": generator, **common} for generator in fused]
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the personalised generator and the analytic heads; of secure sums, solve for the generator."""
+        """Load the personalised generator and the closed-form heads; with secure sums, solve for the generator."""
         if self.secure_sum:
-            secure.apply_answer(client, payload, self.lambda_proximal, self.data_anchor)
+            privacy.apply_secure_answer(client, payload, self.lambda_proximal)
         if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
         for head in HEADS:
@@ -320,15 +222,15 @@ class FedLSCL(PrivateSums):
                 getattr(client.net, head).set(payload[f"{head}.weight"], payload[f"{head}.bias"])
 
     def end_task(self, client: Client) -> None:
-        """Commit the buffer and keep theta^n, phi^n as they are after the last aggregation."""
-        client.buffer = scored_buffer(client, self.buffer_per_class)
+        """Save the buffer and theta^n, phi^n as they are after the last aggregation."""
+        client.buffer = task_statistics(client, self.buffer_per_class).buffer
         client.snapshot()
         if self.continual == "replay" and client.net.config.collaboration:
             client.memory[KEPT] = predecessor_features(client)
         if self.continual == "ewc":
             consolidate(client, samples=200, gamma=1.0)
 
-    def _stage_one(self, client: Client) -> Learner:
+    def _first_stage(self, client: Client) -> Learner:
         rates = {
             "lr": self.lr,
             "freeze_norm": self.freeze_norm or client.task > 0 or self.collaborator.pretrained,
@@ -336,28 +238,101 @@ class FedLSCL(PrivateSums):
         }
         parts = {"lr_of": {"generator": self.generator_lr, "head": self.head_lr}, **rates}
         if self.continual == "lwf" and client.previous is not None:
-            return DistillationModule(
-                client.net, client.previous, client.old, self.lwf_alpha, 2.0, client.classes, **parts
-            )
+            teacher = client.previous, client.old, self.lwf_alpha, 2.0
+            return DistillationModule(client.net, *teacher, client.classes, **parts)
         anchor, fisher = consolidated(client)
         if fisher:
             return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts)
-        return CollaborativeModule(
-            client.net, client.classes, generator_lr=self.generator_lr, head_lr=self.head_lr, **rates
-        )
+        rates |= {"generator_lr": self.generator_lr, "head_lr": self.head_lr}
+        return CollaborativeModule(client.net, client.classes, **rates)
 
     def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
         if not self.balance:
             return None
         return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
 
-    def _analytic_heads(self, payloads: Sequence[Payload], progress: Progress) -> Payload:
-        """Linear discriminants; sums of adapted features count for good from the task's last round on."""
-        self.sums = with_sums(self.sums, "analytic", payloads)
-        sums = with_sums(self.sums, "adapted", payloads)
+    def _heads(self, net: Net) -> list[str]:
+        used = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.has_adapted_head}
+        return [head for head in HEADS if used[head]]
+
+    def _federates(self, net: Net) -> bool:
+        return self.distill and net.config.collaboration
+
+    def _closed_form_heads(self, payloads: Sequence[Payload], progress: Progress) -> Payload:
+        """Linear discriminants; sums of adapted features are kept from the task's last round only."""
+        add_sums(self.sums, payloads, _names("analytic"))
+        sums = dict(self.sums)
+        add_sums(sums, payloads, _names("adapted"))
         if progress.last:
             self.sums = sums
-        return solved_heads(sums, self.shrinkage)
+        answer: Payload = {}
+        for head in HEADS:
+            if f"{head}.gram" in sums:
+                answer[f"{head}.weight"], answer[f"{head}.bias"] = discriminant_solution(
+                    _sums(head, sums), self.shrinkage
+                )
+        return answer
 
-    def _federates(self, client: Client) -> bool:
-        return self.distill and client.net.config.collaboration
+
+def draw_per_class(client: Client, per_class: int) -> Tensor:
+    """Ids of up to ``per_class`` random training samples of each class of the current task."""
+    ids = client.train_ids[torch.randperm(len(client.train_ids))]
+    labels = client.data.data.labels(ids)
+    return torch.cat([ids[labels == label][:per_class] for label in client.classes])
+
+
+class TaskStatistics(NamedTuple):
+    """Results of one pass of the client's net over its task's samples."""
+
+    buffer: Buffer
+    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
+    sums: dict[str, MomentSums]
+    """Behind each closed-form head asked for; empty without samples."""
+
+
+@torch.no_grad()
+def task_statistics(client: Client, per_class: int, heads: Sequence[str] = ()) -> TaskStatistics:
+    """Select the buffer by the samples' losses (Sec. 4.3), and sum up the inputs of the given heads."""
+    ids, labels, losses = [], [], []
+    sums: dict[str, MomentSums] = {}
+    for batch, output in client.infer(client.train_ids):
+        ids.append(batch.ids.cpu())
+        labels.append(batch.labels.cpu())
+        losses.append(sample_losses(output.head_logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
+        for head in heads:
+            part = moment_sums(getattr(output, HEADS[head]), batch.labels, output.logits.shape[1])
+            sums[head] = added(sums.get(head), part)
+    if not ids:
+        return TaskStatistics(client.buffer, sums)
+    return TaskStatistics(client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class), sums)
+
+
+def feature_moment(client: Client, ids: Tensor) -> Tensor:
+    """C_i of the samples' features; of the task's if there are none, and zero for a client without data (ours)."""
+    ids = ids if len(ids) else client.train_ids
+    if not len(ids):
+        size = len(client.net.generator.matrix)
+        return torch.zeros(size, size, dtype=torch.float64)
+    return second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
+
+
+def predecessor_features(client: Client) -> Tensor:
+    """E' of the buffer's samples, (n, feature_dim), on the CPU: constant during the next task.
+
+    W' = phi'(E') is one product away and would be some thousand numbers per sample.
+    """
+    net = client.previous
+    found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
+    return torch.cat(found) if found else torch.empty(0, net.config.feature_dim)
+
+
+def _names(head: str) -> list[str]:
+    return [f"{head}.{name}" for name in MomentSums._fields]
+
+
+def _named(head: str, sums: MomentSums) -> Payload:
+    return dict(zip(_names(head), sums, strict=True))
+
+
+def _sums(head: str, payload: Payload) -> MomentSums:
+    return MomentSums(*(payload[name] for name in _names(head)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import is_gram
+from fedlscl.functional.analytic import is_gram, pack_symmetric, packed_size, unpack_symmetric
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.heads import make_head
 from fedlscl.nets.lora_vit import LoraViT
@@ -88,33 +88,6 @@ def project(gram: Tensor, down: Tensor) -> Tensor:
 def diagonal(gram: Tensor) -> Tensor:
     """The diagonal (d,) of a Gram in either form."""
     return gram if gram.dim() == 1 else gram.diagonal()
-
-
-def pack(gram: Tensor) -> Tensor:
-    """A Gram as one row: its diagonal as it is, or the upper triangle of a matrix."""
-    return gram if gram.dim() == 1 else gram[tuple(torch.triu_indices(*gram.shape))]
-
-
-def packed_size(size: int) -> int:
-    """Length of the row that a whole Gram of ``size`` inputs makes."""
-    return size * (size + 1) // 2
-
-
-def unpack(values: Tensor, size: int) -> Tensor:
-    """The Gram of ``size`` inputs that ``pack`` made a row of.
-
-    Example:
-        >>> unpack(pack(torch.tensor([[1.0, 2.0], [2.0, 3.0]])), 2)
-        tensor([[1., 2.],
-                [2., 3.]])
-    """
-    if len(values) == size:
-        return values
-    gram = values.new_zeros(size, size)
-    rows, columns = torch.triu_indices(size, size)
-    gram[rows, columns] = values
-    gram[columns, rows] = values
-    return gram
 
 
 @contextmanager
@@ -211,14 +184,14 @@ class LoRM(Method):
             for _ in client.engine.infer(model, client.data, client.train_ids):
                 pass
         payload = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
-        payload["gram.head"] = pack(shrink(grams["head"], self.alpha_head))
+        payload["gram.head"] = pack_symmetric(shrink(grams["head"], self.alpha_head))
         for n, layer in enumerate(net.lora):
             gram = shrink(grams[str(n)], self.alpha_backbone)
             payload[f"lora.{n}.{factor}.{client.task}"] = getattr(layer, factor)[client.task]
             if factor == "up":
                 payload[f"energy.{n}"] = diagonal(gram)
                 gram = project(gram, layer.down[client.task].detach())
-            payload[f"gram.{n}"] = pack(gram)
+            payload[f"gram.{n}"] = pack_symmetric(gram)
         return outgoing(payload)
 
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
@@ -241,7 +214,7 @@ class LoRM(Method):
         payload = upload.payload
         inputs = {name.split(".")[1]: value.shape[1] for name, value in payload.items() if name.startswith("lora.")}
         inputs["head"] = payload["head.weight"].shape[1]
-        grams = {f"gram.{layer}": unpack(payload[f"gram.{layer}"], size) for layer, size in inputs.items()}
+        grams = {f"gram.{layer}": unpack_symmetric(payload[f"gram.{layer}"], size) for layer, size in inputs.items()}
         grams |= {name: value for name, value in payload.items() if name.startswith("energy.")}
         wrong = (name for name, gram in grams.items() if not is_gram(gram))
         return next((f"{name} is no Gram: not positive semidefinite" for name in wrong), "")
@@ -252,7 +225,7 @@ class LoRM(Method):
         for name in [name for name in uploads[0].payload if name.startswith("lora.")]:
             layer = name.split(".")[1]
             factors = [upload.payload[name] for upload in uploads]
-            grams = [unpack(upload.payload[f"gram.{layer}"], factors[0].shape[1]) for upload in uploads]
+            grams = [unpack_symmetric(upload.payload[f"gram.{layer}"], factors[0].shape[1]) for upload in uploads]
             answer[name] = regression_mean(factors, grams)
             answer[f"lora.{layer}.share"] = self._weigh(layer, uploads, grams, progress.task)
         return [answer] * len(uploads)
@@ -282,7 +255,7 @@ def trained_factor(round_: int) -> str:
 def merge_head(uploads: list[Upload], head_aggregation: str) -> Payload:
     """Regression mean of the head's rows, among all clients or class by class among its holders; bias by samples."""
     rows = [upload.payload["head.weight"] for upload in uploads]
-    grams = [unpack(upload.payload["gram.head"], rows[0].shape[1]) for upload in uploads]
+    grams = [unpack_symmetric(upload.payload["gram.head"], rows[0].shape[1]) for upload in uploads]
     biases = [replace(upload, payload={"head.bias": upload.payload["head.bias"]}) for upload in uploads]
     participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
     if head_aggregation == "average":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlscl.data.images import Batch
-from fedlscl.federated.client import Client
+from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import weighted_average
@@ -158,7 +158,7 @@ class PILoRA(Method):
 
     def upload(self, client: Client) -> Payload:
         """A_t and B_t; the class means and the prototypes (one row per class that it has samples of)."""
-        classes, means = raw_class_means(client)
+        classes, means = class_means(client, client.train_ids, unit=False)
         lora = task_lora(client.net, client.task)
         # Without its class a client's prototype is the server's own, but only the released rule wants to see that.
         rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
@@ -215,17 +215,6 @@ def prototype_weights(prototypes: Tensor, means: Tensor, temperature: float) -> 
     if spread < 1e-12:
         return torch.full_like(closeness, 1 / len(closeness))
     return ((closeness - closeness.min()) / spread / temperature).softmax(0)
-
-
-@torch.no_grad()
-def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
-    """Sorted classes (n,) of the task's training samples and their mean features (n, width)."""
-    sums = torch.zeros(client.net.head.weight.shape, dtype=torch.float64)
-    for batch, output in client.infer(client.train_ids):
-        sums.index_add_(0, batch.labels.cpu(), output.features.double().cpu())
-    counts = client.data.class_counts(client.task)
-    classes = counts.nonzero().flatten()
-    return classes, (sums[classes] / counts[classes, None]).float()
 
 
 def task_lora(net: Net, task: int) -> dict[str, Tensor]:

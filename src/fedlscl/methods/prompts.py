@@ -15,28 +15,26 @@ from fedlscl.functional.objectives import cross_entropy
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.net import Net
 from fedlscl.nets.prompts import PrefixedViT, Prefixes, Prompted, PromptedViT, PromptPool, cosine, run_blocks, uniform
-from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
+from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
 
 # Prompts of two granularities: a shared input prompt and private class-wise prefixes (FedMGP, arXiv 2407.00113).
 
 
-class MultiGranularityViT(Net):
+class MultiGranularityViT(FrozenViTNet):
     """A coarse prompted ViT (P_g, its keys and h_g) that is shared, and fine prefixes, keys and heads that are not.
 
     The fine pass keeps the coarse prompt at the input, without gradient. Its own prefix is that of the image's class:
     known in training, else the nearest key to what the coarse pass sees, among the classes met so far.
     """
 
-    foundation: Foundation
-
     def __init__(
         self, coarse: PromptedViT, num_classes: int, blocks: Sequence[int], length: int, hidden: int, num_tasks: int
     ) -> None:
         """Fine prefixes of ``length`` tokens stand in ``blocks``; each task has a head with ``hidden`` units."""
-        super().__init__()
+        super().__init__(coarse.foundation, coarse.entry)
         if not blocks:
             raise ValueError("fine_blocks is empty: name one block or more.")
-        self.foundation, self.coarse = coarse.foundation, coarse
+        self.coarse = coarse
         self.fine = Prefixes(self.foundation, blocks, num_classes, length)
         self.fine_keys = uniform(num_classes, self.foundation.width)
         self.fine_heads = nn.ModuleList(_mlp(self.foundation.width, hidden, num_classes) for _ in range(num_tasks))
@@ -46,15 +44,6 @@ class MultiGranularityViT(Net):
     def head(self) -> nn.Module:
         """h_g, the head that is shared."""
         return self.coarse.head
-
-    @property
-    def prefix_key(self) -> str:
-        """That of the coarse net: the plain ViT's features."""
-        return self.coarse.prefix_key
-
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Features (B, width) of the plain ViT, the coarse query."""
-        return self.coarse.frozen_prefix(images)
 
     def meet(self, classes: Tensor, task: int) -> None:
         """New classes (C,) belong to the head of ``task``."""

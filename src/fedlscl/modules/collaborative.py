@@ -14,7 +14,7 @@ GENERATOR_LR = 1e-3
 """Learning rate of the generator (the paper has one rate for all)."""
 
 HEAD_LR = 2e-4
-"""Learning rate of the head (ours; an imprinted row needs little, and rows of few samples overfit)."""
+"""Learning rate of the head (ours): small, since rows are imprinted, and rows of few samples overfit."""
 
 
 class CollaborativeModule(ClassificationModule):
@@ -36,28 +36,21 @@ class CollaborativeModule(ClassificationModule):
         head_lr: float = HEAD_LR,
         freeze_norm: bool = False,
     ) -> None:
-        """``net`` is a collaborator, or the description of one that a checkpoint holds."""
+        """``net`` is a collaborator, or its description in a checkpoint."""
         net = as_collaborator(net)
-        rates = {"generator": generator_lr, "head": head_lr}
-        super().__init__(net, classes, counts, lr=lr, lr_of=rates, freeze_norm=freeze_norm)
-        self.save_hyperparameters(
-            {
-                "net": describe(net),
-                "lr": lr,
-                "generator_lr": generator_lr,
-                "head_lr": head_lr,
-                "freeze_norm": freeze_norm,
-            }
-        )
+        parts = {"generator": generator_lr, "head": head_lr}
+        super().__init__(net, classes, counts, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
+        rates = {"lr": lr, "generator_lr": generator_lr, "head_lr": head_lr, "freeze_norm": freeze_norm}
+        self.save_hyperparameters({"net": describe(net), **rates})
 
 
 def describe(net: Collaborator) -> dict[str, Any]:
-    """Plain values from which ``as_collaborator`` builds a net of the same shape."""
+    """Plain values from which ``as_collaborator`` builds a net of the same shapes."""
     return {"num_classes": net.num_classes, "config": asdict(net.config)}
 
 
 def as_collaborator(net: Collaborator | Mapping[str, Any]) -> Collaborator:
-    """A collaborator as it is, or a new one from its description."""
+    """The collaborator itself, or a new one from its description."""
     if isinstance(net, Collaborator):
         return net
     config = dict(net["config"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.data.images import Batch
 from fedlscl.functional.objectives import consistency, cross_entropy
@@ -14,15 +15,14 @@ from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Frozen
 
 CONSISTENCY = 0.01
-"""Weights of both terms that hold a model to its predecessor (their values are not in the paper): 1 and more hold
-back an adapter that still improves."""
+"""Weight of both consistency terms (not in the paper): 1 and more slow down an adapter that still improves."""
 
 
 class ContinualFineTuningModule(Learner):
-    """Classify replayed samples while features E and generated weights W of old ones stay where they were.
+    """Cross-entropy on replayed samples, lambda_E ||E - E'||^2 and lambda_W ||W - W'||^2 (Eq. 4).
 
-    The predecessor (theta^{n-1}, phi^{n-1}) is frozen. Samples of classes outside ``old_classes`` take part in the
-    cross-entropy only (ours: the paper replays the buffer alone, where all samples are old).
+    E' and W' are of the frozen predecessor (theta^{n-1}, phi^{n-1}). Samples of classes outside ``old_classes`` enter
+    the cross-entropy only (ours: the paper replays the buffer alone, where all samples are old).
     """
 
     def __init__(
@@ -40,25 +40,16 @@ class ContinualFineTuningModule(Learner):
         freeze_norm: bool = True,
         kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """``classes`` are the columns of the cross-entropy; None means all, for ``old_classes`` too.
+        """``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too.
 
         ``counts`` of samples by class balance the softmax. ``kept`` are ids (n,) of samples and the predecessor's
-        features E' of them (n, feature_dim), which are then not computed again at every step.
+        features E' of them (n, feature_dim), which need not be computed at every step.
         """
         net, previous = as_collaborator(net), as_collaborator(previous)
         super().__init__(net, lr=lr, lr_of={"generator": generator_lr, "head": head_lr}, freeze_norm=freeze_norm)
-        self.save_hyperparameters(
-            {
-                "net": describe(net),
-                "previous": describe(previous),
-                "lambda_features": lambda_features,
-                "lambda_lora": lambda_lora,
-                "lr": lr,
-                "generator_lr": generator_lr,
-                "head_lr": head_lr,
-                "freeze_norm": freeze_norm,
-            }
-        )
+        weights = {"lambda_features": lambda_features, "lambda_lora": lambda_lora}
+        rates = {"lr": lr, "generator_lr": generator_lr, "head_lr": head_lr, "freeze_norm": freeze_norm}
+        self.save_hyperparameters({"net": describe(net), "previous": describe(previous), **weights, **rates})
         self.previous = Frozen(previous)
         self.lambda_features, self.lambda_lora = lambda_features, lambda_lora
         self.register_buffer("classes", classes, persistent=False)
@@ -68,8 +59,8 @@ class ContinualFineTuningModule(Learner):
         self.register_buffer("kept_ids", None if kept is None else kept[0][order], persistent=False)
         self.register_buffer("kept_features", None if kept is None else kept[1][order], persistent=False)
 
+    @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy, lambda_E ||E - E'||^2 and lambda_W ||W - W'||^2."""
         now = self.net(batch.images, batch.prefix)
         old = torch.ones_like(batch.labels) if self.old_classes is None else torch.isin(batch.labels, self.old_classes)
         features, lora = self._predecessor(batch, old.bool())
@@ -81,12 +72,12 @@ class ContinualFineTuningModule(Learner):
 
     @torch.no_grad()
     def _predecessor(self, batch: Batch, needed: Tensor) -> tuple[Tensor, Tensor]:
-        """E' and W' of a batch, right where ``needed`` (B,): from kept features if they cover it, W' being linear."""
+        """E' and W' of a batch, valid where ``needed`` (B,); from kept features if they cover those rows."""
         net = self.previous.net
         if self.kept_ids is None or not len(self.kept_ids) or batch.augmented:
             return net.generate(batch.images)
-        place = torch.searchsorted(self.kept_ids, batch.ids).clamp_max(len(self.kept_ids) - 1)
-        if (needed & (self.kept_ids[place] != batch.ids)).any():
+        index = torch.searchsorted(self.kept_ids, batch.ids).clamp_max(len(self.kept_ids) - 1)
+        if (needed & (self.kept_ids[index] != batch.ids)).any():
             return net.generate(batch.images)
-        features = self.kept_features[place]
+        features = self.kept_features[index]
         return features, net.generator(features)

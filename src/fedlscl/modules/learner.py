@@ -1,4 +1,4 @@
-"""Learner: a LightningModule that states one local objective; ClassificationModule is cross-entropy."""
+"""Learner, a LightningModule of one local objective, and objectives on any net: cross-entropy, FedProx, EWC, LwF."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,25 +9,24 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
 from fedlscl.data.images import Batch
-from fedlscl.functional.objectives import consolidation, cross_entropy, distillation, proximal
+from fedlscl.functional.objectives import consolidation, cross_entropy, knowledge_distillation, proximal
 from fedlscl.nets.net import Frozen, Net, SmallMapPrecision, freeze_batch_norm, single_value_norms
-
-# Learner: a LightningModule that is one whole local objective over one net.
 
 LR = 1e-3
 """Adam's learning rate (Sec. 5.1.3)."""
 
 
 class Learner(L.LightningModule, ABC):
-    """One objective, trained by Adam: the federation's trainer and a stock ``lightning.Trainer`` run the same class.
+    """One objective on one net, trained by Adam; both `FederatedTrainer` and ``lightning.Trainer`` run it.
 
     Batches are ``Batch`` or any sequence that begins with images (B, 3, h, w) and labels (B,).
     """
 
-    if TYPE_CHECKING:
-        # As in Net.
+    if TYPE_CHECKING:  # as in Net
+
         def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
@@ -38,10 +37,10 @@ class Learner(L.LightningModule, ABC):
         freeze_norm: bool = False,
         max_norm: float | None = None,
     ) -> None:
-        """``lr_of`` gives parts of the net (by the start of their names) a rate of their own; ``max_norm`` clips."""
+        """``lr_of`` are learning rates of parts of the net, by prefix of their names; ``max_norm`` clips gradients."""
         super().__init__()
-        self.max_norm = max_norm
-        self.net, self.lr, self.lr_of, self.freeze_norm = net, lr, dict(lr_of or {}), freeze_norm
+        self.net, self.freeze_norm, self.max_norm = net, freeze_norm, max_norm
+        self.lr, self.lr_of = lr, dict(lr_of or {})
         self.accuracy = MulticlassAccuracy(len(net.head.weight), average="micro")
 
     @abstractmethod
@@ -52,42 +51,40 @@ class Learner(L.LightningModule, ABC):
         """Logits (B, num_classes)."""
         return self.net(images, prefix).logits
 
+    @override
     def train(self, mode: bool = True) -> "Learner":
-        """Train, with BatchNorm's running statistics at rest where ``freeze_norm`` says so."""
+        """Set the mode; with ``freeze_norm`` BatchNorm stays in eval mode."""
         super().train(mode)
         if mode and self.freeze_norm:
             freeze_batch_norm(self.net)
         return self
 
     def on_fit_start(self) -> None:
-        """Enter training mode, as our own trainer does; a stock Trainer leaves every part in the mode it finds."""
+        """Enter training mode, as `FederatedTrainer` does; ``lightning.Trainer`` keeps the mode of every part."""
         self.train()
 
     def training_step(self, batch: Sequence[Any], batch_idx: int = 0) -> dict[str, Tensor]:
-        """The sum of all terms as ``loss``, and each term detached under its name.
-
-        BatchNorm uses running statistics where it gets one value per channel (ours).
-        """
+        """The sum of all terms as ``loss``, and each term detached under its name."""
         with single_value_norms(self), SmallMapPrecision() if torch.is_autocast_enabled("cpu") else nullcontext():
             terms = self.loss(as_batch(batch))
         return {"loss": torch.stack(list(terms.values())).sum(), **{name: t.detach() for name, t in terms.items()}}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the terms; only a stock Trainer calls this hook, our own trainer logs for itself."""
+        """Log the terms; `FederatedTrainer` logs them itself and does not call this hook."""
         terms = {f"train/{name}": value for name, value in outputs.items()}
         self.log_dict(terms, batch_size=len(as_batch(batch).labels))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient's norm where asked; both trainers call this hook."""
+        """Clip the gradient's norm to ``max_norm``; both trainers call this hook."""
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
 
+    @override
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        """Accuracy over all classes."""
         self._measure("val", as_batch(batch))
 
+    @override
     def test_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        """Accuracy over all classes."""
         self._measure("test", as_batch(batch))
 
     def predict_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
@@ -95,7 +92,7 @@ class Learner(L.LightningModule, ABC):
         return self(as_batch(batch).images).softmax(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """A fresh Adam over what the net trains."""
+        """A fresh Adam over the trainable parameters."""
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.net.named_parameters():
             if parameter.requires_grad:
@@ -110,50 +107,43 @@ class Learner(L.LightningModule, ABC):
 
 
 def as_batch(batch: Sequence[Any]) -> Batch:
-    """A ``Batch`` from what a loader yields; images and labels alone get ids of -1."""
+    """A ``Batch`` from a loader's batch; images and labels alone get ids of -1."""
     return Batch(*batch) if len(batch) > 2 else Batch(batch[0], batch[1], torch.full_like(batch[1], -1))
 
 
-# Objectives over any net: cross-entropy alone, and with the terms of FedProx, EWC and LwF.
-
-
 class ClassificationModule(Learner):
-    """Cross-entropy over the columns ``classes`` (all where not given)."""
-
-    classes: Tensor | None
-    counts: Tensor | None
+    """Cross-entropy over the columns ``classes`` (all if None)."""
 
     def __init__(
         self, net: Net, classes: Tensor | None = None, counts: Tensor | None = None, **optimisation: Any
     ) -> None:
-        """``counts`` of samples by class balance the softmax; ``optimisation`` is Learner's lr, lr_of and so on."""
+        """``counts`` of samples by class balance the softmax; ``optimisation`` are Learner's other arguments."""
         super().__init__(net, **optimisation)
         self.register_buffer("classes", classes, persistent=False)
         self.register_buffer("counts", counts, persistent=False)
 
+    @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
         logits = self.net(batch.images, batch.prefix).logits
         return {"cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts)}
 
 
 class ProximalModule(ClassificationModule):
-    """FedProx's local objective: a quadratic pull of strength ``mu`` towards the weights it starts from."""
+    """FedProx: cross-entropy and ``mu / 2 ||w - w_g||^2``; w_g are the net's weights at construction."""
 
     def __init__(self, net: Net, mu: float, classes: Tensor | None = None, **optimisation: Any) -> None:
-        """The anchor w_g is a copy of the net's trainable weights as they are now."""
         super().__init__(net, classes, **optimisation)
         self.mu = mu
         self.anchor = nn.ParameterList(p.detach().clone() for p in trainable(net).values()).requires_grad_(False)
 
+    @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy and ``mu / 2 ||w - w_g||^2``."""
-        pull = self.mu * proximal(trainable(self.net).values(), self.anchor)
-        return {**super().loss(batch), "proximal": pull}
+        term = self.mu * proximal(trainable(self.net).values(), self.anchor)
+        return {**super().loss(batch), "proximal": term}
 
 
 class ConsolidationModule(ClassificationModule):
-    """EWC: moving a weight costs as much as its Fisher information says (Kirkpatrick et al., arXiv 1612.00796)."""
+    """EWC: cross-entropy and ``strength / 2 sum F (w - w*)^2`` (Kirkpatrick et al., arXiv 1612.00796)."""
 
     def __init__(
         self,
@@ -164,21 +154,21 @@ class ConsolidationModule(ClassificationModule):
         classes: Tensor | None = None,
         **optimisation: Any,
     ) -> None:
-        """``anchor`` and ``fisher`` are by parameter name; parameters without an entry move freely."""
+        """``anchor`` and ``fisher`` are by parameter name; parameters without an entry are not penalised."""
         super().__init__(net, classes, **optimisation)
         self.strength, self.names = strength, sorted(fisher)
         self.anchor = nn.ParameterList(anchor[name].detach() for name in self.names).requires_grad_(False)
         self.fisher = nn.ParameterList(fisher[name].detach() for name in self.names).requires_grad_(False)
 
+    @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy and ``strength / 2 sum F (w - w*)^2``."""
         weights = trainable(self.net)
         penalty = consolidation([weights[name] for name in self.names], self.anchor, self.fisher)
         return {**super().loss(batch), "consolidation": self.strength * penalty}
 
 
 class DistillationModule(ClassificationModule):
-    """LwF: the previous net's answers about old classes are kept on the new images (arXiv 1606.09282)."""
+    """LwF: cross-entropy, and distillation of the previous net's logits of old classes (arXiv 1606.09282)."""
 
     def __init__(
         self,
@@ -190,19 +180,19 @@ class DistillationModule(ClassificationModule):
         classes: Tensor | None = None,
         **optimisation: Any,
     ) -> None:
-        """``old_classes`` are the logit columns that are distilled, with weight ``alpha``."""
+        """``old_classes`` are the distilled logit columns, ``alpha`` the weight of the distillation."""
         super().__init__(net, classes, **optimisation)
         self.previous, self.alpha, self.temperature = Frozen(previous), alpha, temperature
         self.register_buffer("old_classes", old_classes, persistent=False)
 
+    @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy over the new classes and distillation over the old ones, from one forward pass."""
         logits = self.net(batch.images, batch.prefix).head_logits
-        answers = self.previous(batch.images, batch.prefix).head_logits[:, self.old_classes]
-        kept = distillation(logits[:, self.old_classes], answers, self.temperature)
+        target = self.previous(batch.images, batch.prefix).head_logits[:, self.old_classes]
+        term = knowledge_distillation(logits[:, self.old_classes], target, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),
-            "distillation": self.alpha * kept,
+            "distillation": self.alpha * term,
         }
 
 

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fedlscl.nets.heads import LinearHead
 from fedlscl.nets.net import Classification, Net, prepare
 from fedlscl.nets.vit import check_timm_name, first_line
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet; pretrained weights bring their own."""
+"""Of ImageNet; pretrained weights have their own."""
 
 
 class SmallModel(nn.Module):
@@ -35,7 +36,7 @@ class SmallModel(nn.Module):
         self.name, self.image_size = name, image_size
         try:
             self.cnn: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        except Exception as error:  # missing weights and failed downloads raise whatever the client library raises
+        except Exception as error:  # missing weights and failed downloads raise errors of the client library
             fix = "choose a name from timm.list_models(pretrained=True), connect to the network, or set pretrained to "
             raise ValueError(
                 f"small_model {name!r} could not be created ({first_line(error)}): "
@@ -43,7 +44,7 @@ class SmallModel(nn.Module):
             ) from error
         try:
             maps = drop_unused(self.cnn, image_size)
-        except Exception as error:  # so do models that are given an input of another size or kind
+        except Exception as error:  # models raise any error for an input of another size or kind
             raise ValueError(
                 f"small_model {name!r} cannot take images of {image_size} pixels ({first_line(error)}): choose another "
                 "small_image_size or a CNN."
@@ -59,7 +60,7 @@ class SmallModel(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature maps averaged over the image, token sequences over all tokens; timm's own head is not used."""
+        """Feature maps averaged over the image, token sequences over all tokens, without timm's head."""
         x = prepare(images, self.image_size, self.mean, self.std)
         return self.pool(self.cnn.forward_features(x.contiguous(memory_format=torch.channels_last)))
 
@@ -71,8 +72,8 @@ class SmallModel(nn.Module):
 class UnitFeatures(nn.Module):
     """E: pooled features projected to feature_dim and scaled to unit norm (ours; not in the paper).
 
-    Without this scale one Adam step moves every generated weight by about 0.4 and wrecks the frozen ViT; with it the
-    trace of every client's second moment is one, so that lambda of Eq. 5 means the same for every small model.
+    Without this scale one Adam step moves every generated weight by about 0.4, which destroys the ViT's features; with
+    it the trace of every client's second moment is one, so that lambda of Eq. 5 does not depend on the small model.
     """
 
     def __init__(self, width: int, feature_dim: int) -> None:
@@ -87,24 +88,21 @@ class UnitFeatures(nn.Module):
 
 
 class SmallClassifier(Net):
-    """A small model with a linear head: what FedAvg and its kin train from scratch."""
+    """A small model with a linear head, as in FedAvg."""
 
     def __init__(self, name: str, num_classes: int, image_size: int, pretrained: bool = False) -> None:
         super().__init__()
         self.small = SmallModel(name, image_size, pretrained)
         self.head = LinearHead(self.small.width, num_classes)
 
+    @override
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
-        """Classify stored images (B, 3, h, w)."""
         features = self.small(images)
         return Classification(features, self.head(features))
 
 
 def drop_unused(cnn: Any, image_size: int) -> Any:
-    """Drop the parts that ``forward_features`` never touches (vgg16 keeps 120 M such weights).
-
-    Returns what it returned for one random image.
-    """
+    """Drop the parts that ``forward_features`` does not use (120 M of vgg16's weights); returns its output."""
     cnn.eval()
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         maps = cnn.forward_features(torch.randn(1, 3, image_size, image_size))

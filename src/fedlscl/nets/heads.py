@@ -1,25 +1,26 @@
-"""The local head H_i in two forms, and a frozen foundation model with a head on top."""
+"""Heads on features, and a frozen foundation model with a head on top."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fedlscl.nets.net import Classification, Net, prepare
-from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
+from fedlscl.nets.net import Classification
+from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
 
 
 class LinearHead(nn.Linear):
     """The paper's head: features (B, width) to logits (B, num_classes)."""
 
     def imprint(self, classes: Tensor, means: Tensor) -> None:
-        """A linear head starts from its random rows: nothing to set."""
+        """Does nothing: a linear head starts from random rows."""
 
 
 class UnitLinearHead(nn.Linear):
     """A linear head on features scaled to unit norm, as ridge regression solves it."""
 
+    @override
     def forward(self, features: Tensor) -> Tensor:
-        """(B, width) to (B, num_classes)."""
         return F.linear(F.normalize(features.float()), self.weight, self.bias)
 
 
@@ -46,7 +47,7 @@ class CosineHead(nn.Module):
 
 
 class AnalyticHead(nn.Module):
-    """A linear map from unit features to class scores that is solved elsewhere and never trained; zero until then."""
+    """A linear map from unit features to class scores, solved in closed form and never trained; zero before that."""
 
     weight: Tensor
     bias: Tensor
@@ -61,40 +62,27 @@ class AnalyticHead(nn.Module):
         return F.linear(F.normalize(features.float()), self.weight, self.bias)
 
     def set(self, weight: Tensor, bias: Tensor) -> None:
-        """Take over a solution."""
+        """Load a solution: weight (num_classes, width) and bias (num_classes,)."""
         self.weight.copy_(weight)
         self.bias.copy_(bias)
 
 
 def make_head(kind: str, width: int, num_classes: int) -> nn.Module:
-    """A head by its configured name."""
+    """A head by its name in the configuration: linear, cosine or unit."""
     heads = {"linear": LinearHead, "cosine": CosineHead, "unit": UnitLinearHead}
     if kind not in heads:
-        raise ValueError(f"head {kind!r} is unknown: choose from {', '.join(heads)}.")
+        raise ValueError(f"head must be one of {', '.join(heads)}, got {kind!r}.")
     return heads[kind](width, num_classes)
 
 
-class FoundationClassifier(Net):
-    """A frozen ViT whose features feed a trainable head (the paper's FedAvg+ViT)."""
-
-    foundation: Foundation
+class FoundationClassifier(FrozenViTNet):
+    """A frozen ViT with a trainable head (the paper's FedAvg+ViT)."""
 
     def __init__(self, config: FoundationConfig, num_classes: int, head: str = "linear") -> None:
-        super().__init__()
-        self.foundation = foundation(config)
+        super().__init__(foundation(config))
         self.head = make_head(head, self.foundation.width, num_classes)
 
-    @property
-    def prefix_key(self) -> str:
-        """The ViT's weights, its input size and the block at which the cached tokens enter."""
-        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.foundation.depth}"
-
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Features (B, width) of the frozen ViT."""
-        model = self.foundation.to(images.device)
-        return model.tokens(prepare(images, model.image_size, model.mean, model.std), model.depth)
-
+    @override
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
-        """Classify stored images (B, 3, h, w)."""
         features = self.frozen_prefix(images) if prefix is None else prefix.float()
         return Classification(features, self.head(features))

@@ -19,7 +19,7 @@ class LowRank(NamedTuple):
 
 
 class LowRankShape(NamedTuple):
-    """Where the factors of one linear layer stand in a generated vector."""
+    """Sizes of the factors of one linear layer in a generated vector: A (down-projection), then B (up-projection)."""
 
     in_features: int
     out_features: int
@@ -27,7 +27,7 @@ class LowRankShape(NamedTuple):
 
     @property
     def down_size(self) -> int:
-        """Entries of the factor that reads (part A)."""
+        """Entries of A."""
         return self.rank * self.in_features
 
     @property
@@ -55,15 +55,15 @@ def split_lora(lora: Tensor, shapes: list[LowRankShape], scale: float) -> list[L
 
 
 def low_rank_update(x: Tensor, update: LowRank) -> Tensor:
-    """What an update adds to a layer's output: ``scale * (x @ down^T) @ up^T``, (B, N, in) to (B, N, out).
+    """Change of a layer's output: ``scale * (x @ down^T) @ up^T``, (B, N, in) to (B, N, out).
 
-    The (B, out, in) product of the factors is never formed.
+    The product of the factors, (B, out, in), is never formed.
     """
     return torch.bmm(torch.bmm(x, update.down.mT) * update.scale, update.up.mT)
 
 
 def low_rank_hook(update: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    """A forward hook that adds the update to a linear layer's output and leaves the layer itself untouched."""
+    """A forward hook that adds the update to a linear layer's output; the layer itself is unchanged."""
 
     def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + low_rank_update(inputs[0], update)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlscl.nets.net import Classification, Net, prepare
-from fedlscl.nets.vit import Foundation, FoundationConfig, foundation, run_block
+from fedlscl.nets.net import Classification
+from fedlscl.nets.vit import Foundation, FoundationConfig, FrozenViTNet, foundation, run_block
 
 QKV = "attn.qkv"
 THIRDS = {"attn.q": 0, "attn.k": 1, "attn.v": 2}
@@ -47,7 +47,7 @@ class LoraLayer(nn.Module):
         return down, F.pad(up, (0, 0, *self.padding))
 
 
-class LoraViT(Net):
+class LoraViT(FrozenViTNet):
     """A frozen ViT, LoRA modules on linear layers of some blocks, and a trainable head.
 
     It predicts with the sum of all tasks' modules, each input feature of each weighted by ``LoraLayer.share`` (one at
@@ -62,8 +62,6 @@ class LoraViT(Net):
         num_tasks: modules per layer.
     """
 
-    foundation: Foundation
-
     def __init__(
         self,
         config: FoundationConfig,
@@ -74,26 +72,15 @@ class LoraViT(Net):
         targets: Sequence[str] = (QKV,),
         num_tasks: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(foundation(config))
         if rank < 1:
-            raise ValueError(f"rank {rank} makes no adapter: choose 1 or more.")
-        self.foundation = foundation(config)
+            raise ValueError(f"rank must be >= 1, got {rank}.")
         places = range(self.foundation.depth) if blocks is None else sorted(blocks)
         self.lora: Any = nn.ModuleList(
             [LoraLayer(self.foundation, block, target, rank, num_tasks) for block in places for target in targets]
         )
         self.entry = places[0]
         self.head = head
-
-    @property
-    def prefix_key(self) -> str:
-        """The ViT's weights, its input size and the first adapted block."""
-        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.entry}"
-
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, width) that enter the first adapted block."""
-        model = self.foundation.to(images.device)
-        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self.entry)
 
     def forward(self, images: Tensor, prefix: Tensor | None = None, task: int | None = None) -> Classification:
         """Classify stored images (B, 3, h, w) with all tasks' modules, or with that of ``task`` alone."""
@@ -136,26 +123,17 @@ class LoraViT(Net):
                 hook.remove()
 
 
-class OneTask(Net):
+class OneTask(FrozenViTNet):
     """A LoraViT that computes with one task's module alone; it shares all weights with it."""
 
     def __init__(self, net: LoraViT, task: int) -> None:
-        super().__init__()
-        self.net, self.task, self.foundation = net, task, net.foundation
+        super().__init__(net.foundation, net.entry)
+        self.net, self.task = net, task
 
     @property
     def head(self) -> nn.Module:
         """The head of the whole net."""
         return self.net.head
-
-    @property
-    def prefix_key(self) -> str:
-        """That of the whole net."""
-        return self.net.prefix_key
-
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """That of the whole net."""
-        return self.net.frozen_prefix(images)
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
         """Classify stored images (B, 3, h, w)."""

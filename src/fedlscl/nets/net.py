@@ -1,4 +1,4 @@
-"""What every net promises: logits in a NamedTuple, a head by class, and a frozen part that may be cached."""
+"""Interface of all nets: logits in a NamedTuple, a head with one row per class, a frozen part that can be cached."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,22 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from fedlscl.nets.vit import Foundation
 
 
 class Output(Protocol):
-    """The least that a net returns; teachers, objectives and evaluation need no more."""
+    """What teachers, objectives and evaluation need of a net's output."""
 
     @property
     def logits(self) -> Tensor:
-        """Scores, (B, num_classes)."""
+        """Logits, (B, num_classes)."""
         ...
 
     @property
     def head_logits(self) -> Tensor:
-        """Scores of the trained head: the same, unless a head of another origin answers."""
+        """Logits of the gradient-trained head (without closed-form heads), (B, num_classes)."""
         ...
 
 
@@ -32,13 +33,13 @@ class Classification(NamedTuple):
     """Output of a net that is an encoder and a head."""
 
     features: Tensor
-    """What the head reads, (B, width)."""
+    """Input of the head, (B, width)."""
     logits: Tensor
     """(B, num_classes)."""
 
     @property
     def head_logits(self) -> Tensor:
-        """The trained head is the only one."""
+        """The same: there is one head."""
         return self.logits
 
 
@@ -48,28 +49,28 @@ class Net(nn.Module, ABC):
     head: Any
     """A module with a `weight` of one row per class."""
     foundation: "Foundation | None" = None
-    """The frozen ViT inside, where there is one; it is no part of the state dict."""
+    """The frozen ViT inside, if any; it is not part of the state dict."""
 
-    if TYPE_CHECKING:
-        # torch says that a part is a tensor or a module of any kind; which one it is, each net knows of its own.
+    if TYPE_CHECKING:  # for torch, a part is a tensor or any module
+
         def __getattr__(self, name: str) -> Any: ...
 
     @abstractmethod
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
-        """Classify stored images (B, 3, height, width), uint8; ``prefix`` is ``frozen_prefix(images)`` where known."""
+        """Classify stored images (B, 3, height, width), uint8; ``prefix`` is ``frozen_prefix(images)`` if cached."""
 
     @property
     def prefix_key(self) -> str | None:
-        """Names the frozen computation on the images; None where there is none. Equal keys give equal prefixes."""
+        """Identifies the frozen computation on the images, if any: equal keys give equal prefixes."""
         return None
 
     def frozen_prefix(self, images: Tensor) -> Tensor:
-        """The part of the forward pass that never changes, (B, ...): it is computed once per image and run."""
+        """Output of the frozen part, (B, ...), which is computed once per image and run."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen part")
 
 
 def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn stored images (B, 3, h, w) into normalised floats (B, 3, size, size): each net owns its transform."""
+    """Stored images (B, 3, h, w) as normalised floats (B, 3, size, size)."""
     return (fit(images, size) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
@@ -87,25 +88,25 @@ def fit(images: Tensor, size: int) -> Tensor:
 
 
 class Frozen(nn.Module):
-    """A net that never trains again: no gradient, evaluation mode for ever, part of its owner's state dict."""
+    """A net without gradient and always in eval mode, part of its owner's state dict."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net.requires_grad_(False).eval()
 
+    @override
     def train(self, mode: bool = True) -> "Frozen":
-        """Stay in evaluation mode."""
         del mode
         return super().train(False)
 
+    @override
     @torch.no_grad()
     def forward(self, *args: Tensor | None) -> Output:
-        """Run the net without gradient."""
         return self.net(*args)
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Stop running statistics from drifting (they alone can move old samples' features by their own norm)."""
+    """Put BatchNorm in eval mode (running statistics alone can move old samples' features by their norm)."""
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
@@ -143,12 +144,12 @@ def single_value_norms(module: nn.Module) -> Iterator[None]:
 class SmallMapPrecision(TorchFunctionMode):
     """Run padded convolutions whose stride exceeds the width of the feature map in float32 under CPU autocast.
 
-    Their bf16 weight gradient has uninitialised entries on CPUs with AVX-512 (torch 2.15, oneDNN), which belong to
-    kernel columns that see padding alone. Other shapes and float32 gradients are not affected.
+    Their bf16 weight gradient has uninitialised entries on CPUs with AVX-512 (torch 2.15, oneDNN), in kernel columns
+    that cover padding only. Other shapes and float32 gradients are not affected.
     """
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the affected convolutions."""
         call = _convolve if func is torch.conv2d and torch.is_autocast_enabled("cpu") else func
         return call(*args, **(kwargs or {}))
 

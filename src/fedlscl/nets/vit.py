@@ -1,4 +1,4 @@
-"""The frozen ViT: one object per process, split at a block, with fingerprint and prefix."""
+"""The frozen ViT: one object per process, run in two parts, of which the first can be cached."""
 
 import difflib
 import hashlib
@@ -16,14 +16,18 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from torch import Tensor, nn
 
 from fedlscl.nets.lora import LowRank, low_rank_hook
-
-# A tiny ViT pre-trained on procedurally drawn glyphs: the frozen foundation model of the demo.
-#
-# Formula-driven pre-training (Kataoka et al., ACCV 2020) needs no data set; benchmarks/pretrain_glyph_vit.py draws the
-# glyphs, trains the weights and measures them. Importing this module registers `vit_glyph_patch4_32` with timm.
+from fedlscl.nets.net import Net, prepare
 
 GLYPH_WEIGHTS = Path(__file__).with_name("glyph_vit.safetensors")
 """Weights in float16 without a classification head; they load strictly into the model with `num_classes=0`."""
+PICKLED = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")
+"""First two bytes of files by torch.save and numpy.savez."""
+WRAPPED = re.compile(r"((?:(?:\w+\.)*(?:module|model|backbone|encoder|_orig_mod|vit)\.)?)patch_embed\.proj\.weight")
+"""A tensor of every ViT, with the prefixes of wrappers used in training."""
+Block: TypeAlias = Any
+"""A block of timm; torch does not know the types of its parts."""
+Attention: TypeAlias = Any
+"""The attention of a block."""
 
 default_cfgs = generate_default_cfgs(
     {
@@ -48,6 +52,9 @@ default_cfgs = generate_default_cfgs(
 def vit_glyph_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT with 12 blocks of width 80 on 64 patches of 4 x 4 pixels; (B, 3, 32, 32) -> CLS features (B, 80).
 
+    Pre-trained on procedurally drawn glyphs (formula-driven pre-training: Kataoka et al., ACCV 2020), which needs no
+    data set: benchmarks/pretrain_glyph_vit.py. Importing this module registers the model with timm.
+
     Args:
         pretrained: load GLYPH_WEIGHTS.
         kwargs: arguments of timm's VisionTransformer, e.g. `num_classes=0` for features.
@@ -68,24 +75,16 @@ def vit_glyph_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
     )
 
 
-# Forward passes of timm's plain transformer blocks that leave out what nobody reads, or suit a CPU better.
-
-Block: TypeAlias = Any
-"""timm's; torch says of none of its parts what type it has."""
-Attention: TypeAlias = Any
-"""The same of its attention."""
-
-
 def is_plain(block: Block) -> bool:
-    """Whether a block is timm's Block around its Attention, without gates or anything else to mind."""
+    """Whether a block is timm's Block with its Attention and without gates, as `run_block` assumes."""
     return type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention" and block.attn.gate is None
 
 
 def run_block(block: Block, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-    """Tokens (B, N, width) through a block, plain where it gets a ``prefix`` (2, B, length, width): see `attend`.
+    """Tokens (B, N, width) after a block; one with a ``prefix`` (2, B, length, width) must be plain: see `attend`.
 
-    Fused attention in bfloat16 is slow to differentiate on a CPU (explicit products took half its time on DeiT-tiny),
-    so there, and only under gradients, attention is written out; the difference is rounding. In float32 fused attention
+    The backward pass of fused attention in bfloat16 is slow on a CPU (explicit products took half its time on
+    DeiT-tiny), so there, with gradients, attention is explicit; the difference is rounding. In float32 fused attention
     took 0.8 of the time of explicit products.
     """
     is_explicit = torch.is_grad_enabled() and x.device.type == "cpu" and _is_bfloat16(x) and is_plain(block)
@@ -96,7 +95,7 @@ def run_block(block: Block, x: Tensor, prefix: Tensor | None = None) -> Tensor:
 
 
 def attend(attention: Attention, h: Tensor, prefix: Tensor | None = None, is_explicit: bool = False) -> Tensor:
-    """Att(q, [p_K; k], [p_V; v]) on (B, N, width): N stays, and no projection sees the prefix (p_K, p_V)."""
+    """Att(q, [p_K; k], [p_V; v]) on (B, N, width), same shape; the prefix (p_K, p_V) enters behind the projections."""
     heads, size = attention.num_heads, attention.head_dim
     q, k, v = attention.qkv(h).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attention.q_norm(q), attention.k_norm(k)  # (B, heads, N, size) each
@@ -138,29 +137,21 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads))
 
 
-# The frozen foundation model Theta: one timm VisionTransformer for the whole process, split at the adapted block.
-
-PICKLED = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")
-"""First two bytes of what torch.save and numpy.savez write."""
-WRAPPED = re.compile(r"((?:(?:\w+\.)*(?:module|model|backbone|encoder|_orig_mod|vit)\.)?)patch_embed\.proj\.weight")
-"""A tensor of every ViT, with the prefixes of what wrapped it in training."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FoundationConfig:
     """Which frozen ViT all clients share."""
 
     name: str = "vit_base_patch16_224.augreg_in21k"
-    """Any VisionTransformer of timm by name, which decides the mean and std of its input, too; vit_glyph_patch4_32
-    comes with the package."""
+    """Name of a timm VisionTransformer, which also determines the mean and std of its input; vit_glyph_patch4_32 is
+    part of this package."""
     weights: str = "timm"
-    """'timm' (its own download), 'bundled' (the packaged glyph model), 'random', or the path of a safetensors file."""
+    """'timm' (its download), 'bundled' (the packaged glyph model), 'random', or the path of a safetensors file."""
     image_size: int | None = None
-    """Input size in pixels; the model's own where not given."""
+    """Input size in pixels; None is the model's default."""
 
 
 class Foundation:
-    """A handle on a frozen ViT: no nn.Module, so no state dict, optimizer, train mode or copy ever reaches it."""
+    """A frozen ViT that is not an nn.Module, so that no state dict, optimizer, train mode or copy includes it."""
 
     def __init__(self, config: FoundationConfig) -> None:
         self.config = config
@@ -181,7 +172,7 @@ class Foundation:
         return foundation, (self.config,)
 
     def to(self, device: torch.device) -> "Foundation":
-        """Follow the images to their device; nothing happens where it already is there."""
+        """Move to the images' device, if elsewhere."""
         if self.mean.device != device:
             self.vit.to(device)
             self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -190,14 +181,14 @@ class Foundation:
     def block(self, index: int) -> nn.Module:
         """Block ``index``, counted from 0."""
         if not 0 <= index < self.depth:
-            raise ValueError(f"block {index} is beyond {self.config.name}: choose 0 to {self.depth - 1}.")
+            raise ValueError(f"block must be 0 to {self.depth - 1} for {self.config.name}, got {index}.")
         return self.vit.blocks[index]
 
     def linear(self, block: int, target: str) -> nn.Linear:
         """The linear layer ``target`` (such as attn.qkv) of a block."""
         layers = {name: layer for name, layer in self.block(block).named_modules() if isinstance(layer, nn.Linear)}
         if target not in layers:
-            raise ValueError(f"target {target!r} is no linear layer of block {block}: choose from {', '.join(layers)}.")
+            raise ValueError(f"target must be one of {', '.join(layers)} in block {block}, got {target!r}.")
         return layers[target]
 
     @torch.no_grad()
@@ -236,6 +227,31 @@ class Foundation:
                 hook.remove()
 
 
+class FrozenViTNet(Net):
+    """A net on the frozen ViT, whose blocks before ``entry`` are constant: their output can be cached.
+
+    Args:
+        model: the frozen ViT.
+        entry: the first block that is not constant; the depth of the ViT, where only its features are used, if None.
+    """
+
+    foundation: Foundation
+
+    def __init__(self, model: Foundation, entry: int | None = None) -> None:
+        super().__init__()
+        self.foundation, self.entry = model, model.depth if entry is None else entry
+
+    @property
+    def prefix_key(self) -> str:
+        """The ViT's weights, its input size and ``entry``."""
+        return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.entry}"
+
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """Tokens (B, N, width) that enter block ``entry``; features (B, width) at the depth."""
+        model = self.foundation.to(images.device)
+        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self.entry)
+
+
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of a module's weights."""
     digest = hashlib.sha256()
@@ -249,7 +265,7 @@ _shared: dict[tuple[FoundationConfig, float | None], Foundation] = {}
 
 
 def foundation(config: FoundationConfig) -> Foundation:
-    """The process's one object for this configuration; a weights file that changed on disk is read anew."""
+    """The process's one object for this configuration; a weights file that changed on disk is read again."""
     path = Path(config.weights)
     key = config, path.stat().st_mtime if path.is_file() else None
     if key not in _shared:
@@ -258,7 +274,7 @@ def foundation(config: FoundationConfig) -> Foundation:
 
 
 def _reads_first_token(vit: Any) -> bool:
-    """Whether the head reads nothing but the class token; a subclass may read others, as DeiT's distilled models do."""
+    """Whether the head reads the class token only; a subclass may read others, as DeiT's distilled models do."""
     from timm.models.vision_transformer import VisionTransformer
 
     plain = all(getattr(type(vit), name) is getattr(VisionTransformer, name) for name in ("forward_head", "pool"))
@@ -275,7 +291,7 @@ def _create(config: FoundationConfig) -> nn.Module:
     try:
         vit = timm.create_model(config.name, pretrained=config.weights == "timm", num_classes=0, **size)
     except TypeError as error:
-        raise ValueError(f"foundation {config.name!r} takes no image_size: {suitable}.") from error
+        raise ValueError(f"foundation {config.name!r} does not support image_size: {suitable}.") from error
     except Exception as error:  # failed downloads raise whatever the client library raises
         fix = "name a safetensors file in weights, or 'random'" if config.weights == "timm" else suitable
         raise ValueError(
@@ -289,7 +305,7 @@ def _create(config: FoundationConfig) -> nn.Module:
         )
     patch = vit.patch_embed.patch_size[0]
     if config.image_size is not None and config.image_size % patch:
-        raise ValueError(f"image_size {config.image_size} is no multiple of the {patch} pixels of a patch: choose one.")
+        raise ValueError(f"image_size must be a multiple of the patch size {patch}, got {config.image_size}.")
     if config.weights not in ("timm", "random"):
         _load(vit, GLYPH_WEIGHTS if config.weights == "bundled" else Path(config.weights), config)
     for name, value in vit.state_dict().items():
@@ -306,7 +322,7 @@ def _load(vit: Any, path: Path, config: FoundationConfig) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     if not path.is_file():
-        raise ValueError(f"weights {str(path)!r} is no file: give a safetensors file, 'timm', 'bundled' or 'random'.")
+        raise ValueError(f"weights must be a safetensors file, 'timm', 'bundled' or 'random', got {str(path)!r}.")
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -335,7 +351,7 @@ def _load(vit: Any, path: Path, config: FoundationConfig) -> None:
 
 
 def _without_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names as the ViT itself has them, where wrappers such as DistributedDataParallel put theirs before them."""
+    """Names without the prefixes of wrappers such as DistributedDataParallel."""
     found = sorted({match[1] for name in state if (match := WRAPPED.fullmatch(name))})
     if len(found) > 1:
         raise ValueError(
@@ -346,7 +362,7 @@ def _without_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def check_timm_name(name: str, field: str) -> None:
-    """Refuse a name that timm does not know, with the nearest ones that it does."""
+    """Raise ValueError for a name that timm does not know, with the nearest known ones."""
     import timm
 
     if not timm.is_model(name):
@@ -357,7 +373,7 @@ def check_timm_name(name: str, field: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, in at most 160 characters that end with a word and without a full stop."""
+    """Message of another library's error in at most 160 characters, cut at a word, without a full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
     return textwrap.shorten(line.rstrip("."), 160, placeholder=" ...")

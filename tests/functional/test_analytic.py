@@ -119,5 +119,5 @@ def test_one_sample_of_one_class_has_a_solution():
 @pytest.mark.parametrize("shrinkage", [0.0, -0.1, 1.1, float("nan")])
 def test_a_covariance_without_an_inverse_is_refused(shrinkage):
     sums = moment_sums(*draw(0, [4] * CLASSES), CLASSES)
-    with pytest.raises(ValueError, match=f"shrinkage {shrinkage}"):
+    with pytest.raises(ValueError, match=rf"shrinkage must be in \(0, 1\], got {shrinkage}"):
         discriminant_solution(sums, shrinkage)

@@ -7,7 +7,7 @@ from fedlscl.functional.objectives import (
     consistency,
     consolidation,
     cross_entropy,
-    distillation,
+    knowledge_distillation,
     proximal,
     sample_losses,
 )
@@ -153,7 +153,7 @@ def answers(draw):
 def test_gradient_of_the_distillation_is_the_difference_of_the_softmaxes(case):
     """T (softmax(s / T) - softmax(t / T)) / B, with the factor T^2 in the loss."""
     student, teacher, temperature = case
-    value = distillation(student, teacher, temperature)
+    value = knowledge_distillation(student, teacher, temperature)
     assert value.item() >= -1e-5
     value.backward()
     s, t = (student.detach() / temperature).softmax(1), (teacher / temperature).softmax(1)
@@ -163,7 +163,7 @@ def test_gradient_of_the_distillation_is_the_difference_of_the_softmaxes(case):
 @given(answers())
 def test_distillation_of_equal_answers_is_exactly_zero_and_its_gradient_vanishes(case):
     student, _, temperature = case
-    value = distillation(student, student.detach().clone(), temperature)
+    value = knowledge_distillation(student, student.detach().clone(), temperature)
     value.backward()
     assert value.item() == 0.0
     torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-6)
@@ -172,6 +172,10 @@ def test_distillation_of_equal_answers_is_exactly_zero_and_its_gradient_vanishes
 @given(answers(), st.floats(-10, 10))
 def test_a_constant_added_to_all_logits_of_either_model_changes_nothing(case, constant):
     student, teacher, temperature = case
-    plain = distillation(student, teacher, temperature).item()
-    assert distillation(student + constant, teacher, temperature).item() == pytest.approx(plain, rel=1e-3, abs=1e-4)
-    assert distillation(student, teacher + constant, temperature).item() == pytest.approx(plain, rel=1e-3, abs=1e-4)
+    plain = knowledge_distillation(student, teacher, temperature).item()
+    assert knowledge_distillation(student + constant, teacher, temperature).item() == pytest.approx(
+        plain, rel=1e-3, abs=1e-4
+    )
+    assert knowledge_distillation(student, teacher + constant, temperature).item() == pytest.approx(
+        plain, rel=1e-3, abs=1e-4
+    )

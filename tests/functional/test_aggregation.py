@@ -112,7 +112,7 @@ def test_where_one_client_moved_the_average_moves_by_its_share(case):
 
 @pytest.mark.parametrize("weights", [[0, 0], [float("nan"), 1]])
 def test_weights_that_count_nobody_are_refused(weights):
-    with pytest.raises(ValueError, match="at least one client must count"):
+    with pytest.raises(ValueError, match="weights must have a positive sum"):
         weighted_average([{"w": torch.zeros(1)}] * 2, weights)
 
 
