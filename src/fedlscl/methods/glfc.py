@@ -393,9 +393,8 @@ class GLFC(FedAvg):
         model = self.average([replace(upload, payload=without_proxy(upload.payload)) for upload in uploads])
         met = self.proxy.add_classes([upload.class_counts for upload in uploads], progress.task)
         gradients = [upload.payload[GRADIENTS] for upload in uploads if GRADIENTS in upload.payload]
-        is_shift = False
+        encoder, is_shift = PrototypeEncoder(len(met), self.prototype_size), False
         if gradients:
-            encoder = PrototypeEncoder(len(met), self.prototype_size)
             is_shift = self.proxy.add_prototypes(
                 torch.cat(gradients), encoder, progress.task, self.reconstruction_steps, self.monitor_images
             )
