@@ -89,7 +89,7 @@ class Table(Net):
 def test_the_proxy_finds_best_what_is_not_worse_among_classes_that_somebody_met():
     proxy = Proxy()
     right, wrong = torch.tensor([[1.0, 0, 9], [0, 1, 9]]), torch.tensor([[0.0, 1, 9], [0, 1, 9]])
-    assert proxy.meet([torch.tensor([4, 0, 0]), torch.tensor([0, 2, 0])], task=3).tolist() == [3, 3, -1]
+    assert proxy.add_classes([torch.tensor([4, 0, 0]), torch.tensor([0, 2, 0])], task=3).tolist() == [3, 3, -1]
     assert not proxy.is_best(Table(right))
     images = torch.tensor([0.0, 1])[:, None, None, None].expand(-1, 3, 2, 2)
     proxy.state |= {"images": images, "labels": torch.tensor([0, 1]), "best": torch.tensor(-1.0)}
@@ -182,5 +182,5 @@ def test_the_model_is_averaged_as_in_fedavg(make, trainer):
 
 
 def test_a_frozen_vit_is_refused(make):
-    with pytest.raises(ValueError, match=r"GLFC trains a CNN: .* small_model"):
+    with pytest.raises(ValueError, match="GLFC does not support `foundation`: set `small_model`"):
         make(foundation=FoundationConfig(name="test_vit", weights="random"))

@@ -5,7 +5,7 @@ import torch
 
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.methods.lorm import LoRM, merge_head, pack, regression_mean, shares
+from fedlscl.methods.lorm import LoRM, merge_head, pack_gram, regression_mean, shares
 
 TINY = {"local_epochs": 1, "batch_size": 8, "num_tasks": 2, "rank": 2, "lr": 0.01}
 LAYERS = 24
@@ -87,7 +87,7 @@ def test_only_the_trained_factor_the_head_and_grams_travel(run):
 
 
 def test_the_server_merges_by_what_the_clients_sent(run):
-    """Round 1: reading factors by column; then the last round's B through the merged A."""
+    """Round 1: A by column; then the last round's B through the merged A."""
     (progress, uploads, answers) = run.method.rounds[1]
     assert progress == Progress(0, 1)
     name = "lora.3.down.0"
@@ -153,7 +153,7 @@ def test_until_the_server_answers_tasks_count_alike(foundation_config, federate)
 
 
 def head_upload(client, counts, weight, gram):
-    payload = {"head.weight": weight, "head.bias": weight[:, 0].clone(), "gram.head": pack(gram)}
+    payload = {"head.weight": weight, "head.bias": weight[:, 0].clone(), "gram.head": pack_gram(gram)}
     return Upload(client=client, task=0, round=0, payload=payload, class_counts=torch.tensor(counts))
 
 
@@ -193,7 +193,7 @@ def test_other_configurations_train(foundation_config, federate, options):
     assert trainer.matrix.of("task")[:, 0, 0].mean() > 0.5
 
 
-def test_whole_grams_are_sent_as_triangles_in_rounds_of_reading_factors(foundation_config, federate):
+def test_whole_grams_are_sent_as_triangles_in_rounds_of_down_projections(foundation_config, federate):
     method = Watched(foundation=foundation_config, **TINY, alpha_backbone=0.5, blocks=(0,), targets=("attn.qkv",))
     method.turns, method.rounds = [], []
     trainer = federate(method, rounds_per_task=2, max_tasks=1)

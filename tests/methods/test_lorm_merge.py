@@ -7,12 +7,12 @@ from torch import nn
 from fedlscl.methods.lorm import (
     diagonal,
     input_grams,
-    pack,
+    pack_gram,
     project,
     regression_mean,
     shares,
     shrink,
-    unpack,
+    unpack_gram,
 )
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -43,14 +43,14 @@ def gradient(weight, *arguments):
 
 @given(layers())
 def test_the_mean_minimises_the_clients_output_differences(case):
-    """Reading factors A with a shared B, and the head: the gradient of the quadratic is zero."""
+    """Down-projections A with a shared B, and the head: the gradient of the quadratic is zero."""
     inputs, grams, weights = case
     merged = regression_mean(weights, grams, epsilon=0)
     assert gradient(merged, inputs, weights).abs().max() < 1e-7 * (1 + sum(g.abs().max() for g in grams))
 
 
 @given(layers(), st.integers(1, 2), st.data())
-def test_writing_factors_minimise_it_through_a_shared_reading_factor(case, rank, data):
+def test_up_projections_minimise_it_through_a_shared_down_projection(case, rank, data):
     """B = (sum B_i A G_i A^T) (A sum G_i A^T)^-1 is the regression mean with Grams A G_i A^T."""
     inputs, grams, weights = case
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
@@ -151,8 +151,8 @@ def test_shrinking_keeps_the_diagonal(case, alpha):
 def test_packing_is_lossless(case):
     gram = (case[1][0] + case[1][0].mT) / 2
     d = len(gram)
-    assert len(pack(gram)) == d * (d + 1) // 2 and torch.equal(unpack(pack(gram), d), gram)
-    assert torch.equal(unpack(pack(diagonal(gram)), d), diagonal(gram))
+    assert len(pack_gram(gram)) == d * (d + 1) // 2 and torch.equal(unpack_gram(pack_gram(gram), d), gram)
+    assert torch.equal(unpack_gram(pack_gram(diagonal(gram)), d), diagonal(gram))
 
 
 def test_grams_are_of_what_enters_each_layer():
