@@ -74,8 +74,9 @@ class DecomposedConv(nn.Module):
         return base + (self.adaptive[self.task] if self.training else self.sparse_adaptive()) + self.attended()
 
     def sparse_adaptive(self) -> Tensor:
-        """A_t of the selected task without small entries, as it is sent."""
-        return hard_threshold(self.adaptive[self.task], self.threshold)
+        """A_t of the selected task without entries up to ``threshold`` in size, as it is sent."""
+        values = self.adaptive[self.task]
+        return torch.where(values.abs() > self.threshold, values, 0)
 
     def attended(self) -> Tensor:
         """The attention term of the selected task."""
@@ -159,23 +160,19 @@ class DecomposedClassifier(Net):
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
         """Classify stored images (B, 3, h, w)."""
-        current = self.task
-        self._select(current)
+        self._select(self.task)
         features = self.small(images)
         logits = self.head(features)
-        tasks = self.task_of.unique().tolist()
-        if self.training or tasks == [-1]:
+        if self.training or self.task_of.max() < 0:
             return Classification(features, logits)
         log_probabilities = torch.full_like(logits, UNKNOWN, dtype=torch.float32)
-        for task in tasks:
-            classes = (self.task_of == task).nonzero().flatten()
-            if task == current:
-                log_probabilities[:, classes] = logits[:, classes].float().log_softmax(1)
-            elif task >= 0:
+        for task in range(self.task, -1, -1):
+            if task < self.task:
                 self._select(task)
-                earlier = self.head(self.small(images))
-                log_probabilities[:, classes] = earlier[:, classes].float().log_softmax(1)
-        self._select(current)
+                logits = self.head(self.small(images))
+            classes = (self.task_of == task).nonzero().flatten()
+            log_probabilities[:, classes] = logits[:, classes].float().log_softmax(1)
+        self._select(self.task)
         return Classification(features, log_probabilities)
 
     def _select(self, task: int) -> None:
@@ -236,16 +233,6 @@ class DecompositionModule(ClassificationModule):
 
 def _total(values: Iterable[Tensor]) -> Tensor:
     return torch.stack([value.sum() for value in values]).sum()
-
-
-def hard_threshold(values: Tensor, threshold: float) -> Tensor:
-    """Values with zeros instead of those of size ``threshold`` or less.
-
-    Example:
-        >>> hard_threshold(torch.tensor([-2.0, 1.0, 0.5]), 1.0)
-        tensor([-2.,  0.,  0.])
-    """
-    return torch.where(values.abs() > threshold, values, 0)
 
 
 def largest(values: Tensor, sparsity: float) -> Tensor:

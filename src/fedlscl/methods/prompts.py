@@ -51,10 +51,19 @@ class PromptMethod(Method):
 
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
+    lambda_pull: float = 0.1
+    """Weight of the pull of keys towards queries."""
     max_norm: float = 1.0
     """Norm to which gradients are clipped."""
     batch_size: int = 16
     """Images per step; the official rates are 0.03 * batch_size / 256, ours Adam's `lr`."""
+
+    def _stage(
+        self, name: str, client: Client, net: Net, slots: Tensor | None = None, lr_of: dict[str, float] | None = None
+    ) -> Stage:
+        options: dict[str, Any] = {"lr": self.lr, "lr_of": lr_of, "max_norm": self.max_norm}
+        module = PromptingModule(net, self.lambda_pull, client.classes, slots, **options)
+        return Stage(name, module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
 
 @dataclass(kw_only=True)
@@ -77,8 +86,6 @@ class FedL2P(PromptMethod):
     """N: prompts per image."""
     vote: bool = True
     """In training all images of a batch get the prompts that most of them chose; never at test time."""
-    lambda_pull: float = 0.1
-    """Weight of the pull of keys towards queries."""
 
     def build_net(self, client: int, num_classes: int) -> Net:
         """A prompted ViT."""
@@ -87,8 +94,7 @@ class FedL2P(PromptMethod):
 
     @override
     def stages(self, client: Client) -> Iterator[Stage]:
-        module = PromptingModule(client.net, self.lambda_pull, client.classes, lr=self.lr, max_norm=self.max_norm)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        yield self._stage("train", client, client.net)
 
 
 @dataclass(kw_only=True)
@@ -138,11 +144,7 @@ class FedDualP(PromptMethod):
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train the general prefix, the task's expert and its key, and the head."""
         slots = torch.full((len(client.net.head.weight),), client.task)
-        module = PromptingModule(
-            client.net, self.lambda_pull, client.classes, slots,
-            lr=self.lr, lr_of={"keys": self.key_lr}, max_norm=self.max_norm,
-        )  # fmt: skip
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        yield self._stage("train", client, client.net, slots, {"keys": self.key_lr})
 
 
 class MultiGranularityViT(Net):
@@ -183,10 +185,6 @@ class MultiGranularityViT(Net):
     def frozen_prefix(self, images: Tensor) -> Tensor:
         """Features (B, width) of the plain ViT, the coarse query."""
         return self.coarse.frozen_prefix(images)
-
-    def add_classes(self, classes: Tensor, task: int) -> None:
-        """Assign new classes (C,) to the head of ``task``."""
-        self.task_of_class[classes] = task
 
     def forward(self, images: Tensor, prefix: Tensor | None = None, slots: Tensor | None = None) -> Prompted:
         """Classify stored images (B, 3, h, w) with the prefixes of classes ``slots`` (B,), or of the nearest keys.
@@ -243,8 +241,6 @@ class FedMGP(PromptMethod):
     """Private heads, one for each task of the stream."""
     key_lr: float = 0.01
     """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
-    lambda_pull: float = 0.1
-    """Weight of the pull of keys towards queries, in both phases."""
 
     def build_net(self, client: int, num_classes: int) -> Net:
         """A coarse and a fine part over one ViT."""
@@ -255,18 +251,13 @@ class FedMGP(PromptMethod):
     @override
     def begin_task(self, client: Client) -> None:
         require_modules(client, self.num_tasks)
-        client.net.add_classes(client.classes, client.task)
+        client.net.task_of_class[client.classes] = client.task
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Phase 1 trains the coarse part; phase 2 the fine one, each image with the prefix of its class."""
-        net = client.net
-        options: dict[str, Any] = {"lr": self.lr, "max_norm": self.max_norm}
-        coarse = PromptingModule(net.coarse, self.lambda_pull, client.classes, **options)
-        yield Stage("coarse", coarse, client.loader(client.train_ids, self.batch_size), self.local_epochs)
-        slots = torch.arange(len(net.head.weight))
-        options["lr_of"] = {"fine_keys": self.key_lr}
-        fine = PromptingModule(net, self.lambda_pull, client.classes, slots, **options)
-        yield Stage("fine", fine, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        yield self._stage("coarse", client, client.net.coarse)
+        classes = torch.arange(len(client.net.head.weight))
+        yield self._stage("fine", client, client.net, classes, {"fine_keys": self.key_lr})
 
     def upload(self, client: Client) -> Payload:
         """P_g, its keys and h_g; no private module."""

@@ -255,19 +255,7 @@ class InversionModule(Learner):
     """Train noise and a copy of the synthesizer towards images of given classes on which teacher and student disagree.
 
     Gradients add up in ``slow``, the synthesizer that remains (FOMAML); ``best`` is the batch of the lowest objective
-    so far.
-
-    Args:
-        net: the copy of the synthesizer, trainable noise and the teacher.
-        student: is not trained here.
-        slow: the synthesizer.
-        classes: columns of the teacher and the student.
-        averages: BatchNorm statistics of earlier batches.
-        lambda_label: weight of the cross-entropy.
-        lambda_norm: weight of the distance from the BatchNorm statistics.
-        lambda_adversarial: weight of the disagreement.
-        lr_noise: learning rate of the noise.
-        optimisation: Learner's lr and so on.
+    so far. ``classes`` are the columns of teacher and student; ``averages`` those of earlier batches.
     """
 
     def __init__(
