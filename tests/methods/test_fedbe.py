@@ -54,7 +54,7 @@ def test_clients_train_and_send_their_blocks_and_the_head(run):
         assert len(blocks) == len(set(blocks)) == (2 if client.id == 1 else 1)
 
 
-def test_every_block_is_somebodys_in_every_round(run):
+def test_every_block_is_allocated_in_every_round(run):
     """Capacities 1 + 2 + 1 suffice for three blocks."""
     for uploads, answers in run.method.rounds:
         for messages in (uploads, answers):
@@ -74,7 +74,7 @@ def test_a_block_is_the_mean_of_those_who_trained_it(run):
                 assert all(torch.equal(answers[0][name], trainers[0].payload[name]) for name in names)
 
 
-def test_a_block_that_nobody_trained_stays(foundation_config, federate, make_data):
+def test_a_block_that_no_client_trained_is_unchanged(foundation_config, federate, make_data):
     """Two clients of capacity one leave one of three blocks alone."""
     trainer = watch(federate, foundation_config, make_data(), capacities=(1,), rounds_per_task=1)
     uploads, answers = trainer.method.rounds[0]
@@ -145,7 +145,7 @@ def test_the_allocation_outlives_a_restart(run, foundation_config):
 
 
 def test_first_blocks_need_no_message(foundation_config):
-    """Before the server's first word they go round by the clients' numbers."""
+    """Before the first allocation: consecutive blocks in the order of the clients."""
     method = FedBE(foundation=foundation_config, num_expanded=4, capacities=(2, 1))
     chosen = [method._blocks(type("Client", (), {"id": i, "memory": {}})) for i in range(4)]
     assert chosen == [[0, 1], [2], [0, 3], [1]]

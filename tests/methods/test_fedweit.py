@@ -39,7 +39,7 @@ def test_a_channel_is_the_mean_over_its_senders_and_zero_is_a_number():
     assert mean.tolist() == [[3.0], [0.0]] and sent.tolist() == [True, False, True]
 
 
-def test_a_channel_that_nobody_sends_stays_as_it_is_on_every_client(trainer):
+def test_a_channel_that_no_client_sends_is_unchanged_on_every_client(trainer):
     method = trainer.method
     for client in trainer.clients:
         name, layer = next(iter(client.net.convolutions.items()))
@@ -89,7 +89,7 @@ def test_an_earlier_tasks_parts_stay_to_the_bit(trainer, federate, small):
         assert not any(torch.equal(later[name], expected[name]) for name in trained)
 
 
-def test_heads_and_norms_stay_at_home(trainer):
+def test_heads_and_norms_are_not_sent(trainer):
     weights = [client.net.head.weight for client in trainer.clients]
     assert not torch.equal(*weights)
     base = [[layer.conv.weight for layer in client.net.convolutions.values()] for client in trainer.clients]

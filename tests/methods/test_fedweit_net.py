@@ -70,7 +70,7 @@ def test_what_is_sent_and_evaluated_has_no_small_entry(layer):
     torch.testing.assert_close(difference, layer.adaptive[0] - sent)
 
 
-def test_a_task_that_is_put_away_answers_as_before_whatever_others_send_later(layer):
+def test_a_folded_task_predicts_as_before_after_later_downloads(layer):
     before = layer.eval().weight().detach().clone()
     layer.fold()
     layer.is_current = False

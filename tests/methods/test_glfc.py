@@ -75,7 +75,7 @@ def test_gradients_are_sent_once_per_task_and_without_labels(trainer):
 
 
 class Table(Net):
-    """Logits by the first pixel, whatever it trains."""
+    """Logits that are looked up by the first pixel."""
 
     def __init__(self, logits):
         super().__init__()
@@ -86,7 +86,7 @@ class Table(Net):
         return Classification(chosen, chosen)
 
 
-def test_the_proxy_finds_best_what_is_not_worse_among_classes_that_somebody_met():
+def test_the_proxy_finds_best_what_is_not_worse_among_classes_so_far():
     proxy = Proxy()
     right, wrong = torch.tensor([[1.0, 0, 9], [0, 1, 9]]), torch.tensor([[0.0, 1, 9], [0, 1, 9]])
     assert proxy.add_classes([torch.tensor([4, 0, 0]), torch.tensor([0, 2, 0])], task=3).tolist() == [3, 3, -1]
@@ -160,10 +160,10 @@ def test_which_classes_take_part(make, trainer):
     client = trainer.clients[0]
     own, old = make(bce_classes="client_seen")._classes(client)
     assert own.equal(client.seen) and old.equal(client.old)
-    everybodys, old = make()._classes(client)
+    columns, old = make()._classes(client)
     others = torch.cat([c.seen for c in trainer.clients]).unique()
     earlier = torch.cat([c.old for c in trainer.clients]).unique()
-    assert everybodys.equal(others) and old.equal(earlier[~torch.isin(earlier, client.classes)])
+    assert columns.equal(others) and old.equal(earlier[~torch.isin(earlier, client.classes)])
 
 
 def test_the_model_is_averaged_as_in_fedavg(make, trainer):

@@ -159,7 +159,7 @@ def head_upload(client, counts, weight, gram):
 
 @pytest.fixture
 def heads():
-    """Class 0 is the first client's, 1 the second's, 2 of both, 3 of nobody."""
+    """Class 0 is the first client's, 1 the second's, 2 of both, 3 of neither."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 30, generator=generator)
     weights, grams = torch.randn(2, 4, 5, generator=generator), x @ x.mT
@@ -172,9 +172,9 @@ def test_a_private_class_keeps_its_owners_row(heads):
     rows = [upload.payload["head.weight"] for upload in heads]
     assert torch.equal(merged[0], rows[0][0]) and torch.equal(merged[1], rows[1][1])
     assert torch.equal(merged[3], rows[0][3])
-    everybody = merge_head(heads, "average")
-    torch.testing.assert_close(merged[2], everybody["head.weight"][2])
-    assert not torch.allclose(everybody["head.weight"][0], rows[0][0])
+    among_all = merge_head(heads, "average")
+    torch.testing.assert_close(merged[2], among_all["head.weight"][2])
+    assert not torch.allclose(among_all["head.weight"][0], rows[0][0])
 
 
 def test_biases_are_averaged_by_samples(heads):

@@ -91,7 +91,7 @@ def test_one_client_keeps_its_own_bit_for_bit(case):
 
 
 @given(layers(clients=(2, 4)), st.booleans())
-def test_what_all_agree_on_survives_where_nobody_has_inputs(case, is_diagonal):
+def test_common_weights_survive_in_directions_without_inputs(case, is_diagonal):
     """A pseudo-inverse would return zeros there: |W| = |W merged - W|."""
     _, grams, weights = case
     dead = len(grams[0]) // 2
