@@ -1,9 +1,14 @@
+import lightning
 import pytest
 import torch
 from hypothesis import settings
+from lightning.fabric import Fabric
 
 from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.federated.cache import PrefixCache
+from fedlscl.federated.engine import Engine
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import CollaboratorConfig
 from fedlscl.nets.vit import FoundationConfig
 
@@ -58,3 +63,47 @@ def federate(make_data):
         return trainer
 
     return run
+
+
+@pytest.fixture
+def small_net():
+    torch.manual_seed(0)
+    return SmallClassifier("test_resnet", 6, image_size=16)
+
+
+@pytest.fixture(scope="session")
+def data(make_data):
+    return make_data()
+
+
+@pytest.fixture(scope="session")
+def engine(data):
+    return Engine(Fabric(accelerator="cpu"), PrefixCache(data, 0, torch.float32))
+
+
+@pytest.fixture
+def stock():
+    """A stock trainer that writes nothing."""
+
+    def make(**options):
+        return lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **({"max_epochs": 1} | options),
+        )
+
+    return make
+
+
+@pytest.fixture
+def batches(data):
+    """A loader over the first client's first task, in the same order at every call."""
+
+    def make(client=0, task=0):
+        stream = data.stream(client)
+        return stream.loader(stream.train_ids(task), 6, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+    return make

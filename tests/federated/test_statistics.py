@@ -79,8 +79,8 @@ SPOILT = [
     ("FedRidge", times("gram", -1), "gram is not symmetric"),
     ("FedRidge", times("products", 2), "products count other samples"),
     ("FedNCM", times("means", 1.5), "means are larger than those of unit features"),
-    ("LoRM", times("gram.head", -1), "gram.head is no Gram"),
-    ("LoRM", times("gram.0", -1), "gram.0 is no Gram"),
+    ("LoRM", times("gram.head", -1), "gram.head must be positive semidefinite"),
+    ("LoRM", times("gram.0", -1), "gram.0 must be positive semidefinite"),
 ]
 
 

@@ -55,7 +55,7 @@ def test_clients_train_and_send_their_blocks_and_the_head(run):
         assert len(blocks) == len(set(blocks)) == (2 if client.id == 1 else 1)
 
 
-def test_every_block_is_somebodys_in_every_round(run):
+def test_every_block_is_allocated_in_every_round(run):
     """Capacities 1 + 2 + 1 suffice for three blocks."""
     for uploads, answers in run.method.rounds:
         for messages in (uploads, answers):
@@ -75,7 +75,7 @@ def test_a_block_is_the_mean_of_those_who_trained_it(run):
                 assert all(torch.equal(answers[0][name], trainers[0].payload[name]) for name in names)
 
 
-def test_a_block_that_nobody_trained_stays(foundation_config, federate, make_data):
+def test_a_block_that_no_client_trained_is_unchanged(foundation_config, federate, make_data):
     """Two clients of capacity one leave one of three blocks alone."""
     trainer = watch(federate, foundation_config, make_data(), capacities=(1,), rounds_per_task=1)
     uploads, answers = trainer.method.rounds[0]
@@ -146,7 +146,7 @@ def test_the_allocation_outlives_a_restart(run, foundation_config):
 
 
 def test_first_blocks_need_no_message(foundation_config):
-    """Before the server's first word they go round by the clients' numbers."""
+    """Before the first allocation: consecutive blocks in the order of the clients."""
     method = FedBE(foundation=foundation_config, num_expanded=4, capacities=(2, 1))
     chosen = [method._blocks(type("Client", (), {"id": i, "memory": {}})) for i in range(4)]
     assert chosen == [[0, 1], [2], [0, 3], [1]]
@@ -175,5 +175,5 @@ def test_it_learns_the_first_task(foundation_config, federate, make_data):
 
 @pytest.mark.parametrize("capacities", [(), (2, 0)])
 def test_clients_without_blocks_are_refused(foundation_config, capacities):
-    with pytest.raises(ValueError, match="leave clients without a block: give 1 or more each"):
+    with pytest.raises(ValueError, match=r"capacities must be one or more numbers >= 1, got \["):
         FedBE(foundation=foundation_config, **TINY, capacities=capacities).build_net(0, StreamShape(6))

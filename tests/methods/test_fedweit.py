@@ -3,7 +3,7 @@ import torch
 
 from fedlscl.functional.aggregation import masked_average
 from fedlscl.methods import FedWeIT
-from fedlscl.methods.fedweit import BASE, BITS, SENT, VALUES, unpack
+from fedlscl.methods.fedweit import BASE, BITS, SENT, VALUES, unpack_sparse
 from fedlscl.nets.vit import FoundationConfig
 
 
@@ -39,7 +39,7 @@ def test_a_channel_is_the_mean_over_its_senders_and_zero_is_a_number():
     assert mean.tolist() == [[3.0], [0.0]] and sent.tolist() == [True, False, True]
 
 
-def test_a_channel_that_nobody_sends_stays_as_it_is_on_every_client(trainer):
+def test_a_channel_that_no_client_sends_is_unchanged_on_every_client(trainer):
     method = trainer.method
     for client in trainer.clients:
         name, layer = next(iter(client.net.convolutions.items()))
@@ -72,7 +72,7 @@ def test_attention_gets_every_clients_weights_of_the_task_before(trainer):
     for client in trainer.clients:
         for name, layer in client.net.convolutions.items():
             for j, upload in enumerate(uploads):
-                sent = unpack(upload.payload[VALUES + name], upload.payload[BITS + name], layer.anchor.shape)
+                sent = unpack_sparse(upload.payload[VALUES + name], upload.payload[BITS + name], layer.anchor.shape)
                 assert torch.equal(layer.knowledge[j], sent)
                 assert not ((sent != 0) & (sent.abs() <= 1e-3)).any()
 
@@ -81,7 +81,7 @@ def test_an_earlier_tasks_parts_stay_to_the_bit(trainer, federate, small):
     """What the first task left behind is the same after a round of the second and after two; its norms, too."""
     short = federate(FedWeIT(**small, lr=0.01), rounds_per_task=2, max_tasks=1)
     for client, earlier in zip(trainer.clients, short.clients, strict=True):
-        earlier.net.begin(client.data.classes(1), 1)
+        earlier.net.begin_task(client.data.classes(1), 1)
         later, expected = client.net.state_dict(), earlier.net.state_dict()
         frozen = [n for n in later if n.endswith((".adaptive.0", ".mask.0", ".attention.0")) or ".norms.0." in n]
         assert len(frozen) > 3 * 15 and all(torch.equal(later[name], expected[name]) for name in frozen)
@@ -89,7 +89,7 @@ def test_an_earlier_tasks_parts_stay_to_the_bit(trainer, federate, small):
         assert not any(torch.equal(later[name], expected[name]) for name in trained)
 
 
-def test_heads_and_norms_stay_at_home(trainer):
+def test_heads_and_norms_are_not_sent(trainer):
     weights = [client.net.head.weight for client in trainer.clients]
     assert not torch.equal(*weights)
     base = [[layer.conv.weight for layer in client.net.convolutions.values()] for client in trainer.clients]
@@ -100,8 +100,11 @@ def test_heads_and_norms_stay_at_home(trainer):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"foundation": FoundationConfig(name="test_vit", weights="random")}, "FedWeIT trains a CNN: .* small_model"),
-        ({"sparsity": 1.0}, "sparsity 1.0 .* choose 0 to below 1"),
+        (
+            {"foundation": FoundationConfig(name="test_vit", weights="random")},
+            "FedWeIT does not support `foundation`",
+        ),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_what_cannot_work_is_refused(make, changed, message):

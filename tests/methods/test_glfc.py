@@ -75,7 +75,7 @@ def test_gradients_are_sent_once_per_task_and_without_labels(trainer):
 
 
 class Table(Net):
-    """Logits by the first pixel, whatever it trains."""
+    """Logits that are looked up by the first pixel."""
 
     def __init__(self, logits):
         super().__init__()
@@ -86,10 +86,10 @@ class Table(Net):
         return Classification(chosen, chosen)
 
 
-def test_the_proxy_finds_best_what_is_not_worse_among_classes_that_somebody_met():
+def test_the_proxy_finds_best_what_is_not_worse_among_classes_so_far():
     proxy = Proxy()
     right, wrong = torch.tensor([[1.0, 0, 9], [0, 1, 9]]), torch.tensor([[0.0, 1, 9], [0, 1, 9]])
-    assert proxy.meet([torch.tensor([4, 0, 0]), torch.tensor([0, 2, 0])], task=3).tolist() == [3, 3, -1]
+    assert proxy.add_classes([torch.tensor([4, 0, 0]), torch.tensor([0, 2, 0])], task=3).tolist() == [3, 3, -1]
     assert not proxy.is_best(Table(right))
     images = torch.tensor([0.0, 1])[:, None, None, None].expand(-1, 3, 2, 2)
     proxy.state |= {"images": images, "labels": torch.tensor([0, 1]), "best": torch.tensor(-1.0)}
@@ -160,10 +160,10 @@ def test_which_classes_take_part(make, trainer):
     client = trainer.clients[0]
     own, old = make(bce_classes="client_seen")._classes(client)
     assert own.equal(client.seen) and old.equal(client.old)
-    everybodys, old = make()._classes(client)
+    columns, old = make()._classes(client)
     others = torch.cat([c.seen for c in trainer.clients]).unique()
     earlier = torch.cat([c.old for c in trainer.clients]).unique()
-    assert everybodys.equal(others) and old.equal(earlier[~torch.isin(earlier, client.classes)])
+    assert columns.equal(others) and old.equal(earlier[~torch.isin(earlier, client.classes)])
 
 
 def test_the_model_is_averaged_as_in_fedavg(make, trainer):
@@ -182,5 +182,5 @@ def test_the_model_is_averaged_as_in_fedavg(make, trainer):
 
 
 def test_a_frozen_vit_is_refused(make):
-    with pytest.raises(ValueError, match=r"GLFC trains a CNN: .* small_model"):
+    with pytest.raises(ValueError, match="GLFC does not support `foundation`: set `small_model`"):
         make(foundation=FoundationConfig(name="test_vit", weights="random"))

@@ -88,7 +88,7 @@ def test_only_the_trained_factor_the_head_and_grams_travel(run):
 
 
 def test_the_server_merges_by_what_the_clients_sent(run):
-    """Round 1: reading factors by column; then the last round's B through the merged A."""
+    """Round 1: A by column; then the last round's B through the merged A."""
     (progress, uploads, answers) = run.method.rounds[1]
     assert progress == Progress(0, 1)
     name = "lora.3.down.0"
@@ -160,7 +160,7 @@ def head_upload(client, counts, weight, gram):
 
 @pytest.fixture
 def heads():
-    """Class 0 is the first client's, 1 the second's, 2 of both, 3 of nobody."""
+    """Class 0 is the first client's, 1 the second's, 2 of both, 3 of neither."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 30, generator=generator)
     weights, grams = torch.randn(2, 4, 5, generator=generator), x @ x.mT
@@ -173,9 +173,9 @@ def test_a_private_class_keeps_its_owners_row(heads):
     rows = [upload.payload["head.weight"] for upload in heads]
     assert torch.equal(merged[0], rows[0][0]) and torch.equal(merged[1], rows[1][1])
     assert torch.equal(merged[3], rows[0][3])
-    everybody = merge_head(heads, "average")
-    torch.testing.assert_close(merged[2], everybody["head.weight"][2])
-    assert not torch.allclose(everybody["head.weight"][0], rows[0][0])
+    among_all = merge_head(heads, "average")
+    torch.testing.assert_close(merged[2], among_all["head.weight"][2])
+    assert not torch.allclose(among_all["head.weight"][0], rows[0][0])
 
 
 def test_biases_are_averaged_by_samples(heads):
@@ -194,7 +194,7 @@ def test_other_configurations_train(foundation_config, federate, options):
     assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.5
 
 
-def test_whole_grams_are_sent_as_triangles_in_rounds_of_reading_factors(foundation_config, federate):
+def test_whole_grams_are_sent_as_triangles_in_rounds_of_down_projections(foundation_config, federate):
     method = Watched(foundation=foundation_config, **TINY, alpha_backbone=0.5, blocks=(0,), targets=("attn.qkv",))
     method.turns, method.rounds = [], []
     trainer = federate(method, rounds_per_task=2, max_tasks=1)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fedlscl.methods import MFCL, FedAvg
-from fedlscl.methods.data_free import CLASSES, MimickingModule
-from fedlscl.methods.mfcl import NET
+from fedlscl.methods.mfcl import NET, MimickingModule
+from fedlscl.methods.target import CLASSES
 from fedlscl.modules.learner import ClassificationModule
 from tiny_methods import SMALL, SYNTHESIS
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fedlscl.methods import TARGET, FedAvg
-from fedlscl.methods.data_free import CLASSES, ImitationModule, InversionModule
-from fedlscl.methods.target import IMAGES
+from fedlscl.methods.target import CLASSES, IMAGES, ImitationModule, InversionModule
 from tiny_methods import SMALL, SYNTHESIS
 
 SYNTHESIZED = {"synthesis_rounds": 3, "synthesis_steps": 2, "warmup_rounds": 1, "student_steps": 2, **SYNTHESIS}
@@ -50,10 +49,10 @@ def test_the_server_trains_after_the_last_round_of_every_task_but_the_last(run):
     assert weights == [0, 1, 1]
 
 
-def test_wished_classes_are_all_those_that_were_seen(run, make_data):
+def test_sampled_classes_are_all_those_that_were_seen(run, make_data):
     seen = torch.cat([client.data.classes(0) for client in run.clients]).unique()
     method = replace(run.method, synthesis_batch=200)
-    assert torch.equal(method._wish(seen).labels.unique(), seen)
+    assert torch.equal(method._sample_batch(seen).labels.unique(), seen)
     for _, stage in run.method.trained:
         assert torch.equal(stage.module.classes, seen)
         if stage.name == "synthesis":
@@ -80,5 +79,5 @@ def test_the_synthetic_set_comes_down_once_and_stays_with_the_clients(run):
 
 
 def test_a_foundation_is_refused(foundation_config):
-    with pytest.raises(ValueError, match="foundation is none of TARGET's: leave it out"):
+    with pytest.raises(ValueError, match="TARGET does not support `foundation`: set `small_model`"):
         TARGET(foundation=foundation_config)

@@ -1,12 +1,8 @@
 from copy import deepcopy
 
-import lightning
 import pytest
 import torch
-from lightning.fabric import Fabric
 
-from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.engine import Engine
 from fedlscl.modules.collaborative import CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import (
@@ -21,12 +17,6 @@ from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.heads import FoundationClassifier
 
 NUM_CLASSES = 6
-
-
-@pytest.fixture
-def small_net():
-    torch.manual_seed(0)
-    return SmallClassifier("test_resnet", NUM_CLASSES, image_size=16)
 
 
 @pytest.fixture
@@ -63,43 +53,5 @@ def make_module(request, collaborator_config, foundation_config):
         small = SmallClassifier("test_resnet", NUM_CLASSES, image_size=16)
         vit = FoundationClassifier(foundation_config, NUM_CLASSES)
         return MODULES[request.param](small, vit, Collaborator(collaborator_config, NUM_CLASSES))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def data(make_data):
-    return make_data()
-
-
-@pytest.fixture(scope="session")
-def engine(data):
-    return Engine(Fabric(accelerator="cpu"), PrefixCache(data, 0, torch.float32))
-
-
-@pytest.fixture
-def stock():
-    """A stock trainer that writes nothing."""
-
-    def make(**options):
-        return lightning.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **({"max_epochs": 1} | options),
-        )
-
-    return make
-
-
-@pytest.fixture
-def batches(data):
-    """A loader over the first client's first task, in the same order at every call."""
-
-    def make(client=0, task=0):
-        stream = data.stream(client)
-        return stream.loader(stream.train_ids(task), 6, shuffle=True, generator=torch.Generator().manual_seed(0))
 
     return make

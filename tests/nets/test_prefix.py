@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
-from fedlscl.nets.prompts import PrefixedViT, Prefixes, check_plain, embed, run_blocks
+from fedlscl.nets.prompts import PrefixedViT, Prefixes, embed, run_blocks
 from fedlscl.nets.vit import FoundationConfig, attend, fingerprint, foundation, run_block
 from reference import prompts as literal
 
@@ -163,8 +163,8 @@ def test_state_is_prefixes_keys_and_head_and_the_vit_stays_as_it_is(make_net, im
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"expert": (2, 6)}, r"block must be 0 to 5 for test_vit, got 6\."),
-        ({"expert": (1, 2)}, r"block 1 has a general and an expert prefix: give each block one\."),
+        ({"expert": (2, 6)}, r"block 6 is beyond test_vit: choose 0 to 5\."),
+        ({"expert": (1, 2)}, r"general and expert blocks must be disjoint, got \[1\] in both\."),
     ],
 )
 def test_blocks_that_take_no_prefix_are_refused_in_one_line(make_net, changed, words):
@@ -178,6 +178,6 @@ def test_blocks_that_take_no_prefix_are_refused_in_one_line(make_net, changed, w
 def test_a_block_written_in_another_way_is_refused_in_one_line(block):
     model = SimpleNamespace(block=lambda index: block, config=FoundationConfig(name="vit_odd"))
     with pytest.raises(
-        ValueError, match=r"^block 2 of vit_odd takes no prefix: choose a plain vit_\* or deit_\* model\.$"
+        ValueError, match=r"^foundation must be a plain vit_\* or deit_\* model, got vit_odd with block 2\.$"
     ):
-        check_plain(model, 2)
+        Prefixes(model, (2,), 1, 3)

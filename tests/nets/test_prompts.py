@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 from fedlscl.nets.net import prepare
-from fedlscl.nets.prompts import PromptedViT, PromptPool, insert, majority
+from fedlscl.nets.prompts import PromptedViT, PromptPool, insert_prompts, majority
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation
 from reference import prompts as literal
 
@@ -155,7 +155,7 @@ def test_other_poolings(name, make_net, images):
 def test_prompts_stand_behind_class_and_register_tokens(options, start, is_placed):
     vit = VisionTransformer(img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=0, **options)
     tokens, prompts = torch.randn(2, 4 + start, 16), torch.randn(2, 3, 16)
-    x = insert(SimpleNamespace(vit=vit), tokens, prompts)
+    x = insert_prompts(SimpleNamespace(vit=vit), tokens, prompts)
     assert torch.equal(x[:, :start], tokens[:, :start]) and torch.equal(x[:, start + 3 :], tokens[:, start:])
     assert torch.equal(x[:, start : start + 3], prompts + vit.pos_embed[:, :1] if is_placed else prompts)
 
@@ -179,5 +179,5 @@ def test_state_is_prompts_keys_and_head_and_the_vit_stays_as_it_is(make_net, ima
 
 @pytest.mark.parametrize("top", [0, 9])
 def test_a_choice_beyond_the_pool_is_refused_in_one_line(make_net, top):
-    with pytest.raises(ValueError, match=rf"^top {top} prompts of a pool of 8: choose 1 to 8\.$"):
+    with pytest.raises(ValueError, match=rf"^top must be between 1 and the pool's 8 prompts, got {top}\.$"):
         make_net(top=top)

@@ -1,8 +1,8 @@
-"""FedBE (Huo et al., arXiv 2506.05977): trainable blocks inserted into a frozen ViT, a part of them for each client.
+"""FedBE (Huo et al., arXiv 2506.05977): trainable blocks inserted into a frozen ViT, some of them for each client.
 
-Only abstract and introduction were at hand: new blocks are the only trainable ones, and the server hands each client
-some of them by its data and capacity, anew in every round. Block expansion is LLaMA Pro's (arXiv 2401.02415); the
-allocation rule, the blocks' places and all numbers are our reconstruction, not the authors'.
+Only abstract and introduction were available: new blocks are the only trainable ones, and the server allocates some of
+them to each client by its data and capacity, anew in every round. Block expansion is LLaMA Pro's (arXiv 2401.02415);
+the allocation rule, the positions of the blocks and all numbers are our reconstruction, not the authors'.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
@@ -21,61 +22,6 @@ from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.heads import make_head
 from fedlscl.nets.net import Classification, Net
 from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
-
-# Who trains which part of a model: blocks for clients by importance and label balance (FedBE).
-
-
-def allocate(
-    importance: Sequence[Sequence[float]], counts: Sequence[Sequence[int]], capacities: Sequence[int], beta: float
-) -> list[list[int]]:
-    """Give every client as many distinct blocks as its capacity says (our reconstruction).
-
-    Slot by slot, clients of large capacity first, each takes a block that nobody has, or else the one of highest
-    importance - beta KL(labels of the block's clients || labels of all); ties go to the lowest index.
-
-    Args:
-        importance: of each block to each client.
-        counts: samples by class of each client; whole numbers, so that equal shares diverge by exactly zero.
-        capacities: blocks per client, at most as many as there are.
-        beta: weight of the divergence.
-
-    Example:
-        >>> allocate([[1.0, 1.0], [1.0, 1.0]], [[5, 0], [0, 5]], [1, 1], beta=0.1)
-        [[0], [1]]
-    """
-    blocks = range(len(importance[0]))
-    everybody = [sum(column) for column in zip(*counts, strict=True)]
-    pooled = [[0] * len(everybody) for _ in blocks]
-    chosen: list[list[int]] = [[] for _ in capacities]
-
-    def rank(client: int, block: int) -> tuple[bool, float, int]:
-        is_free = not any(block in taken for taken in chosen)
-        divergence = kl_divergence([a + b for a, b in zip(pooled[block], counts[client], strict=True)], everybody)
-        return is_free, importance[client][block] - beta * divergence, -block
-
-    for slot in range(max(capacities)):
-        for client in sorted(range(len(capacities)), key=lambda i: (-capacities[i], i)):
-            if slot < capacities[client]:
-                block = max((b for b in blocks if b not in chosen[client]), key=lambda b: rank(client, b))
-                chosen[client].append(block)
-                pooled[block] = [a + b for a, b in zip(pooled[block], counts[client], strict=True)]
-    return [sorted(taken) for taken in chosen]
-
-
-def kl_divergence(counts: Sequence[int], reference: Sequence[int]) -> float:
-    """KL(p || q) of two histograms of whole numbers, the first within the second; 0 for an empty one.
-
-    Example:
-        >>> kl_divergence([3, 6], [1, 2]), round(kl_divergence([4, 0], [4, 4]), 4)
-        (0.0, 0.6931)
-    """
-    total, whole = sum(counts), sum(reference)
-    return math.fsum(
-        n / total * math.log((n * whole) / (q * total)) for n, q in zip(counts, reference, strict=True) if n
-    )
-
-
-# Block expansion (LLaMA Pro; Wu et al., ACL 2024, arXiv 2401.02415): new ViT blocks between frozen ones.
 
 
 class ExpandedViT(FrozenViTNet):
@@ -91,41 +37,40 @@ class ExpandedViT(FrozenViTNet):
 
     def __init__(self, config: FoundationConfig, head: nn.Module, num_expanded: int) -> None:
         super().__init__(foundation(config))
-        self.places = expansion_places(self.foundation.depth, num_expanded)
-        """Each new block stands behind so many frozen ones."""
-        self.expanded = nn.ModuleList([identity_copy(self.foundation.block(place - 1)) for place in self.places])
-        # Tokens at the depth would be features already.
-        self.entry = min(self.places[0], self.foundation.depth - 1)
+        self.positions = expansion_positions(self.foundation.depth, num_expanded)
+        self.expanded = nn.ModuleList([identity_copy(self.foundation.block(after - 1)) for after in self.positions])
+        # Foundation.tokens at the depth gives features, not tokens.
+        self.entry = min(self.positions[0], self.foundation.depth - 1)
         self.head = head
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
         """Classify stored images (B, 3, h, w)."""
         vit, depth = self.foundation.to(images.device).vit, self.foundation.depth
         tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
-        new: dict[int, Block] = dict(zip(self.places, self.expanded, strict=True))
-        for place in range(self.entry, depth + 1):
-            if place in new:
-                tokens = run_block(new[place], tokens)
-            if place < depth:
-                tokens = run_block(vit.blocks[place], tokens)
+        new: dict[int, Block] = dict(zip(self.positions, self.expanded, strict=True))
+        for index in range(self.entry, depth + 1):
+            if index in new:
+                tokens = run_block(new[index], tokens)
+            if index < depth:
+                tokens = run_block(vit.blocks[index], tokens)
         features = vit.forward_head(vit.norm(tokens))
         return Classification(features, self.head(features))
 
     def set_trainable(self, blocks: Collection[int]) -> None:
-        """Train these of the new blocks; the others stay as they are."""
+        """Enable gradients for these of the new blocks only."""
         for number, block in enumerate(self.expanded):
             block.requires_grad_(number in blocks)
 
 
-def expansion_places(depth: int, num_expanded: int) -> list[int]:
-    """Behind how many of ``depth`` blocks each new one stands.
+def expansion_positions(depth: int, num_expanded: int) -> list[int]:
+    """How many of ``depth`` frozen blocks precede each new one.
 
     Example:
-        >>> expansion_places(12, 4), expansion_places(5, 2)
+        >>> expansion_positions(12, 4), expansion_positions(5, 2)
         ([3, 6, 9, 12], [2, 5])
     """
     if not 1 <= num_expanded <= depth:
-        raise ValueError(f"num_expanded {num_expanded} does not fit a ViT of {depth} blocks: choose 1 to {depth}.")
+        raise ValueError(f"num_expanded must be between 1 and the ViT's {depth} blocks, got {num_expanded}.")
     return [(number + 1) * depth // num_expanded for number in range(num_expanded)]
 
 
@@ -134,12 +79,10 @@ def identity_copy(block: Block) -> Block:
     """A trainable copy of a pre-norm block that adds nothing yet: its two output layers are zero.
 
     Raises:
-        ValueError: if the block is no plain timm Block; in a post-norm one zeros would not be the identity.
+        ValueError: if the block is not timm's Block; in a post-norm one zeros would not be the identity.
     """
     if not is_plain(block):
-        raise ValueError(
-            f"a {type(block).__name__} cannot be expanded: choose a foundation with plain pre-norm blocks."
-        )
+        raise ValueError(f"foundation must have plain pre-norm blocks, got {type(block).__name__}: choose another ViT.")
     copy = deepcopy(block).requires_grad_(True)
     for layer in (copy.attn.proj, copy.mlp.fc2):
         for parameter in layer.parameters():
@@ -147,8 +90,58 @@ def identity_copy(block: Block) -> Block:
     return copy
 
 
+def allocate(
+    importance: Sequence[Sequence[float]], counts: Sequence[Sequence[int]], capacities: Sequence[int], beta: float
+) -> list[list[int]]:
+    """Allocate to every client as many distinct blocks as its capacity (our reconstruction).
+
+    Slot by slot, clients of large capacity first, each gets a block that no client has yet, or else the one of highest
+    importance - beta KL(labels of the block's clients || labels of all); ties go to the lowest index.
+
+    Args:
+        importance: of each block to each client.
+        counts: samples by class of each client; whole numbers, so that equal shares diverge by exactly zero.
+        capacities: blocks per client, at most as many as there are.
+        beta: weight of the divergence.
+
+    Example:
+        >>> allocate([[1.0, 1.0], [1.0, 1.0]], [[5, 0], [0, 5]], [1, 1], beta=0.1)
+        [[0], [1]]
+    """
+    blocks = range(len(importance[0]))
+    overall = [sum(column) for column in zip(*counts, strict=True)]
+    pooled = [[0] * len(overall) for _ in blocks]  # samples by class of each block's clients
+    chosen: list[list[int]] = [[] for _ in capacities]
+
+    def rank(client: int, block: int) -> tuple[bool, float, int]:
+        is_free = not any(block in others for others in chosen)
+        divergence = kl_divergence([a + b for a, b in zip(pooled[block], counts[client], strict=True)], overall)
+        return is_free, importance[client][block] - beta * divergence, -block
+
+    for slot in range(max(capacities)):
+        for client in sorted(range(len(capacities)), key=lambda i: (-capacities[i], i)):
+            if slot < capacities[client]:
+                block = max((b for b in blocks if b not in chosen[client]), key=lambda b: rank(client, b))
+                chosen[client].append(block)
+                pooled[block] = [a + b for a, b in zip(pooled[block], counts[client], strict=True)]
+    return [sorted(own) for own in chosen]
+
+
+def kl_divergence(counts: Sequence[int], reference: Sequence[int]) -> float:
+    """KL(p || q) of two histograms of whole numbers, the first within the second; 0 for an empty one.
+
+    Example:
+        >>> kl_divergence([3, 6], [1, 2]), round(kl_divergence([4, 0], [4, 4]), 4)
+        (0.0, 0.6931)
+    """
+    total, whole = sum(counts), sum(reference)
+    return math.fsum(
+        n / total * math.log((n * whole) / (q * total)) for n, q in zip(counts, reference, strict=True) if n
+    )
+
+
 BLOCKS, CHANGES = "blocks", "changes"
-"""What a client remembers: its blocks (capacity,), and how far each of them moved in the last training."""
+"""In a client's memory: its blocks (capacity,), and the RMS change of each in the last training."""
 
 
 @dataclass(kw_only=True)
@@ -158,8 +151,8 @@ class FedBE(Method):
     card: ClassVar = MethodCard(
         "arXiv 2025",
         "2506.05977",
-        trains="expanded blocks that the server allocates, head; frozen ViT",
-        uploads="those blocks, head",
+        "expanded blocks that the server allocates, head; frozen ViT",
+        "those blocks, head",
     )
 
     averages: ClassVar = True
@@ -170,24 +163,25 @@ class FedBE(Method):
     num_expanded: int = 4
     """New blocks, spread evenly over the depth (ours)."""
     capacities: Sequence[int] = (2,)
-    """Blocks that a client can train, handed out to the clients in turn (ours)."""
+    """Blocks that a client can train; client i has entry i modulo the length (ours)."""
     allocation: Literal["greedy", "random", "all"] = "greedy"
-    """Who trains which block: by importance and label balance, by chance, or everybody everything (all ours)."""
+    """By importance and label balance, at random, or all blocks to all clients (all ours)."""
     beta: float = 0.1
     """Weight of the label divergence against the importance of a block (ours)."""
     block_lr: float = 1e-4
     """Learning rate of the blocks (ours); ``lr`` is that of the head."""
     importance: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """By client, (2, num_expanded): sum and number of the changes reported for each block."""
 
     def build_net(self, client: int, stream: StreamShape) -> ExpandedViT:
         """The expanded ViT with a linear head."""
         if not self.capacities or min(self.capacities) < 1:
-            raise ValueError(f"capacities {list(self.capacities)} leave clients without a block: give 1 or more each.")
+            raise ValueError(f"capacities must be one or more numbers >= 1, got {list(self.capacities)}.")
         head = make_head("linear", foundation(self.foundation).width, stream.num_classes)
         return ExpandedViT(self.foundation, head, self.num_expanded)
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Train the allocated blocks and the head; note how far each block moved."""
+        """Train the allocated blocks and the head, and record the change of each block."""
         blocks = self._blocks(client)
         client.net.set_trainable(blocks)
         before = [_flat(client.net.expanded[block]) for block in blocks]
@@ -197,38 +191,40 @@ class FedBE(Method):
         client.memory[CHANGES] = torch.stack([move.square().mean().sqrt() for move in moves]).cpu()
 
     def upload(self, client: Client) -> Payload:
-        """The trained blocks, how far they moved (RMS), and the head."""
+        """The trained blocks, their changes, and the head."""
         blocks = self._blocks(client)
-        kept = ("head.", *(f"expanded.{block}." for block in blocks))
-        state = {name: value for name, value in client.net.state_dict().items() if name.startswith(kept)}
+        state = _blocks_and_head(client.net.state_dict(), blocks)
         return outgoing({**state, BLOCKS: torch.tensor(blocks), CHANGES: client.memory[CHANGES]})
 
+    @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """Head and changes of as many blocks as the client can train, and those blocks."""
-        chosen = upload.payload[BLOCKS].tolist()
-        if sorted({*chosen} & {*range(self.num_expanded)}) != chosen:
-            raise ValueError(f"blocks are not some of {self.num_expanded} in order")
-        kept = ("head.", *(f"expanded.{block}." for block in chosen))
-        shape = {"size": (self._capacity(upload.client),), "device": "meta"}
-        choice = {BLOCKS: torch.empty(dtype=torch.int64, **shape), CHANGES: torch.empty(**shape)}
-        return {name: value for name, value in net.state_dict().items() if name.startswith(kept)} | choice
+        blocks = upload.payload[BLOCKS].tolist()
+        if blocks != sorted(set(blocks)) or not set(blocks) <= set(range(self.num_expanded)):
+            raise ValueError(f"blocks must be ascending indices below {self.num_expanded}, got {blocks}")
+        capacity = self._capacity(upload.client)
+        indices = torch.empty(capacity, dtype=torch.int64, device="meta")
+        return {
+            **_blocks_and_head(net.state_dict(), blocks),
+            BLOCKS: indices,
+            CHANGES: torch.empty(capacity, device="meta"),
+        }
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Average each block over those who trained it, and allocate blocks for the next round."""
-        answer: Payload = {}
+        """Average each block over the clients that trained it, and allocate blocks for the next round."""
+        merged: Payload = {}
         for part in ("head.", *(f"expanded.{block}." for block in range(self.num_expanded))):
             states = [{n: v for n, v in upload.payload.items() if n.startswith(part)} for upload in uploads]
-            trained = [replace(u, payload=s) for u, s in zip(uploads, states, strict=True) if s and u.num_samples]
-            answer |= self.average(trained) if trained else {}
+            parts = [replace(u, payload=s) for u, s in zip(uploads, states, strict=True) if s and u.num_samples]
+            merged |= self.average(parts) if parts else {}
         for upload in uploads:
             known = self.importance.get(upload.client, torch.zeros(2, self.num_expanded, dtype=torch.float64)).clone()
             known[0, upload.payload[BLOCKS]] += upload.payload[CHANGES].double()
             known[1, upload.payload[BLOCKS]] += 1
             self.importance[upload.client] = known
-        return [{**answer, BLOCKS: torch.tensor(blocks)} for blocks in self._allocate(uploads)]
+        return [{**merged, BLOCKS: torch.tensor(blocks)} for blocks in self._allocate(uploads)]
 
+    @override
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the blocks that changed, the head, and the allocation."""
         client.memory[BLOCKS] = payload[BLOCKS]
         changed = {name: value for name, value in payload.items() if name != BLOCKS}
         client.net.load_state_dict({**client.net.state_dict(), **changed})
@@ -239,9 +235,9 @@ class FedBE(Method):
         return min(self.capacities[client % len(self.capacities)], self.num_expanded)
 
     def _blocks(self, client: Client) -> list[int]:
-        """What the server allocated; before its first word, blocks in turn over all clients."""
         if BLOCKS in client.memory:
             return client.memory[BLOCKS].tolist()
+        # Before the first allocation by the server: consecutive blocks, client by client.
         start = sum(self._capacity(earlier) for earlier in range(client.id))
         return sorted((start + slot) % self.num_expanded for slot in range(self._capacity(client.id)))
 
@@ -250,10 +246,15 @@ class FedBE(Method):
         if self.allocation == "random":
             return [sorted(torch.randperm(self.num_expanded)[:capacity].tolist()) for capacity in capacities]
         reports = [self.importance[upload.client] for upload in uploads]
-        # Optimism: a block that a client never trained counts 1, far above any change that is ever reported.
+        # Optimism: a block that a client has not trained counts 1, far above any reported change.
         importance = [torch.where(times > 0, sums / times.clamp(min=1), 1.0).tolist() for sums, times in reports]
         counts = [upload.class_counts.tolist() for upload in uploads]
         return allocate(importance, counts, capacities, self.beta)
+
+
+def _blocks_and_head(state: Payload, blocks: Sequence[int]) -> Payload:
+    prefixes = ("head.", *(f"expanded.{block}." for block in blocks))
+    return {name: value for name, value in state.items() if name.startswith(prefixes)}
 
 
 def _flat(block: nn.Module) -> Tensor:

@@ -1,9 +1,9 @@
-"""FedWeIT (Yoon et al., ICML 2021, arXiv 2003.03196): a shared sparse base, weights of tasks, attention over clients'.
+"""FedWeIT (Yoon et al., ICML 2021, arXiv 2003.03196): a shared sparse base, task weights, attention over clients'.
 
 Deviations from the released code, with reasons in docs/methods/fedweit.md:
-- a client's A_t travels with the first exchange after its task, so that attention has it from the second round on;
-- which channels are sent is said by a mask, not by zeros, and they are the q-quantile's exact number;
-- BatchNorm belongs to the task; without task identity every task's model answers and the largest softmax wins;
+- a client's A_t is sent with the first upload after its task, so that attention has it from the second round on;
+- a mask tells which channels are sent, not zeros, and their number is exactly the q-quantile's;
+- BatchNorm belongs to the task; without task identity every task's model predicts and the largest softmax wins;
 - fresh Adam in every round, no plateau rule.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
@@ -29,75 +30,16 @@ from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.heads import LinearHead
 from fedlscl.nets.net import Classification, Net
 
-# Tensors that are mostly zero, and rows that are not sent: thresholds, choices and the form in which they travel.
-
-
-def hard_threshold(values: Tensor, threshold: float) -> Tensor:
-    """Values with 0 in place of all whose size is ``threshold`` or less.
-
-    Example:
-        >>> hard_threshold(torch.tensor([-2.0, 1.0, 0.5]), 1.0)
-        tensor([-2.,  0.,  0.])
-    """
-    return torch.where(values.abs() > threshold, values, 0)
-
-
-def largest(values: Tensor, sparsity: float) -> Tensor:
-    """Mask (n,) of the values (n,) of largest size; the fraction ``sparsity`` of them, rounded down, is left out.
-
-    Example:
-        >>> largest(torch.tensor([1.0, -3.0, 2.0]), 0.4)
-        tensor([False,  True,  True])
-    """
-    kept = values.abs().argsort(descending=True, stable=True)[: len(values) - int(sparsity * len(values))]
-    return torch.zeros(len(values), dtype=torch.bool, device=values.device).index_fill_(0, kept, True)
-
-
-def pack(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The values that are not zero, and a bit for each value, eight to a byte.
-
-    Example:
-        >>> pack(torch.tensor([[0.0, 5.0], [0.0, 7.0]]))
-        (tensor([5., 7.]), tensor([80], dtype=torch.uint8))
-    """
-    values = values.detach().cpu()
-    return values[values != 0], torch.from_numpy(np.packbits((values != 0).numpy()))
-
-
-def num_ones(bits: Tensor, size: int) -> int:
-    """How many values the first ``size`` bits of ``pack`` stand for.
-
-    Example:
-        >>> num_ones(torch.tensor([80], dtype=torch.uint8), 4)
-        2
-    """
-    return int(np.unpackbits(bits.numpy(), count=size).sum())
-
-
-def unpack(values: Tensor, bits: Tensor, shape: torch.Size) -> Tensor:
-    """The tensor of a shape that ``pack`` described.
-
-    Example:
-        >>> unpack(torch.tensor([5.0, 7.0]), torch.tensor([80], dtype=torch.uint8), torch.Size([2, 2]))
-        tensor([[0., 5.],
-                [0., 7.]])
-    """
-    where = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool))
-    return torch.zeros(shape.numel(), dtype=values.dtype).masked_scatter_(where, values).view(shape)
-
-
-# FedWeIT's net: convolutions that are a shared base under a mask plus weights of a task (arXiv 2003.03196, Eq. 1).
-
 UNKNOWN = -100.0
-"""Log-probability of a class that no task had."""
+"""Log-probability of a class of no task so far."""
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class DecomposedConv(nn.Module):
-    """theta_t = B * sigmoid(m_t) + A_t + sum_j alpha_tj A'_j, with one m_t for each output channel.
+    """theta_t = B * sigmoid(m_t) + A_t + sum_j alpha_tj A'_j (Eq. 1), with one m_t for each output channel.
 
-    ``conv.weight`` is the base B; ``knowledge`` (num_clients, ...) are the clients' A'_j; ``anchor`` is B as the task
-    found it. An earlier task's slot of ``adaptive`` holds both of its last terms, see `fold`.
+    ``conv.weight`` is the base B; ``knowledge`` (num_clients, ...) are the clients' A'_j; ``anchor`` is B at the start
+    of the task. An earlier task's entry of ``adaptive`` holds the sum of its last two terms, see `fold`.
     """
 
     knowledge: Tensor
@@ -124,24 +66,25 @@ class DecomposedConv(nn.Module):
         return functional_call(self.conv, parts, (x,))
 
     def weight(self) -> Tensor:
-        """Theta of the selected task; outside training with the A_t that would be sent."""
+        """Theta of the selected task; outside training with the sparse A_t."""
         base = self.conv.weight * self.mask[self.task].sigmoid().view(-1, 1, 1, 1)
         if not self.is_current:
             return base + self.adaptive[self.task]
-        return base + (self.adaptive[self.task] if self.training else self.sent()) + self.attended()
+        return base + (self.adaptive[self.task] if self.training else self.sparse_adaptive()) + self.attended()
 
-    def sent(self) -> Tensor:
-        """A_t of the selected task without what is small."""
-        return hard_threshold(self.adaptive[self.task], self.threshold)
+    def sparse_adaptive(self) -> Tensor:
+        """A_t of the selected task without entries up to ``threshold`` in size, as it is sent."""
+        values = self.adaptive[self.task]
+        return torch.where(values.abs() > self.threshold, values, 0)
 
     def attended(self) -> Tensor:
-        """What the selected task takes from all clients."""
+        """The attention term of the selected task."""
         return torch.tensordot(self.attention[self.task], self.knowledge, 1)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """End the selected task: A_t becomes all that it adds to the base, and others' weights may be replaced."""
-        self.adaptive[self.task].copy_(self.sent() + self.attended())
+        """End the selected task: add the attention term to A_t, so that ``knowledge`` may be replaced."""
+        self.adaptive[self.task].copy_(self.sparse_adaptive() + self.attended())
 
 
 class TaskNorm(nn.Module):
@@ -153,40 +96,33 @@ class TaskNorm(nn.Module):
         self.task, self.is_current = 0, True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise as the selected task does."""
+        """Normalise with the layer of the selected task."""
         return self.norms[self.task](x)
 
 
 class DecomposedClassifier(Net):
     """A CNN of timm with decomposed convolutions, norms of each task, and a head whose rows belong to tasks.
 
-    In training it is the model of the newest task. Otherwise every task's model answers for its own classes with
+    In training mode it is the model of the current task. In evaluation mode every task's model predicts its classes'
     log-probabilities, so that over several tasks' classes the largest softmax wins (ours).
     """
 
     task_of: Tensor
 
     def __init__(
-        self,
-        name: str,
-        num_classes: int,
-        image_size: int,
-        pretrained: bool = False,
-        *,
-        num_tasks: int,
-        num_clients: int,
-        threshold: float,
-    ) -> None:
+        self, name: str, num_classes: int, image_size: int, pretrained: bool = False, *,
+        num_tasks: int, num_clients: int, threshold: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.small = SmallModel(name, image_size, pretrained)
-        _decompose(self.small.cnn, {"num_tasks": num_tasks, "num_clients": num_clients, "threshold": threshold})
+        _decompose(self.small.cnn, num_tasks, num_clients, threshold)
         self.head = LinearHead(self.small.width, num_classes)
         self.register_buffer("task_of", torch.full((num_classes,), -1))
         self.set_trainable()
 
     @property
     def task(self) -> int:
-        """The newest task."""
+        """The current task."""
         return max(int(self.task_of.max()), 0)
 
     @property
@@ -194,8 +130,8 @@ class DecomposedClassifier(Net):
         """The decomposed layers by name."""
         return {name: part for name, part in self.named_modules() if isinstance(part, DecomposedConv)}
 
-    def begin(self, classes: Tensor, task: int) -> None:
-        """Put the newest task away and begin one with these classes; its norms start as the last task's are (ours)."""
+    def begin_task(self, classes: Tensor, task: int) -> None:
+        """Fold the previous task and begin one with these classes; its norms start as copies of the last (ours)."""
         self._select(self.task)
         for part in self.modules():
             if isinstance(part, TaskNorm) and task:
@@ -208,7 +144,7 @@ class DecomposedClassifier(Net):
         self.set_trainable()
 
     def set_trainable(self) -> None:
-        """Let the base, the newest task's parts and the head be trained, and nothing else."""
+        """Enable gradients for the base, the current task's parts and the head only."""
         self._select(self.task)
         self.requires_grad_(False)
         self.head.requires_grad_(True)
@@ -223,111 +159,132 @@ class DecomposedClassifier(Net):
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
         """Classify stored images (B, 3, h, w)."""
-        newest = self.task
-        self._select(newest)
+        self._select(self.task)
         features = self.small(images)
         logits = self.head(features)
-        tasks = self.task_of.unique().tolist()
-        if self.training or tasks == [-1]:
+        if self.training or self.task_of.max() < 0:
             return Classification(features, logits)
-        answers = torch.full_like(logits, UNKNOWN, dtype=torch.float32)
-        for task in tasks:
-            classes = (self.task_of == task).nonzero().flatten()
-            if task == newest:
-                answers[:, classes] = logits[:, classes].float().log_softmax(1)
-            elif task >= 0:
+        log_probabilities = torch.full_like(logits, UNKNOWN, dtype=torch.float32)
+        for task in range(self.task, -1, -1):
+            if task < self.task:
                 self._select(task)
-                answers[:, classes] = self.head(self.small(images))[:, classes].float().log_softmax(1)
-        self._select(newest)
-        return Classification(features, answers)
+                logits = self.head(self.small(images))
+            classes = (self.task_of == task).nonzero().flatten()
+            log_probabilities[:, classes] = logits[:, classes].float().log_softmax(1)
+        self._select(self.task)
+        return Classification(features, log_probabilities)
 
     def _select(self, task: int) -> None:
-        newest = self.task
+        current = self.task
         for part in self.modules():
             if isinstance(part, DecomposedConv | TaskNorm):
-                part.task, part.is_current = task, task == newest
+                part.task, part.is_current = task, task == current
 
 
-def _decompose(module: nn.Module, shape: dict[str, Any], where: str = "") -> None:
+def _decompose(module: nn.Module, num_tasks: int, num_clients: int, threshold: float, path: str = "") -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Conv2d):
-            setattr(module, name, DecomposedConv(child, **shape))
+            setattr(module, name, DecomposedConv(child, num_tasks, num_clients, threshold))
         elif isinstance(child, NORMS):
-            setattr(module, name, TaskNorm(child, shape["num_tasks"]))
+            setattr(module, name, TaskNorm(child, num_tasks))
         elif next(child.parameters(recurse=False), None) is not None:
             raise ValueError(
-                f"{where}{name} of the small model is a {type(child).__name__}, which FedWeIT cannot decompose: choose "
-                "a small_model of convolutions and normalisations, such as resnet18."
+                "small_model must consist of convolutions and normalisations, such as resnet18, "
+                f"got {path}{name}, a {type(child).__name__}."
             )
         else:
-            _decompose(child, shape, f"{where}{name}.")
-
-
-# FedWeIT's local objective (arXiv 2003.03196, Eq. 2).
+            _decompose(child, num_tasks, num_clients, threshold, f"{path}{name}.")
 
 
 class DecompositionModule(ClassificationModule):
-    """Cross-entropy, weight decay, sparse weights of the task, and a base that stays where earlier tasks need it."""
+    """Cross-entropy, weight decay, sparse task weights, and a base that stays where earlier tasks need it (Eq. 2)."""
 
     net: DecomposedClassifier
 
     def __init__(
-        self,
-        net: DecomposedClassifier,
-        lambda_sparse: float,
-        lambda_mask: float,
-        lambda_retain: float,
-        decay: float,
-        classes: Tensor | None = None,
-        **optimisation: Any,
-    ) -> None:
+        self, net: DecomposedClassifier, lambda_sparse: float, lambda_mask: float, lambda_retain: float, decay: float,
+        classes: Tensor | None = None, **optimisation: Any,
+    ) -> None:  # fmt: skip
         """Weights of ``||A_t||_1``, ``||m_t||_1``, the base's drift, and ``||.||^2 / 2`` of A_t, m_t and a first B."""
         super().__init__(net, classes, **optimisation)
         self.lambda_sparse, self.lambda_mask, self.lambda_retain = lambda_sparse, lambda_mask, lambda_retain
         self.decay = decay
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms, in the card's order; there is no drift in the first task."""
+        """The terms of the page's objective; there is no drift in the first task."""
         layers, task = self.net.convolutions.values(), self.net.task
         adaptive, masks = [layer.adaptive[task] for layer in layers], [layer.mask[task] for layer in layers]
         decayed = adaptive + masks + ([layer.conv.weight for layer in layers] if task == 0 else [])
         terms = {
             **super().loss(batch),
-            "decay": self.decay / 2 * total(value.square() for value in decayed),
-            "sparsity": self.lambda_sparse * total(value.abs() for value in adaptive)
-            + self.lambda_mask * total(value.abs() for value in masks),
+            "decay": self.decay / 2 * _total(value.square() for value in decayed),
+            "sparsity": self.lambda_sparse * _total(value.abs() for value in adaptive)
+            + self.lambda_mask * _total(value.abs() for value in masks),
         }
-        if task == 0:
-            return terms
-        drift = [
-            retention(layer.conv.weight, layer.anchor, torch.stack([m.sigmoid() for m in layer.mask[:task]]))
-            for layer in layers
-        ]
-        return {**terms, "retention": self.lambda_retain * torch.stack(drift).sum()}
+        if task:
+            drift = [
+                retention(layer.conv.weight, layer.anchor, torch.stack([m.sigmoid() for m in layer.mask[:task]]))
+                for layer in layers
+            ]
+            terms["retention"] = self.lambda_retain * torch.stack(drift).sum()
+        return terms
 
 
-def total(values: Iterable[Tensor]) -> Tensor:
-    """Sum over all entries of all tensors."""
+def _total(values: Iterable[Tensor]) -> Tensor:
     return torch.stack([value.sum() for value in values]).sum()
 
 
+def largest(values: Tensor, sparsity: float) -> Tensor:
+    """Mask (n,) of the values (n,) of largest size; the fraction ``sparsity`` of them, rounded down, is left out.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -3.0, 2.0]), 0.4)
+        tensor([False,  True,  True])
+    """
+    kept = values.abs().argsort(descending=True, stable=True)[: len(values) - int(sparsity * len(values))]
+    return torch.zeros(len(values), dtype=torch.bool, device=values.device).index_fill_(0, kept, True)
+
+
+def pack_sparse(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The non-zero values, and a bit for each value, eight to a byte.
+
+    Example:
+        >>> pack_sparse(torch.tensor([[0.0, 5.0], [0.0, 7.0]]))
+        (tensor([5., 7.]), tensor([80], dtype=torch.uint8))
+    """
+    values = values.detach().cpu()
+    return values[values != 0], torch.from_numpy(np.packbits((values != 0).numpy()))
+
+
+def unpack_sparse(values: Tensor, bits: Tensor, shape: torch.Size) -> Tensor:
+    """Inverse of ``pack_sparse`` for a tensor of this shape.
+
+    Example:
+        >>> unpack_sparse(torch.tensor([5.0, 7.0]), torch.tensor([80], dtype=torch.uint8), torch.Size([2, 2]))
+        tensor([[0., 5.],
+                [0., 7.]])
+    """
+    mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool))
+    return torch.zeros(shape.numel(), dtype=values.dtype).masked_scatter_(mask, values).view(shape)
+
+
 BASE, SENT, VALUES, BITS = "base.", "sent.", "values.", "bits."
-"""Prefixes: rows of the base and which they are; a packed A_t. A layer's name follows."""
+"""Prefixes in payloads: rows of the base and their mask; a packed A_t. A layer's name follows."""
 
 
 @dataclass(kw_only=True)
 class FedWeIT(FedAvg):
-    """Only the base is averaged; clients use each other's weights of tasks through attention."""
+    """Only the base is averaged; clients use each other's task weights through attention."""
 
     card: ClassVar = MethodCard(
         "ICML 2021",
         "2003.03196",
-        trains="small CNN: shared base, masks, weights of the task, attention; head",
-        uploads="70 % of the base's channels; once per task its sparse weights",
+        "small CNN: shared base, masks, weights of the task, attention; head",
+        "70 % of the base's channels; once per task its sparse weights",
     )
 
     lambda_sparse: float = 1e-3
-    """lambda_1 of ||A_t||_1, and the size below which an entry of A_t is 0 where it is sent and evaluated."""
+    """lambda_1 of ||A_t||_1, and the size up to which entries of A_t are set to 0 when it is sent and evaluated."""
     lambda_retain: float = 100.0
     """lambda_2 of the base's drift under earlier tasks' masks."""
     lambda_mask: float = 0.0
@@ -341,9 +298,9 @@ class FedWeIT(FedAvg):
         """Refuse a frozen ViT, and to send nothing."""
         super().__post_init__()
         if self.foundation is not None:
-            raise ValueError("foundation is set, but FedWeIT trains a CNN: leave it out and choose a small_model.")
+            raise ValueError("FedWeIT does not support `foundation`: set `small_model` instead.")
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity} is no fraction of channels to keep back: choose 0 to below 1.")
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}.")
 
     def build_net(self, client: int, stream: StreamShape) -> DecomposedClassifier:
         """A decomposed CNN with parts for all tasks."""
@@ -352,64 +309,66 @@ class FedWeIT(FedAvg):
         return DecomposedClassifier(*cnn, **shape)
 
     def begin_task(self, client: Client) -> None:
-        """Put the last task's weights away and remember the base as it is."""
-        client.net.begin(client.classes, client.task)
+        """Fold the previous task's weights and set the anchor to the current base."""
+        client.net.begin_task(client.classes, client.task)
 
+    @override
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Train the base and the task's own parts."""
         client.net.set_trainable()
         weights = self.lambda_sparse, self.lambda_mask, self.lambda_retain, self.weight_decay
         module = DecompositionModule(client.net, *weights, client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
-        """The base's channels with the largest masks; in the first message after a task also its sparse A_t."""
+        """The base's channels with the largest masks; in the first upload after a task also its sparse A_t."""
         payload = dict(client.memory)
         for name, layer in client.net.convolutions.items():
             sent = largest(layer.mask[client.task].detach(), self.sparsity)
             payload |= {SENT + name: sent, BASE + name: layer.conv.weight[sent]}
         return outgoing(payload)
 
+    @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """Of every layer as many channels as are sent, and with A_t as many values as there are bits."""
         expected: Payload = {}
         for name, layer in net.convolutions.items():
             channels, *shape = layer.conv.weight.shape
             num_sent = channels - int(self.sparsity * channels)
             if upload.payload[SENT + name].sum() != num_sent:
-                raise ValueError(f"channels sent of {name} are not {num_sent}")
+                raise ValueError(f"{SENT + name} must mark {num_sent} channels")
             expected[SENT + name] = torch.empty(channels, dtype=torch.bool, device="meta")
             expected[BASE + name] = torch.empty(num_sent, *shape, device="meta")
             if BITS + name in upload.payload:
                 size, bits = layer.anchor.numel(), upload.payload[BITS + name]
+                num_values = int(np.unpackbits(bits.numpy(), count=size).sum())
                 expected[BITS + name] = torch.empty(-(-size // 8), dtype=torch.uint8, device="meta")
-                expected[VALUES + name] = torch.empty(num_ones(bits, size), device="meta")
+                expected[VALUES + name] = torch.empty(num_values, device="meta")
         return expected
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Every channel's mean over who sent it, and everybody's A_t to everybody."""
+        """Every channel's mean over the clients that sent it, and all clients' A_t."""
         payloads = [upload.payload for upload in uploads]
-        answer: Payload = {}
+        merged: Payload = {}
         for name in (key.removeprefix(BASE) for key in payloads[0] if key.startswith(BASE)):
-            merged = masked_average([p[BASE + name] for p in payloads], [p[SENT + name] for p in payloads])
-            answer[BASE + name], answer[SENT + name] = merged
+            merged[BASE + name], merged[SENT + name] = masked_average(
+                [p[BASE + name] for p in payloads], [p[SENT + name] for p in payloads]
+            )
         for upload in uploads:
             packed = {key: value for key, value in upload.payload.items() if key.startswith((VALUES, BITS))}
-            answer |= {f"{upload.client}.{key}": value for key, value in packed.items()}
-        return [answer] * len(uploads)
+            merged |= {f"{upload.client}.{key}": value for key, value in packed.items()}
+        return [merged] * len(uploads)
 
     @torch.no_grad()
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the channels that somebody sent, and the A_t that came with them."""
+        """Load the channels that at least one client sent, and the A_t in the payload."""
         for name, layer in client.net.convolutions.items():
             layer.conv.weight[payload[SENT + name]] = payload[BASE + name].to(layer.conv.weight)
             for j in range(len(layer.knowledge)):
                 if f"{j}.{VALUES}{name}" in payload:
                     values, bits = (payload[f"{j}.{part}{name}"] for part in (VALUES, BITS))
-                    layer.knowledge[j] = unpack(values, bits, layer.anchor.shape).to(layer.knowledge)
+                    layer.knowledge[j] = unpack_sparse(values, bits, layer.anchor.shape).to(layer.knowledge)
         client.memory = {}
 
     def end_task(self, client: Client) -> None:
-        """Keep the sparse A_t for the next message."""
+        """Keep the sparse A_t for the next upload."""
         for name, layer in client.net.convolutions.items():
-            client.memory[VALUES + name], client.memory[BITS + name] = pack(layer.sent())
+            client.memory[VALUES + name], client.memory[BITS + name] = pack_sparse(layer.sparse_adaptive())

@@ -1,46 +1,46 @@
 """LoRM (Salami et al., ICLR 2025, arXiv 2410.17961): LoRA modules merged in closed form over clients and over tasks.
 
-Rounds alternate: in rounds 0, 2, ... of a task only the writing factors B are trained and merged, in the others only
-the reading factors A, so that every merge has one solution. Deviations from the released code:
-- merges keep the clients' mean where nobody has inputs (``regression_mean``), a pseudo-inverse deletes it;
+Rounds alternate: in rounds 0, 2, ... of a task only the up-projections B are trained and merged, in the others only
+the down-projections A, so that every merge has one solution. Deviations from the released code:
+- merges keep the clients' mean for inputs that are zero at all clients (``regression_mean``); the pseudo-inverse
+  deletes it;
 - Grams are of the inputs of the net just trained (``gram_model: prediction`` is the released one);
 - tasks are merged by the Grams' diagonals after every round, with those of the last round (released: the mean until
   the task's end, then one more pass with the merged weights, and one more upload);
 - a head row is merged among the clients that have its class (``head_aggregation: average``: among all);
-- only the trained factor, the head and Grams are sent; in B rounds the Gram is A G A^T, taken by the client.
+- only the trained factor, the head and Grams are sent; in B rounds the Gram is A G A^T, computed by the client.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import is_gram, pack_symmetric, packed_size, unpack_symmetric
+from fedlscl.functional.analytic import is_gram, pack_symmetric, unpack_symmetric
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.heads import make_head
-from fedlscl.nets.lora_vit import LoraViT
+from fedlscl.nets.lora_vit import LoraViT, OneTask
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation
 
-# RegMean (Jin et al., ICLR 2023, arXiv 2212.09849): linear maps merged in closed form from the Grams of their inputs.
-#
-# A Gram G = X X^T is a matrix (d, d), or its diagonal alone, (d,).
+# RegMean (Jin et al., ICLR 2023, arXiv 2212.09849). A Gram G = X X^T is a matrix (d, d), or its diagonal (d,) alone.
 
 EPSILON = 1e-6
-"""Ridge of the merge, relative to the mean eigenvalue of the summed Grams (ours): float32 sums are no more exact."""
+"""Ridge of the merge, relative to the mean eigenvalue of the summed Grams (ours); float32 sums are not more precise."""
 
 
 def regression_mean(weights: Sequence[Tensor], grams: Sequence[Tensor], epsilon: float = EPSILON) -> Tensor:
     """The map W that minimises ``sum_i ||(W - W_i) X_i||^2`` for maps W_i (out, d), with G_i = X_i X_i^T.
 
     Solved in float64 around the plain mean M: W = M + (sum_i (W_i - M) G_i) (sum_i G_i + e I)^-1, so that directions
-    in which nobody has inputs keep the mean; the pseudo-inverse would delete what all clients agree on there.
+    without inputs keep the mean; the pseudo-inverse would delete what all clients agree on there.
 
     Example:
         >>> regression_mean([torch.tensor([[1.0, 1.0]]), torch.tensor([[5.0, 3.0]])],
@@ -60,7 +60,7 @@ def regression_mean(weights: Sequence[Tensor], grams: Sequence[Tensor], epsilon:
 
 
 def shares(grams: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """What each of several maps counts for, input by input, in their regression mean with diagonal Grams (n, d).
+    """Weights (n, d) of n maps, input by input, in their regression mean with diagonal Grams (n, d).
 
     ``sum_i W_i * shares[i]`` is ``regression_mean``; each column sums to one.
 
@@ -75,12 +75,12 @@ def shares(grams: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 
 def shrink(gram: Tensor, alpha: float) -> Tensor:
-    """Shrink to alpha G + (1 - alpha) diag(G) for a Gram (d, d); a diagonal stays as it is."""
+    """Shrink a Gram (d, d) to alpha G + (1 - alpha) diag(G); a diagonal is returned unchanged."""
     return gram if gram.dim() == 1 else alpha * gram + (1 - alpha) * torch.diag(gram.diagonal())
 
 
 def project(gram: Tensor, down: Tensor) -> Tensor:
-    """A G A^T (rank, rank): the Gram of what a reading factor A (rank, d) makes of the inputs."""
+    """A G A^T (rank, rank): the Gram of the outputs of a down-projection A (rank, d)."""
     projected = _times(down.double(), gram.double()) @ down.double().mT
     return ((projected + projected.mT) / 2).to(gram.dtype)
 
@@ -92,31 +92,26 @@ def diagonal(gram: Tensor) -> Tensor:
 
 @contextmanager
 def input_grams(layers: Mapping[str, Any], full: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
-    """Sum up x^T x over all rows that enter each layer while the context is open, in float32 in any precision.
+    """Sum x^T x over all rows that enter each layer while the context is open, in float32 in any precision.
 
     Args:
         layers: with a ``weight`` (out, d), by name.
         full: names of layers whose whole Gram (d, d) is wanted; the others give its diagonal (d,).
     """
-    sums = {
-        name: layer.weight.new_zeros((layer.weight.shape[1],) * (1 + (name in full))) for name, layer in layers.items()
-    }
+    sums = {}
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            inputs = layer.weight.shape[1]
+            sums[name] = layer.weight.new_zeros((inputs, inputs) if name in full else inputs)
 
-    def collect(name: str, x: Tensor) -> None:
-        rows = x.detach().flatten(0, -2).float()
-        with torch.autocast(x.device.type, enabled=False):
-            gram = rows.mT @ rows if name in full else rows.square().sum(0)
-        sums[name] = sums[name].to(x.device) + gram
+            def collect(layer: Any, inputs: Any, output: Any, name: str = name) -> None:
+                rows = inputs[0].detach().flatten(0, -2).float()
+                with torch.autocast(rows.device.type, enabled=False):
+                    gram = rows.mT @ rows if name in full else rows.square().sum(0)
+                sums[name] = sums[name].to(rows.device) + gram
 
-    def hook(name: str) -> Any:
-        return lambda layer, inputs, output: collect(name, inputs[0])
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
+            hooks.enter_context(layer.register_forward_hook(collect))
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _times(weight: Tensor, gram: Tensor) -> Tensor:
@@ -125,13 +120,10 @@ def _times(weight: Tensor, gram: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class LoRM(Method):
-    """Clients train one factor of a task's LoRA and a head; the server merges both so that layer outputs stay."""
+    """Clients train one factor of a task's LoRA and a head; the server merges both by regression mean."""
 
     card: ClassVar = MethodCard(
-        "ICLR 2025",
-        "2410.17961",
-        trains="one LoRA factor per round, head; frozen ViT",
-        uploads="that factor, head, Gram statistics",
+        "ICLR 2025", "2410.17961", "one LoRA factor per round, head; frozen ViT", "that factor, head, Gram statistics"
     )
 
     batch_size: int = 16
@@ -141,11 +133,11 @@ class LoRM(Method):
     rank: int = 16
     """LoRA rank; the scale alpha / rank is one."""
     blocks: Sequence[int] | None = None
-    """Adapted blocks, counted from 0; all where not given."""
+    """Adapted blocks, counted from 0; all if None."""
     targets: Sequence[str] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     """Adapted linear layers of a block."""
     alpha_backbone: float = 0.0
-    """alpha_G of the ViT's layers: weight of a Gram's off-diagonal entries; at 0 they are neither kept nor sent."""
+    """alpha_G of the ViT's layers: weight of a Gram's off-diagonal entries; if 0, only diagonals are kept and sent."""
     alpha_head: float = 0.5
     """alpha_G of the head."""
     gram_model: Literal["trained", "prediction"] = "trained"
@@ -163,23 +155,23 @@ class LoRM(Method):
         return LoraViT(self.foundation, head, **shape)
 
     def begin_task(self, client: Client) -> None:
-        """Predict with the plain mean of the tasks' modules until the server answers."""
+        """Weigh all tasks' modules equally until the first download."""
         for layer in client.net.lora:
             layer.share.zero_()
             layer.share[: client.task + 1] = 1 / (client.task + 1)
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train one factor of W_0 + B_t A_t, and the head."""
-        client.net.set_trainable(client.task, (trained_factor(client.round),))
-        module = ClassificationModule(client.net.only(client.task), client.classes, lr=self.lr)
+        client.net.set_trainable(client.task, (factor_of_round(client.round),))
+        module = ClassificationModule(OneTask(client.net, client.task), client.classes, lr=self.lr)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
         """The trained factor, the head, and Grams of the inputs of every adapted layer and of the head."""
-        net, factor = client.net, trained_factor(client.round)
+        net, factor = client.net, factor_of_round(client.round)
         layers = {str(n): net.foundation.linear(layer.block, layer.target) for n, layer in enumerate(net.lora)}
         full = {"head", *(layers if self.alpha_backbone else ())}
-        model = net.only(client.task) if self.gram_model == "trained" else net
+        model = OneTask(net, client.task) if self.gram_model == "trained" else net
         with input_grams({**layers, "head": net.head}, full) as grams:
             for _ in client.engine.infer(model, client.data, client.train_ids):
                 pass
@@ -194,51 +186,50 @@ class LoRM(Method):
             payload[f"gram.{n}"] = pack_symmetric(gram)
         return outgoing(payload)
 
+    @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """The factor whose turn it is, the head and packed Grams of all inputs."""
-        factor, width = trained_factor(upload.round), net.head.weight.shape[1]
+        factor = factor_of_round(upload.round)
         expected = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
-        sizes = {"gram.head": packed_size(width)}
+        sizes = {"gram.head": _packed_size(net.head.weight.shape[1])}
         for n, layer in enumerate(net.lora):
-            merged = getattr(layer, factor)[upload.task]
-            expected[f"lora.{n}.{factor}.{upload.task}"] = merged
-            inputs = layer.down[upload.task].shape[1]
+            expected[f"lora.{n}.{factor}.{upload.task}"] = getattr(layer, factor)[upload.task]
+            rank, inputs = layer.down[upload.task].shape
             if factor == "up":
-                sizes |= {f"energy.{n}": inputs, f"gram.{n}": packed_size(merged.shape[1])}
+                sizes |= {f"energy.{n}": inputs, f"gram.{n}": _packed_size(rank)}
             else:
-                sizes[f"gram.{n}"] = packed_size(inputs) if self.alpha_backbone else inputs
+                sizes[f"gram.{n}"] = _packed_size(inputs) if self.alpha_backbone else inputs
         return expected | {name: torch.empty(size, device="meta") for name, size in sizes.items()}
 
     def check_upload(self, upload: Upload) -> str:
-        """Whether every Gram is one."""
+        """Reject Grams that are not positive semidefinite."""
         payload = upload.payload
-        inputs = {name.split(".")[1]: value.shape[1] for name, value in payload.items() if name.startswith("lora.")}
-        inputs["head"] = payload["head.weight"].shape[1]
-        grams = {f"gram.{layer}": unpack_symmetric(payload[f"gram.{layer}"], size) for layer, size in inputs.items()}
+        sizes = {name.split(".")[1]: value.shape[1] for name, value in payload.items() if name.startswith("lora.")}
+        sizes["head"] = payload["head.weight"].shape[1]
+        grams = {f"gram.{layer}": unpack_symmetric(payload[f"gram.{layer}"], size) for layer, size in sizes.items()}
         grams |= {name: value for name, value in payload.items() if name.startswith("energy.")}
-        wrong = (name for name, gram in grams.items() if not is_gram(gram))
-        return next((f"{name} is no Gram: not positive semidefinite" for name in wrong), "")
+        for name, gram in grams.items():
+            if not is_gram(gram):
+                return f"{name} must be positive semidefinite"
+        return ""
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Merge the trained factors and the head, and weigh the tasks anew."""
-        answer = merge_head(uploads, self.head_aggregation)
+        """Merge the trained factors and the head among clients, and update the weights of the tasks."""
+        merged = merge_head(uploads, self.head_aggregation)
         for name in [name for name in uploads[0].payload if name.startswith("lora.")]:
             layer = name.split(".")[1]
             factors = [upload.payload[name] for upload in uploads]
             grams = [unpack_symmetric(upload.payload[f"gram.{layer}"], factors[0].shape[1]) for upload in uploads]
-            answer[name] = regression_mean(factors, grams)
-            answer[f"lora.{layer}.share"] = self._weigh(layer, uploads, grams, progress.task)
-        return [answer] * len(uploads)
+            merged[name] = regression_mean(factors, grams)
+            diagonals = [u.payload.get(f"energy.{layer}", diagonal(g)) for u, g in zip(uploads, grams, strict=True)]
+            merged[f"lora.{layer}.share"] = self._task_shares(layer, diagonals, progress.task)
+        return [merged] * len(uploads)
 
+    @override
     def download(self, client: Client, payload: Payload) -> None:
-        """Take over the merged factor, the head and what each task counts for."""
         client.net.load_state_dict({**client.net.state_dict(), **payload})
 
-    def _weigh(self, layer: str, uploads: list[Upload], grams: list[Tensor], task: int) -> Tensor:
-        parts = [
-            upload.payload.get(f"energy.{layer}", diagonal(gram)) for upload, gram in zip(uploads, grams, strict=True)
-        ]
-        total = torch.stack([part.double() for part in parts]).sum(0)
+    def _task_shares(self, layer: str, diagonals: list[Tensor], task: int) -> Tensor:
+        total = torch.stack([values.double() for values in diagonals]).sum(0)
         energy = self.energy.get(layer, total.new_zeros(self.num_modules, len(total))).clone()
         energy[task] = total
         self.energy[layer] = energy
@@ -247,13 +238,20 @@ class LoRM(Method):
         return weights.float()
 
 
-def trained_factor(round_: int) -> str:
-    """The factor whose turn it is: writing ones, B, first."""
+def factor_of_round(round_: int) -> str:
+    """The factor that is trained in a round: B in even rounds, A in odd ones."""
     return "down" if round_ % 2 else "up"
 
 
+def _packed_size(size: int) -> int:
+    return size * (size + 1) // 2
+
+
 def merge_head(uploads: list[Upload], head_aggregation: str) -> Payload:
-    """Regression mean of the head's rows, among all clients or class by class among its holders; bias by samples."""
+    """Regression mean of the head's rows, among all clients or, class by class, those with the class; bias by samples.
+
+    A class that no client has is merged among all.
+    """
     rows = [upload.payload["head.weight"] for upload in uploads]
     grams = [unpack_symmetric(upload.payload["gram.head"], rows[0].shape[1]) for upload in uploads]
     biases = [replace(upload, payload={"head.bias": upload.payload["head.bias"]}) for upload in uploads]

@@ -1,51 +1,137 @@
 """MFCL (Babakniya et al., NeurIPS 2023, arXiv 2311.07784): FedAvg with a synthesizer that the server trains.
 
-Ours: old classes are those that any client has met, the cross-entropy on real images is over the client's own classes
-of the task, and the balanced one over these and the old ones.
+Ours: old classes are those of any client so far, the cross-entropy on real images is over the client's own classes of
+the task, and the balanced one over these and the old ones. The synthesizer and the server's part are in target.py.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.data import Batch
+from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Stage
 from fedlscl.federated.payload import Payload, outgoing
-from fedlscl.methods.data_free import (
-    CLASSES,
-    SYNTHESIS,
-    DataFree,
-    GeneratorWithTeacher,
-    MimickingModule,
-    SynthesisModule,
-    Synthesizer,
-)
-from fedlscl.modules.learner import ClassificationModule
-from fedlscl.nets.net import Net
+from fedlscl.functional.objectives import cross_entropy
+from fedlscl.methods.target import CLASSES, SYNTHESIS, DataFree, GeneratorWithTeacher, Statistics, Synthesizer
+from fedlscl.modules.learner import ClassificationModule, Learner
+from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.nets.net import Frozen, Net, fit
 
 NET = SYNTHESIS + "net."
-"""Begins the names of the synthesizer's weights in an answer and in a client's memory."""
+"""Prefix of the synthesizer's weights in a payload and in a client's memory."""
+EPSILON = 1e-8
+"""Added to variances before their quotient."""
+
+
+class SynthesisModule(Learner):
+    """Train a synthesizer of images of all classes, predicted with certainty, with the teacher's BatchNorm statistics.
+
+    ``classes`` are the teacher's columns.
+    """
+
+    def __init__(
+        self, net: GeneratorWithTeacher, classes: Tensor, temperature: float,
+        lambda_even: float, lambda_norm: float, lambda_smooth: float, **optimisation: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(net, **optimisation)
+        self.temperature = temperature
+        self.lambda_even, self.lambda_norm, self.lambda_smooth = lambda_even, lambda_norm, lambda_smooth
+        self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("std", net.teacher.net.small.std.view(3, 1, 1), persistent=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """CE(f(x) / tau, argmax f(x)) + w_ie IE + w_bn L_BN + w_noise L_smooth for noise (B, noise_dim)."""
+        output = self.net(batch.images)
+        logits = output.logits[:, self.classes]
+        return {
+            "certainty": cross_entropy(logits / self.temperature, logits.argmax(1)),
+            "evenness": self.lambda_even * unevenness(logits),
+            "norm": self.lambda_norm * norm_divergence(output.statistics),
+            "smoothness": self.lambda_smooth * roughness(output.images / self.std),
+        }
+
+
+def unevenness(logits: Tensor) -> Tensor:
+    """``1 + sum p log p / log C`` of the batch's mean softmax p: 0 for uniform classes, 1 for a single class.
+
+    Example:
+        >>> unevenness(torch.tensor([[1e4, 0.0], [0.0, 1e4]])).item()
+        0.0
+    """
+    p = logits.float().softmax(1).mean(0)
+    return 1 + torch.special.entr(p).sum().neg() / math.log(max(len(p), 2))
+
+
+def norm_divergence(statistics: Sequence[Statistics]) -> Tensor:
+    """Mean over layers and channels of KL(N(running) || N(batch)), the batch-statistics loss."""
+    terms = []
+    for mean, variance, running_mean, running_variance in statistics:
+        v, r = variance + EPSILON, running_variance + EPSILON
+        terms.append(((v / r).log() / 2 + (r + (running_mean - mean).square()) / (2 * v) - 0.5).mean())
+    return torch.stack(terms).mean()
+
+
+def roughness(images: Tensor) -> Tensor:
+    """Mean squared distance of images (B, C, h, w) from their blur: Gaussian, 5 x 5, sigma 1, reflected."""
+    steps = torch.arange(-2.0, 3.0, device=images.device)
+    line = (-steps.square() / 2).exp()
+    kernel = torch.outer(line, line) / line.sum().square()
+    weight = kernel.to(images.dtype).expand(images.shape[1], 1, 5, 5)
+    blurred = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), weight, groups=images.shape[1])
+    return F.mse_loss(images, blurred)
+
+
+class MimickingModule(ClassificationModule):
+    """The clients' objective: body from new classes and the old net's features, head balanced over all classes.
+
+    ``replay_size`` images of the synthesizer are added to every batch of real ones.
+    """
+
+    def __init__(
+        self, net: SmallClassifier, previous: SmallClassifier, synthesizer: Synthesizer, old_classes: Tensor,
+        classes: Tensor, replay_size: int, lambda_head: float, lambda_features: float, **optimisation: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(net, classes, **optimisation)
+        self.previous, self.synthesizer, self.replay_size = Frozen(previous), Frozen(synthesizer), replay_size
+        self.lambda_head, self.lambda_features = lambda_head, lambda_features
+        self.register_buffer("old_classes", old_classes, persistent=False)
+        self.register_buffer("known", torch.cat([old_classes, classes]).unique(), persistent=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """L_CE + w_ft L_FT + w_kd L_KD, from one forward pass of real and synthetic images."""
+        noise = torch.randn(self.replay_size, self.synthesizer.net.noise_dim).to(self.old_classes.device)
+        parts = (batch.images, self.synthesizer(noise))
+        images = torch.cat([fit(part, self.net.small.image_size) for part in parts])
+        now, before = self.net(images), self.previous(images)
+        predicted = before.logits[len(batch.labels) :, self.old_classes].argmax(1)
+        labels = torch.cat([batch.labels, self.old_classes[predicted]])
+        balanced = cross_entropy(self.net.head(now.features.detach()), labels, self.known)
+        moved = F.linear(now.features - before.features, self.previous.net.head.weight[self.old_classes])
+        return {
+            "cross_entropy": cross_entropy(now.logits[: len(batch.labels)], batch.labels, self.classes),
+            "head": self.lambda_head * balanced,
+            "features": self.lambda_features * moved.float().square().mean(),
+        }
 
 
 @dataclass(kw_only=True)
 class MFCL(DataFree):
-    """FedAvg whose clients replay a synthesizer's images; it comes down once per task and learns from task to task."""
+    """FedAvg whose clients replay images of a synthesizer, which is trained further and downloaded once per task."""
 
     card: ClassVar = MethodCard(
-        "NeurIPS 2023",
-        "2311.07784",
-        trains="CNN and head from scratch; the server an image synthesizer",
-        uploads="CNN, head",
+        "NeurIPS 2023", "2311.07784", "CNN and head from scratch; the server an image synthesizer", "CNN, head"
     )
 
     noise_dim: int = 1000
     """Width of the synthesizer's input."""
     replay_size: int = 128
-    """Synthetic images beside every batch of real ones."""
+    """Synthetic images added to every batch of real ones."""
     lambda_head: float = 1.0
     """w_ft, of the cross-entropy over old and new classes that trains the head alone."""
     lambda_features: float = 0.1
@@ -53,11 +139,11 @@ class MFCL(DataFree):
     synthesis_steps: int = 500
     """Steps of the synthesizer per task (pi; 100 in the released code, the number is ours)."""
     synthesis_batch: int = 128
-    """Images of each."""
+    """Images per step."""
     synthesis_lr: float = 1e-3
-    """Its learning rate."""
+    """Learning rate of the synthesizer."""
     synthesis_temperature: float = 1000.0
-    """tau by which the teacher's logits are divided before it is asked to be sure."""
+    """tau, the temperature of the teacher's logits in the certainty term."""
     lambda_even: float = 1.0
     """w_ie, of the classes' unevenness."""
     lambda_norm: float = 50.0
@@ -65,52 +151,37 @@ class MFCL(DataFree):
     lambda_smooth: float = 1e-3
     """w_noise, of the distance from a blurred copy."""
     synthesizer: Payload = field(default_factory=dict, init=False, repr=False)
+    """Its weights after the last task."""
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Plain training until there are synthetic images; who missed the round that brought them has none."""
+        """Cross-entropy, and replay if the client has a synthesizer (not if it missed the download)."""
         loader = client.loader(client.train_ids, self.batch_size)
         if client.previous is None or CLASSES not in client.memory:
             module = ClassificationModule(client.net, client.classes, lr=self.lr)
         else:
             weights = {n.removeprefix(NET): value for n, value in client.memory.items() if n.startswith(NET)}
             module = MimickingModule(
-                client.net,
-                client.previous,
-                self._build_synthesizer(client.net, weights),
-                client.memory[CLASSES],
-                client.classes,
-                self.replay_size,
-                self.lambda_head,
-                self.lambda_features,
-                lr=self.lr,
-            )
+                client.net, client.previous, self._build_synthesizer(client.net, weights), client.memory[CLASSES],
+                client.classes, self.replay_size, self.lambda_head, self.lambda_features, lr=self.lr,
+            )  # fmt: skip
         yield Stage("train", module, loader, self.local_epochs)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
-        """Train the synthesizer on, against the new global net."""
+        """Train the previous task's synthesizer against the new global net."""
         synthesizer = self._build_synthesizer(teacher, self.synthesizer)
         module = SynthesisModule(
-            GeneratorWithTeacher(synthesizer, teacher),
-            classes,
-            self.synthesis_temperature,
-            self.lambda_even,
-            self.lambda_norm,
-            self.lambda_smooth,
-            lr=self.synthesis_lr,
-        )
-        yield Stage("synthesis", module, list(self._noise()), 1)
+            GeneratorWithTeacher(synthesizer, teacher), classes, self.synthesis_temperature,
+            self.lambda_even, self.lambda_norm, self.lambda_smooth, lr=self.synthesis_lr,
+        )  # fmt: skip
+        unlabelled = torch.full((self.synthesis_batch,), -1)
+        noise = [torch.randn(self.synthesis_batch, self.noise_dim) for _ in range(self.synthesis_steps)]
+        yield Stage("synthesis", module, [Batch(values, unlabelled, unlabelled) for values in noise], 1)
         self.synthesizer = outgoing(synthesizer.state_dict())
-        self.parcel |= {NET + name: value for name, value in self.synthesizer.items()}
+        self.broadcast |= {NET + name: value for name, value in self.synthesizer.items()}
 
     def _build_synthesizer(self, classifier: Net, weights: Payload) -> Synthesizer:
-        """One for a classifier's mean and std, with given weights, or a fresh one where there are none."""
         mean, std = classifier.small.mean.tolist(), classifier.small.std.tolist()
         net = Synthesizer(self.noise_dim, self.synthesis_channels, self.synthesis_size, True, mean, std)
         if weights:
             net.load_state_dict(weights)
         return net
-
-    def _noise(self) -> Iterator[Batch]:
-        nothing = torch.full((self.synthesis_batch,), -1)
-        for _ in range(self.synthesis_steps):
-            yield Batch(torch.randn(self.synthesis_batch, self.noise_dim), nothing, nothing)

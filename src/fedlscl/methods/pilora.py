@@ -1,10 +1,10 @@
-"""PILoRA (Guo et al., ECCV 2024, arXiv 2401.02094): one small LoRA for each task and a classifier of prototypes.
+"""PILoRA (Guo et al., ECCV 2024, arXiv 2401.02094): one small LoRA per task and a prototype classifier.
 
 Deviations from the released code:
 - training and evaluation use the sum of all tasks' modules (the released evaluation leaves out all but the first);
 - class means come from one pass in evaluation mode after local training, not from the training steps;
 - prototypes of a class are re-weighted among the clients that have it (``head_aggregation: average``: among all);
-- equal closeness gives uniform weights (0 / 0 there), and a class that nobody has keeps its prototype;
+- equal closeness gives uniform weights (0 / 0 there), and a class that no client has keeps its prototype;
 - fresh Adam, no cosine schedule over rounds.
 """
 
@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fedlscl.data.images import Batch
-from fedlscl.federated.client import Client, class_means
+from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import weighted_average
@@ -26,13 +27,11 @@ from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation
 
-# A classifier by distance to one prototype per class.
-
 
 class PrototypeHead(nn.Module):
     """Logits (B, num_classes) = -distance / temperature, where d_c(x) = sqrt(||f(x) - mu_c||^2 / width).
 
-    Prototypes start as 0.1 N(0, 1).
+    Prototypes mu (num_classes, width) are initialised as 0.1 N(0, 1).
     """
 
     def __init__(self, width: int, num_classes: int, temperature: float = 1.0) -> None:
@@ -59,23 +58,14 @@ def prototype_distances(features: Tensor, prototypes: Tensor) -> Tensor:
         return (squared / x.shape[1]).clamp(min=1e-12).sqrt()
 
 
-# Local objective of PILoRA: prototypes by distance, and a LoRA module that keeps out of earlier ones' way.
-
-
 class PrototypeModule(Learner):
     """Distance-based cross-entropy and prototype loss, orthogonality to earlier modules and sparsity of this one."""
 
     def __init__(
-        self,
-        net: LoraViT,
-        task: int,
-        classes: Tensor | None = None,
-        lambda_prototype: float = 1e-3,
-        gamma_orthogonal: float = 0.5,
-        lambda_sparse: float = 0.01,
-        **optimisation: Any,
-    ) -> None:
-        """``net`` has a PrototypeHead; ``classes`` are the columns of the cross-entropy, all where not given."""
+        self, net: LoraViT, task: int, classes: Tensor | None = None, lambda_prototype: float = 1e-3,
+        gamma_orthogonal: float = 0.5, lambda_sparse: float = 0.01, **optimisation: Any,
+    ) -> None:  # fmt: skip
+        """``net`` has a PrototypeHead; ``classes`` are the columns of the cross-entropy, all if None."""
         super().__init__(net, **optimisation)
         self.task, self.lambda_prototype = task, lambda_prototype
         self.gamma_orthogonal, self.lambda_sparse = gamma_orthogonal, lambda_sparse
@@ -96,7 +86,7 @@ class PrototypeModule(Learner):
 
 
 def overlap(current: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-    """sum_s ||A_s A_t^T||_1, entry-wise, of reading factors (rank, in_features); no gradient reaches the earlier ones.
+    """sum_s ||A_s A_t^T||_1, entry-wise, of down-projections A (rank, in_features); A_s get no gradient.
 
     Example:
         >>> overlap(torch.tensor([[1.0, 0.0]]), [torch.tensor([[0.0, 5.0]]), torch.tensor([[-2.0, 1.0]])])
@@ -106,97 +96,6 @@ def overlap(current: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         return current.new_zeros(())
     with torch.autocast(current.device.type, enabled=False):
         return (torch.cat([factor.detach() for factor in earlier]) @ current.mT).abs().sum()
-
-
-@dataclass(kw_only=True)
-class PILoRA(Method):
-    """Clients train a task's LoRA and prototypes; the server averages the one and re-weights the other."""
-
-    card: ClassVar = MethodCard(
-        "ECCV 2024",
-        "2401.02094",
-        trains="a LoRA per task, prototypes; frozen ViT",
-        uploads="the task's LoRA, prototypes, class means",
-    )
-
-    batch_size: int = 16
-    """Images per step (64 in the released code)."""
-    foundation: FoundationConfig = field(default_factory=FoundationConfig)
-    """The frozen ViT (self-supervised DINO in the paper)."""
-    rank: int = 4
-    """LoRA rank."""
-    blocks: Sequence[int] = (0,)
-    """Adapted blocks, counted from 0."""
-    targets: Sequence[str] = ("attn.q", "attn.v")
-    """Adapted linear layers of a block."""
-    lora_lr: float = 1e-4
-    """Learning rate of LoRA (1e-5 in the released code); ``lr`` is that of the prototypes (2e-3 there)."""
-    lambda_prototype: float = 1e-3
-    """Weight of the prototype loss, the mean distance to one's own prototype."""
-    gamma_orthogonal: float = 0.5
-    """Weight of the overlap with earlier tasks' reading factors."""
-    lambda_sparse: float = 0.01
-    """Weight of the 1-norm of the task's reading factors."""
-    temperature: float = 1.0
-    """tau_d: distances are divided by it in the cross-entropy."""
-    server_temperature: float = 0.2
-    """Temperature of the prototype weights at the server."""
-
-    def build_net(self, client: int, stream: StreamShape) -> LoraViT:
-        """A LoRA of each task on the frozen ViT, and prototypes."""
-        head = PrototypeHead(foundation(self.foundation).width, stream.num_classes, self.temperature)
-        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": stream.num_tasks}
-        return LoraViT(self.foundation, head, **shape)
-
-    def stages(self, client: Client) -> Iterator[Stage]:
-        """Train this task's LoRA and the prototypes of its classes."""
-        client.net.set_trainable(client.task)
-        weights = self.lambda_prototype, self.gamma_orthogonal, self.lambda_sparse
-        rates = {"lr": self.lr, "lr_of": {"lora": self.lora_lr}}
-        module = PrototypeModule(client.net, client.task, client.classes, *weights, **rates)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
-
-    def upload(self, client: Client) -> Payload:
-        """A_t and B_t; the class means and the prototypes (one row per class that it has samples of)."""
-        classes, means = class_means(client, client.train_ids, unit=False)
-        lora = task_lora(client.net, client.task)
-        # Without its class a client's prototype is the server's own, but only the released rule wants to see that.
-        rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
-        return outgoing({**lora, "prototypes": rows, "means": means})
-
-    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """The task's factors; rows for the classes that the client has, or prototypes for all."""
-        classes, (num_classes, width) = int((upload.class_counts > 0).sum()), net.head.weight.shape
-        rows = {"prototypes": num_classes if self.head_aggregation == "average" else classes, "means": classes}
-        return task_lora(net, upload.task) | {n: torch.empty(rows[n], width, device="meta") for n in rows}
-
-    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Average factors by samples and re-weight the prototypes of every class that somebody has."""
-        names = [name for name in uploads[0].payload if name.startswith("lora.")]
-        states = [{name: upload.payload[name] for name in names} for upload in uploads]
-        answer = weighted_average(states, [upload.num_samples for upload in uploads])
-        participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
-        classes = participants.any(0).nonzero().flatten()
-        merged = [self._prototype(uploads, participants, label) for label in classes.tolist()]
-        return [{**answer, "classes": classes, "prototypes": torch.stack(merged)}] * len(uploads)
-
-    def download(self, client: Client, payload: Payload) -> None:
-        """Take over the task's LoRA and the prototypes that changed."""
-        prototypes = client.net.head.weight.detach().cpu().clone()
-        prototypes[payload["classes"]] = payload["prototypes"]
-        lora = {name: value for name, value in payload.items() if name.startswith("lora.")}
-        client.net.load_state_dict({**client.net.state_dict(), **lora, "head.weight": prototypes})
-
-    def _prototype(self, uploads: list[Upload], participants: Tensor, label: int) -> Tensor:
-        rows = participants[:, :label].sum(1).tolist()  # where the class stands among those that a client has
-        holders = participants[:, label].nonzero().flatten().tolist()
-        means = torch.stack([uploads[i].payload["means"][rows[i]] for i in holders])
-        if self.head_aggregation == "average":
-            candidates = torch.stack([upload.payload["prototypes"][label] for upload in uploads])
-        else:
-            candidates = torch.stack([uploads[i].payload["prototypes"][rows[i]] for i in holders])
-        weights = prototype_weights(candidates, means, self.server_temperature)
-        return (weights[:, None] * candidates.double()).sum(0).to(candidates.dtype)
 
 
 def prototype_weights(prototypes: Tensor, means: Tensor, temperature: float) -> Tensor:
@@ -217,6 +116,104 @@ def prototype_weights(prototypes: Tensor, means: Tensor, temperature: float) -> 
     return ((closeness - closeness.min()) / spread / temperature).softmax(0)
 
 
+@dataclass(kw_only=True)
+class PILoRA(Method):
+    """Clients train a task's LoRA and prototypes; the server averages the LoRA and re-weights the prototypes."""
+
+    card: ClassVar = MethodCard(
+        "ECCV 2024", "2401.02094", "a LoRA per task, prototypes; frozen ViT", "the task's LoRA, prototypes, class means"
+    )
+
+    batch_size: int = 16
+    """Images per step (64 in the released code)."""
+    foundation: FoundationConfig = field(default_factory=FoundationConfig)
+    """The frozen ViT (self-supervised DINO in the paper)."""
+    rank: int = 4
+    """LoRA rank."""
+    blocks: Sequence[int] = (0,)
+    """Adapted blocks, counted from 0."""
+    targets: Sequence[str] = ("attn.q", "attn.v")
+    """Adapted linear layers of a block."""
+    lora_lr: float = 1e-4
+    """Learning rate of LoRA (1e-5 in the released code); ``lr`` is that of the prototypes (2e-3 there)."""
+    lambda_prototype: float = 1e-3
+    """Weight of the prototype loss, the mean distance to the prototype of the label."""
+    gamma_orthogonal: float = 0.5
+    """Weight of the overlap with A of earlier tasks."""
+    lambda_sparse: float = 0.01
+    """Weight of the 1-norm of the task's A."""
+    temperature: float = 1.0
+    """tau_d: distances are divided by it in the cross-entropy."""
+    server_temperature: float = 0.2
+    """Temperature of the prototype weights at the server."""
+
+    def build_net(self, client: int, stream: StreamShape) -> LoraViT:
+        """A LoRA of each task on the frozen ViT, and prototypes."""
+        head = PrototypeHead(foundation(self.foundation).width, stream.num_classes, self.temperature)
+        shape = {"rank": self.rank, "blocks": self.blocks, "targets": self.targets, "num_tasks": stream.num_tasks}
+        return LoraViT(self.foundation, head, **shape)
+
+    @override
+    def stages(self, client: Client) -> Iterator[Stage]:
+        client.net.set_trainable(client.task)
+        weights = self.lambda_prototype, self.gamma_orthogonal, self.lambda_sparse
+        rates = {"lr": self.lr, "lr_of": {"lora": self.lora_lr}}
+        module = PrototypeModule(client.net, client.task, client.classes, *weights, **rates)
+        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+
+    def upload(self, client: Client) -> Payload:
+        """A_t and B_t; class means and prototypes, one row for each class with samples."""
+        classes, means = raw_class_means(client)
+        lora = task_lora(client.net, client.task)
+        # A client's prototype of a class that it lacks is the server's; only the released rule needs it.
+        rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
+        return outgoing({**lora, "prototypes": rows, "means": means})
+
+    @override
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
+        classes, (num_classes, width) = int((upload.class_counts > 0).sum()), net.head.weight.shape
+        rows = {"prototypes": num_classes if self.head_aggregation == "average" else classes, "means": classes}
+        return task_lora(net, upload.task) | {n: torch.empty(rows[n], width, device="meta") for n in rows}
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """Average A and B by samples, and re-weight the prototypes of every class that a client has."""
+        states = [{n: v for n, v in upload.payload.items() if n.startswith("lora.")} for upload in uploads]
+        lora = weighted_average(states, [upload.num_samples for upload in uploads])
+        participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
+        classes = participants.any(0).nonzero().flatten()
+        merged = [self._prototype(uploads, participants, label) for label in classes.tolist()]
+        return [{**lora, "classes": classes, "prototypes": torch.stack(merged)}] * len(uploads)
+
+    @override
+    def download(self, client: Client, payload: Payload) -> None:
+        prototypes = client.net.head.weight.detach().cpu().clone()
+        prototypes[payload["classes"]] = payload["prototypes"]
+        lora = {name: value for name, value in payload.items() if name.startswith("lora.")}
+        client.net.load_state_dict({**client.net.state_dict(), **lora, "head.weight": prototypes})
+
+    def _prototype(self, uploads: list[Upload], participants: Tensor, label: int) -> Tensor:
+        rows = participants[:, :label].sum(1).tolist()  # index of the class among those that a client has
+        holders = participants[:, label].nonzero().flatten().tolist()
+        means = torch.stack([uploads[i].payload["means"][rows[i]] for i in holders])
+        if self.head_aggregation == "average":
+            candidates = torch.stack([upload.payload["prototypes"][label] for upload in uploads])
+        else:
+            candidates = torch.stack([uploads[i].payload["prototypes"][rows[i]] for i in holders])
+        weights = prototype_weights(candidates, means, self.server_temperature)
+        return (weights[:, None] * candidates.double()).sum(0).to(candidates.dtype)
+
+
+@torch.no_grad()
+def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
+    """Sorted classes (n,) of the task's training samples and their mean features (n, width), not normalised."""
+    sums = torch.zeros(client.net.head.weight.shape, dtype=torch.float64)
+    for batch, output in client.infer(client.train_ids):
+        sums.index_add_(0, batch.labels.cpu(), output.features.double().cpu())
+    counts = client.data.class_counts(client.task)
+    classes = counts.nonzero().flatten()
+    return classes, (sums[classes] / counts[classes, None]).float()
+
+
 def task_lora(net: Net, task: int) -> dict[str, Tensor]:
-    """The factors of one task by their names in the state dict."""
+    """A and B of one task by their names in the state dict."""
     return {name: p for name, p in net.named_parameters() if name.startswith("lora.") and name.endswith(f".{task}")}

@@ -1,52 +1,395 @@
-"""TARGET (Zhang et al., ICCV 2023, arXiv 2303.06937): FedAvg with distillation on images that the server makes.
+"""TARGET (Zhang et al., ICCV 2023, arXiv 2303.06937): FedAvg with distillation on images that the server synthesises.
 
-The synthesis is Fast-DFKD's: a copy of the synthesizer and noise are optimised for each batch of images, and the
-copy's gradients move the synthesizer (FOMAML). Ours: old classes are those that any client has met, and a client's
-cross-entropy is over its own classes of the task; a class can be old to others and new to it.
+The first part, up to `DataFree`, is shared with MFCL: at the end of a task the server trains an image synthesizer
+against the global net, without data. TARGET's synthesis is Fast-DFKD's: a copy of the synthesizer and noise are
+optimised for each batch of images, and the copy's gradients update the synthesizer (FOMAML). Ours: old classes are
+those of any client so far, and a client's cross-entropy is over its own classes of the task; a class can be old to
+others and new to it.
 """
 
 import math
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
 
-from fedlscl.data import Batch
+from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import MethodCard, Stage, StreamShape
-from fedlscl.methods.data_free import (
-    BETAS,
-    CLASSES,
-    SYNTHESIS,
-    DataFree,
-    GeneratorWithTeacher,
-    ImitationModule,
-    InversionModule,
-    Synthesizer,
-    SyntheticDistillationModule,
-)
-from fedlscl.modules.learner import ClassificationModule
-from fedlscl.nets.net import Net
+from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
+from fedlscl.federated.payload import Payload, Upload
+from fedlscl.functional.objectives import cross_entropy, knowledge_distillation
+from fedlscl.methods.fedavg import FedAvg
+from fedlscl.modules.learner import ClassificationModule, Learner
+from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
+from fedlscl.nets.net import Frozen, Net
+
+
+class Synthesizer(nn.Module):
+    """Noise (B, noise_dim) to images (B, 3, size, size) in 0..1: a linear layer, then upsampling with convolutions.
+
+    ``channels`` are those of the feature maps from the smallest, of size / 2^(len - 1) pixels, to the largest. Three
+    of them give the nets of both papers for small images; at 224 pixels TARGET's first layer would have 103 M
+    weights, and MFCL uses (64,) * 6.
+    """
+
+    def __init__(
+        self, noise_dim: int, channels: Sequence[int], size: int, standardise: bool = False,
+        mean: Sequence[float] = MEAN, std: Sequence[float] = STD,
+    ) -> None:  # fmt: skip
+        """With ``standardise`` the last layers are tanh and a BatchNorm without weights (MFCL), else sigmoid (TARGET).
+
+        Standardised images are turned into pixels with the classifier's ``mean`` and ``std``.
+        """
+        super().__init__()
+        self.start = start_size(channels, size)
+        self.noise_dim, self.width = noise_dim, channels[0]
+        self.project = nn.Linear(noise_dim, channels[0] * self.start**2)
+        layers: list[nn.Module] = [nn.BatchNorm2d(channels[0])]
+        for before, after in pairwise(channels):
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
+            layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+        layers.append(nn.Conv2d(channels[-1], 3, 3, padding=1))
+        last = [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Denormalize(mean, std)] if standardise else [nn.Sigmoid()]
+        self.layers = nn.Sequential(*layers, *last)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """(B, noise_dim) to (B, 3, size, size)."""
+        return self.layers(self.project(noise).view(-1, self.width, self.start, self.start))
+
+
+def start_size(channels: Sequence[int], size: int) -> int:
+    """Pixels of the smallest feature map."""
+    factor = 2 ** (len(channels) - 1)
+    if not channels or size % factor or size < factor:
+        raise ValueError(
+            "synthesis_size must be a positive multiple of 2 ** (len(synthesis_channels) - 1), "
+            f"got {size} with synthesis_channels {list(channels)}."
+        )
+    return size // factor
+
+
+class Denormalize(nn.Module):
+    """Images (B, 3, h, w) as pixels in 0..1, so that the classifier's normalisation restores them."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+
+class Statistics(NamedTuple):
+    """Statistics (channels,) of a batch at the input of a BatchNorm layer, and the layer's running ones."""
+
+    mean: Tensor
+    variance: Tensor
+    running_mean: Tensor
+    running_variance: Tensor
+
+
+class SyntheticBatch(NamedTuple):
+    """Synthetic images and the teacher's outputs for them."""
+
+    images: Tensor
+    """(B, 3, size, size) in 0..1."""
+    teacher_input: Tensor
+    """The images after augmentation."""
+    logits: Tensor
+    """(B, num_classes)."""
+    statistics: list[Statistics]
+    """By BatchNorm layer."""
+
+    @property
+    def head_logits(self) -> Tensor:
+        """The logits: there is one head."""
+        return self.logits
+
+
+class GeneratorWithTeacher(Net):
+    """A synthesizer and the frozen classifier of its images; the input is noise instead of stored images.
+
+    With ``batch_size`` the noise is trained, too: as a shift, which starts at zero. With ``padding`` the teacher gets
+    the images shifted at random by up to so many pixels, and mirrored half the time.
+    """
+
+    def __init__(self, synthesizer: Synthesizer, teacher: Net, batch_size: int = 0, padding: int | None = None) -> None:
+        super().__init__()
+        self.synthesizer, self.teacher, self.padding = synthesizer, Frozen(teacher), padding
+        self.shift = nn.Parameter(torch.zeros(batch_size or 1, synthesizer.noise_dim), requires_grad=batch_size > 0)
+
+    @property
+    def head(self) -> nn.Module:
+        """The teacher's head."""
+        return self.teacher.net.head
+
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> SyntheticBatch:
+        """Noise (B, noise_dim) to images, logits and statistics, with gradient to noise and synthesizer."""
+        synthetic = self.synthesizer(images + self.shift)
+        teacher_input = synthetic if self.padding is None else jitter(synthetic, self.padding)
+        with norm_statistics(self.teacher) as statistics:
+            logits = self.teacher.net(teacher_input).head_logits
+        return SyntheticBatch(synthetic, teacher_input, logits, statistics)
+
+
+@contextmanager
+def norm_statistics(net: nn.Module) -> Iterator[list[Statistics]]:
+    """A list that collects the statistics at the input of each BatchNorm layer while the net runs."""
+    found: list[Statistics] = []
+
+    def collect(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
+        found.append(Statistics(mean, variance, layer.running_mean, layer.running_var))
+
+    with ExitStack() as hooks:
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                hooks.enter_context(layer.register_forward_pre_hook(collect))
+        yield found
+
+
+def jitter(images: Tensor, padding: int) -> Tensor:
+    """Every image (B, 3, s, s) shifted by up to ``padding`` pixels, filled with zeros, and mirrored half the time."""
+    count, size, device = len(images), images.shape[-1], images.device
+    steps = torch.arange(size, device=device)
+    rows, columns = (torch.randint(2 * padding + 1, (count, 1), device=device) + steps for _ in range(2))
+    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
+    padded = F.pad(images, (padding,) * 4)
+    shifted = padded.gather(2, rows[:, None, :, None].expand(-1, 3, -1, padded.shape[3]))
+    return shifted.gather(3, columns[:, None, None, :].expand(-1, 3, size, -1))
+
+
+SYNTHESIS = "synthesis."
+"""Prefix in payloads and in a client's memory of what the server synthesised."""
+CLASSES = SYNTHESIS + "classes"
+"""The old classes: those of any client when the images were synthesised."""
+
+
+@dataclass(kw_only=True)
+class DataFree(FedAvg):
+    """FedAvg of CNNs whose server synthesises at the end of every task but the run's last."""
+
+    averages: ClassVar = True
+    noise_dim: int = 256
+    """Width of the synthesizer's input."""
+    synthesis_size: int = 32
+    """Pixels of synthetic images; the CNN scales them to its own input."""
+    synthesis_channels: Sequence[int] = (128, 128, 64)
+    """Feature maps of the synthesizer, doubling in size up to ``synthesis_size``; both papers' for small images."""
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool), init=False, repr=False)
+    """(num_classes,): classes of any client so far."""
+    broadcast: Payload = field(default_factory=dict, init=False, repr=False)
+    """Tensors for the next download beside the average."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that the synthesizer cannot reach, and nets without their own batch statistics."""
+        super().__post_init__()
+        start_size(self.synthesis_channels, self.synthesis_size)
+        if self.foundation is not None:
+            raise ValueError(f"{type(self).__name__} does not support `foundation`: set `small_model` instead.")
+
+    @abstractmethod
+    def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
+        """Train a synthesizer of ``classes`` against the global net, and add what clients need to ``broadcast``."""
+
+    def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
+        """In a task's last round, record its classes; synthesise if another task follows."""
+        if not progress.last:
+            return
+        current = torch.stack([upload.class_counts for upload in uploads]).sum(0) > 0
+        self.seen = current | self.seen if len(self.seen) else current
+        if not progress.final:
+            teacher = self.build_net(0, StreamShape(len(current)))
+            teacher.load_state_dict(self.average(uploads))
+            classes = self.seen.nonzero()[:, 0]
+            self.broadcast = {CLASSES: classes}
+            yield from self.synthesise(teacher, classes)
+
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """The average, and the result of the synthesis."""
+        broadcast, self.broadcast = self.broadcast, {}
+        return [{**average, **broadcast} for average in super().aggregate(uploads, progress)]
+
+    def download(self, client: Client, payload: Payload) -> None:
+        """Load the average and keep the rest."""
+        synthesis = {name: value for name, value in payload.items() if name.startswith(SYNTHESIS)}
+        client.memory |= synthesis
+        super().download(client, {name: value for name, value in payload.items() if name not in synthesis})
+
+    def end_task(self, client: Client) -> None:
+        """The global model becomes the teacher."""
+        client.snapshot()
+
+
+# TARGET itself.
 
 IMAGES = SYNTHESIS + "images"
 """The synthetic set, (N, 3, size, size) uint8."""
-
 PADDING = 4
-"""Pixels by which the teacher sees synthetic images shifted."""
+"""Maximum shift in pixels of the images that the teacher gets."""
+BETAS = (0.5, 0.999)
+"""Of the synthesizer's Adam."""
+Averages = Sequence[tuple[Tensor, Tensor]]
+"""Mean and variance (channels,) over batches at each BatchNorm layer."""
+
+
+class InversionModule(Learner):
+    """Train noise and a copy of the synthesizer towards images of given classes on which teacher and student disagree.
+
+    Gradients add up in ``slow``, the synthesizer that remains (FOMAML); ``best`` is the batch of the lowest objective
+    so far. ``classes`` are the columns of teacher and student; ``averages`` those of earlier batches.
+    """
+
+    def __init__(
+        self, net: GeneratorWithTeacher, student: Net, slow: nn.Module, classes: Tensor, averages: Averages,
+        lambda_label: float, lambda_norm: float, lambda_adversarial: float, lr_noise: float, **optimisation: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(net, lr_of={"shift": lr_noise}, **optimisation)
+        self.student, self.averages = Frozen(student), averages
+        self.slow: Iterable[Tensor] = list(slow.parameters())
+        self.lambda_label, self.lambda_norm, self.lambda_adversarial = lambda_label, lambda_norm, lambda_adversarial
+        self.register_buffer("classes", classes, persistent=False)
+        self.best: Tensor | None = None
+        self.lowest = torch.tensor(torch.inf)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Oh CE(f(x), y) + bn L_BN + adv L_adv for noise ``batch.images`` (B, noise_dim)."""
+        output = self.net(batch.images)
+        terms = {
+            "label": self.lambda_label * cross_entropy(output.logits, batch.labels, self.classes),
+            "norm": self.lambda_norm * norm_distance(output.statistics, self.averages),
+        }
+        if self.lambda_adversarial:
+            student = self.student.net(output.teacher_input).head_logits[:, self.classes]
+            terms["adversarial"] = -self.lambda_adversarial * disagreement(output.logits[:, self.classes], student)
+        self._keep(output.images.detach(), torch.stack(list(terms.values())).sum().detach())
+        mixed = mixed_averages(self.averages, output.statistics)
+        self.latest = [(mean.detach(), variance.detach()) for mean, variance in mixed]
+        return terms
+
+    def _keep(self, images: Tensor, loss: Tensor) -> None:
+        is_better = loss < self.lowest.to(loss.device)
+        self.best = images if self.best is None else torch.where(is_better, images, self.best)
+        self.lowest = torch.where(is_better, loss, self.lowest.to(loss.device))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the copy's gradients to those of the synthesizer."""
+        for slow, fast in zip(self.slow, self.net.synthesizer.parameters(), strict=True):
+            gradient = fast.grad.to(slow.device)
+            slow.grad = gradient.clone() if slow.grad is None else slow.grad + gradient
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam with TARGET's betas."""
+        optimizer = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["betas"] = BETAS
+        return optimizer
+
+
+def norm_distance(statistics: Sequence[Statistics], averages: Averages = (), momentum: float = 0.9) -> Tensor:
+    """Sum over layers of ``||running var - v|| + ||running mean - m||`` (L_BN), m and v of ``mixed_averages``."""
+    terms = []
+    mixed = mixed_averages(averages, statistics, momentum)
+    for (_, _, running_mean, running_variance), (mean, variance) in zip(statistics, mixed, strict=True):
+        terms += [torch.linalg.vector_norm(running_variance - variance), torch.linalg.vector_norm(running_mean - mean)]
+    return torch.stack(terms).sum()
+
+
+def mixed_averages(
+    averages: Averages, statistics: Sequence[Statistics], momentum: float = 0.9
+) -> list[tuple[Tensor, Tensor]]:
+    """Averages over batches, updated with ``momentum`` for the earlier ones; those of a first batch are its own."""
+    batch = [(mean, variance) for mean, variance, *_ in statistics]
+    if not averages:
+        return batch
+    return [
+        (torch.lerp(m, earlier_m, momentum), torch.lerp(v, earlier_v, momentum))
+        for (m, v), (earlier_m, earlier_v) in zip(batch, averages, strict=True)
+    ]
+
+
+def disagreement(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean over the batch of KL(teacher || student) of logits (B, C), where both predict the same class (L_adv).
+
+    Example:
+        >>> disagreement(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor(0.)
+    """
+    divergence = F.kl_div(
+        student.float().log_softmax(1), teacher.float().log_softmax(1), reduction="none", log_target=True
+    )
+    return (divergence.sum(1) * (teacher.argmax(1) == student.argmax(1))).mean()
+
+
+class ImitationModule(Learner):
+    """Train a student by SGD to predict as the teacher on synthetic images, in the columns ``classes``."""
+
+    def __init__(self, net: Net, teacher: Net, classes: Tensor, temperature: float, lr: float) -> None:
+        super().__init__(net.requires_grad_(True), lr=lr)
+        self.teacher, self.temperature = Frozen(teacher), temperature
+        self.register_buffer("classes", classes, persistent=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``T^2 KL(teacher || student)``."""
+        student = self.net(batch.images).head_logits[:, self.classes]
+        teacher = self.teacher(batch.images).head_logits[:, self.classes]
+        return {"distillation": knowledge_distillation(student, teacher, self.temperature)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with the momentum and weight decay of TARGET's code."""
+        return torch.optim.SGD(self.net.parameters(), self.lr, momentum=0.9, weight_decay=1e-4)
+
+
+class SyntheticDistillationModule(ClassificationModule):
+    """The clients' objective: new classes from real images, the old net's predictions on synthetic images.
+
+    ``synthetic`` (N, 3, h, w) uint8 is iterated once in ``num_batches`` steps, in a new order each time.
+    """
+
+    def __init__(
+        self, net: SmallClassifier, previous: SmallClassifier, synthetic: Tensor, old_classes: Tensor, num_batches: int,
+        alpha: float, temperature: float, classes: Tensor | None = None, **optimisation: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(net, classes, **optimisation)
+        self.previous, self.alpha, self.temperature = Frozen(previous), alpha, temperature
+        self.num_batches = max(1, min(num_batches, len(synthetic) // 2))
+        self.waiting: list[Tensor] = []
+        self.register_buffer("synthetic", synthetic, persistent=False)
+        self.register_buffer("old_classes", old_classes, persistent=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
+        terms, images = super().loss(batch), self._draw()
+        student = self.net(images).head_logits[:, self.old_classes]
+        teacher = self.previous(images).head_logits[:, self.old_classes]
+        kept = knowledge_distillation(student, teacher, self.temperature)
+        return {**terms, "distillation": self.alpha / self.temperature**2 * kept}
+
+    def _draw(self) -> Tensor:
+        if not self.waiting:
+            self.waiting = list(torch.randperm(len(self.synthetic)).tensor_split(self.num_batches))
+        return self.synthetic[self.waiting.pop().to(self.synthetic.device)]
 
 
 @dataclass(kw_only=True)
 class TARGET(DataFree):
-    """FedAvg whose clients keep the old global model's answers on a synthetic set that comes down once per task."""
+    """FedAvg whose clients distil the old global model on synthetic images, which are downloaded once per task."""
 
     card: ClassVar = MethodCard(
         "ICCV 2023",
         "2303.06937",
-        trains="CNN and head from scratch; the server an image synthesizer and a student",
-        uploads="CNN, head",
+        "CNN and head from scratch; the server an image synthesizer and a student",
+        "CNN, head",
     )
 
     alpha: float = 25.0
@@ -60,7 +403,7 @@ class TARGET(DataFree):
     synthesis_steps: int = 50
     """Steps for each."""
     warmup_rounds: int = 20
-    """Batches before the student takes part (the released CIFAR setting never gets that far)."""
+    """Batches before the student is used (the released CIFAR setting has fewer batches than that)."""
     lambda_label: float = 0.5
     """Weight of the target classes' cross-entropy."""
     lambda_norm: float = 10.0
@@ -79,26 +422,20 @@ class TARGET(DataFree):
     """T of its distillation, which carries T^2."""
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Plain training until there are synthetic images; who missed the round that brought them has none."""
+        """Cross-entropy, and distillation if the client has synthetic images (not if it missed their download)."""
         loader = client.loader(client.train_ids, self.batch_size)
         if client.previous is None or CLASSES not in client.memory:
             module = ClassificationModule(client.net, client.classes, lr=self.lr)
         else:
+            num_batches = -(-len(client.train_ids) // self.batch_size)
             module = SyntheticDistillationModule(
-                client.net,
-                client.previous,
-                client.memory[IMAGES],
-                client.memory[CLASSES],
-                -(-len(client.train_ids) // self.batch_size),
-                self.alpha,
-                self.temperature,
-                client.classes,
-                lr=self.lr,
-            )
+                client.net, client.previous, client.memory[IMAGES], client.memory[CLASSES], num_batches,
+                self.alpha, self.temperature, client.classes, lr=self.lr,
+            )  # fmt: skip
         yield Stage("train", module, loader, self.local_epochs)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
-        """Batch after batch of images; a new synthesizer and a new student in every task."""
+        """Batches of images one after another, with a new synthesizer and a new student in every task."""
         student = self.build_net(0, StreamShape(len(self.seen)))
         slow = Synthesizer(self.noise_dim, self.synthesis_channels, self.synthesis_size)
         meta = torch.optim.Adam(slow.parameters(), self.synthesis_lr * self.synthesis_steps, BETAS)
@@ -106,18 +443,11 @@ class TARGET(DataFree):
         for number in range(self.synthesis_rounds):
             is_warm = number >= self.warmup_rounds
             module = InversionModule(
-                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING),
-                student,
-                slow,
-                classes,
-                averages,
-                self.lambda_label,
-                self.lambda_norm,
-                self.lambda_adversarial * is_warm,
-                self.noise_lr,
-                lr=self.synthesis_lr,
-            )
-            yield Stage("synthesis", module, [self._wish(classes)] * self.synthesis_steps, 1)
+                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING), student, slow, classes,
+                averages, self.lambda_label, self.lambda_norm, self.lambda_adversarial * is_warm,
+                self.noise_lr, lr=self.synthesis_lr,
+            )  # fmt: skip
+            yield Stage("synthesis", module, [self._sample_batch(classes)] * self.synthesis_steps, 1)
             meta.step()
             meta.zero_grad()
             assert module.best is not None
@@ -126,15 +456,14 @@ class TARGET(DataFree):
             if is_warm:
                 rate = self.student_lr * (1 + math.cos(math.pi * number / self.synthesis_rounds)) / 2
                 imitation = ImitationModule(student, teacher, classes, self.student_temperature, rate)
-                yield Stage("student", imitation, self._draws(torch.cat(images)), 1)
-        self.parcel[IMAGES] = torch.cat(images)
+                yield Stage("student", imitation, self._student_batches(torch.cat(images)), 1)
+        self.broadcast[IMAGES] = torch.cat(images)
 
-    def _wish(self, classes: Tensor) -> Batch:
-        """Noise, and a class for each image, all of them equally likely."""
+    def _sample_batch(self, classes: Tensor) -> Batch:
         labels = classes[torch.randint(len(classes), (self.synthesis_batch,))]
         return Batch(torch.randn(len(labels), self.noise_dim), labels, torch.full_like(labels, -1))
 
-    def _draws(self, images: Tensor) -> list[Batch]:
-        nothing = torch.full((self.synthesis_batch,), -1)
+    def _student_batches(self, images: Tensor) -> list[Batch]:
+        unlabelled = torch.full((self.synthesis_batch,), -1)
         chosen = torch.randint(len(images), (self.student_steps, self.synthesis_batch))
-        return [Batch(images[rows], nothing, nothing) for rows in chosen]
+        return [Batch(images[rows], unlabelled, unlabelled) for rows in chosen]

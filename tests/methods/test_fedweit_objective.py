@@ -13,7 +13,7 @@ WEIGHTS = {"lambda_sparse": 1e-3, "lambda_mask": 1e-2, "lambda_retain": 100.0, "
 def net():
     torch.manual_seed(0)
     net = DecomposedClassifier("test_resnet", 6, 16, num_tasks=2, num_clients=2, threshold=1e-3)
-    net.begin(torch.tensor([0, 1]), 0)
+    net.begin_task(torch.tensor([0, 1]), 0)
     return net
 
 
@@ -44,7 +44,7 @@ def test_the_first_tasks_terms_are_the_papers(net, batch):
 
 
 def test_retention_is_zero_until_the_base_moves(net, batch):
-    net.begin(torch.tensor([2, 3]), 1)
+    net.begin_task(torch.tensor([2, 3]), 1)
     module = DecompositionModule(net, **WEIGHTS, classes=torch.tensor([0, 1, 2, 3]))
     assert module.loss(batch)["retention"] == 0
     with torch.no_grad():

@@ -42,14 +42,14 @@ def gradient(weight, *arguments):
 
 @given(layers())
 def test_the_mean_minimises_the_clients_output_differences(case):
-    """Reading factors A with a shared B, and the head: the gradient of the quadratic is zero."""
+    """Down-projections A with a shared B, and the head: the gradient of the quadratic is zero."""
     inputs, grams, weights = case
     merged = regression_mean(weights, grams, epsilon=0)
     assert gradient(merged, inputs, weights).abs().max() < 1e-7 * (1 + sum(g.abs().max() for g in grams))
 
 
 @given(layers(), st.integers(1, 2), st.data())
-def test_writing_factors_minimise_it_through_a_shared_reading_factor(case, rank, data):
+def test_up_projections_minimise_it_through_a_shared_down_projection(case, rank, data):
     """B = (sum B_i A G_i A^T) (A sum G_i A^T)^-1 is the regression mean with Grams A G_i A^T."""
     inputs, grams, weights = case
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
@@ -90,7 +90,7 @@ def test_one_client_keeps_its_own_bit_for_bit(case):
 
 
 @given(layers(clients=(2, 4)), st.booleans())
-def test_what_all_agree_on_survives_where_nobody_has_inputs(case, is_diagonal):
+def test_common_weights_survive_in_directions_without_inputs(case, is_diagonal):
     """A pseudo-inverse would return zeros there: |W| = |W merged - W|."""
     _, grams, weights = case
     dead = len(grams[0]) // 2

@@ -1,7 +1,16 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedlscl.methods.fedweit import UNKNOWN, DecomposedClassifier, DecomposedConv
+from fedlscl.methods.fedweit import (
+    UNKNOWN,
+    DecomposedClassifier,
+    DecomposedConv,
+    largest,
+    pack_sparse,
+    unpack_sparse,
+)
 from fedlscl.nets.cnn import SmallClassifier
 from reference import fedweit
 
@@ -54,14 +63,14 @@ def test_a_layers_weight_is_the_papers(layer):
 
 
 def test_what_is_sent_and_evaluated_has_no_small_entry(layer):
-    sent = layer.sent()
+    sent = layer.sparse_adaptive()
     assert not ((sent != 0) & (sent.abs() <= 0.05)).any()
     assert (sent == 0).any() and torch.equal(sent[sent != 0], layer.adaptive[0][sent != 0])
     difference = layer.train().weight() - layer.eval().weight()
     torch.testing.assert_close(difference, layer.adaptive[0] - sent)
 
 
-def test_a_task_that_is_put_away_answers_as_before_whatever_others_send_later(layer):
+def test_a_folded_task_predicts_as_before_after_later_downloads(layer):
     before = layer.eval().weight().detach().clone()
     layer.fold()
     layer.is_current = False
@@ -80,8 +89,8 @@ def test_a_bias_belongs_to_the_task(layer):
 
 
 def test_only_the_newest_tasks_parts_and_the_base_are_trained(net, images):
-    net.begin(torch.tensor([0, 1]), 0)
-    net.begin(torch.tensor([2, 3]), 1)
+    net.begin_task(torch.tensor([0, 1]), 0)
+    net.begin_task(torch.tensor([2, 3]), 1)
     net.train()(images).logits.square().sum().backward()
     for name, parameter in net.named_parameters():
         own = True
@@ -93,9 +102,9 @@ def test_only_the_newest_tasks_parts_and_the_base_are_trained(net, images):
 
 
 def test_every_tasks_model_answers_for_its_own_classes(net, images):
-    net.begin(torch.tensor([0, 1]), 0)
+    net.begin_task(torch.tensor([0, 1]), 0)
     alone = net.eval()(images).logits
-    net.begin(torch.tensor([3, 5]), 1)
+    net.begin_task(torch.tensor([3, 5]), 1)
     together = net(images).logits
     torch.testing.assert_close(together[:, [0, 1]], alone[:, [0, 1]])
     for classes in ([0, 1], [3, 5]):
@@ -105,17 +114,17 @@ def test_every_tasks_model_answers_for_its_own_classes(net, images):
 
 
 def test_a_loaded_state_answers_as_the_net_that_it_is_of(net, images):
-    net.begin(torch.tensor([0, 1]), 0)
-    net.begin(torch.tensor([2, 3]), 1)
+    net.begin_task(torch.tensor([0, 1]), 0)
+    net.begin_task(torch.tensor([2, 3]), 1)
     other = DecomposedClassifier("test_resnet", 6, 16, **SHAPE)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other.eval()(images).logits, net.eval()(images).logits)
 
 
 def test_a_new_tasks_norm_starts_where_the_last_one_ended(net, images):
-    net.begin(torch.tensor([0, 1]), 0)
+    net.begin_task(torch.tensor([0, 1]), 0)
     net.train()(images)
-    net.begin(torch.tensor([2, 3]), 1)
+    net.begin_task(torch.tensor([2, 3]), 1)
     state = net.state_dict()
     means = [name for name in state if name.endswith("norms.0.running_mean")]
     assert means and all(torch.equal(state[name], state[name.replace("norms.0", "norms.1")]) for name in means)
@@ -123,5 +132,32 @@ def test_a_new_tasks_norm_starts_where_the_last_one_ended(net, images):
 
 
 def test_a_net_with_other_layers_is_refused():
-    with pytest.raises(ValueError, match=r"is a \w+, which FedWeIT cannot decompose: choose a small_model"):
+    with pytest.raises(ValueError, match=r"small_model must consist of convolutions .* got \w.*, a \w+\.$"):
         DecomposedClassifier("test_convnext", 6, 32, **SHAPE)
+
+
+def values(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), sparsity=st.floats(0, 0.99))
+def test_the_largest_are_kept_in_exact_number(seed, n, sparsity):
+    x = values(seed, n)
+    kept = largest(x, sparsity)
+    assert kept.sum() == n - int(sparsity * n)
+    assert kept.all() or x[kept].abs().min() >= x[~kept].abs().max()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3])
+def test_equal_values_are_kept_all_the_same(sparsity):
+    """A strict comparison with the quantile would keep none of them."""
+    assert largest(torch.ones(10), sparsity).sum() == 10 - int(10 * sparsity)
+
+
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), columns=st.integers(1, 9), threshold=st.floats(0, 3))
+def test_what_is_packed_comes_back_to_the_bit(seed, rows, columns, threshold):
+    x = values(seed, rows, columns)
+    x = torch.where(x.abs() > threshold, x, 0)
+    kept, bits = pack_sparse(x)
+    assert len(kept) == int((x != 0).sum()) and len(bits) == -(-x.numel() // 8)
+    assert torch.equal(unpack_sparse(kept, bits, x.shape), x)

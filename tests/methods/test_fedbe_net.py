@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
-from fedlscl.methods.fedbe import ExpandedViT, expansion_places, identity_copy
+from fedlscl.methods.fedbe import ExpandedViT, expansion_positions, identity_copy
 from fedlscl.nets.heads import LinearHead
 from fedlscl.nets.net import prepare
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation, run_block
@@ -126,14 +126,14 @@ def test_bfloat16(foundation_config, images):
 
 @given(st.integers(1, 40), st.data())
 def test_groups_are_even_and_end_at_the_last_block(depth, data):
-    places = expansion_places(depth, data.draw(st.integers(1, depth)))
-    sizes = [b - a for a, b in zip([0, *places], places, strict=False)]
-    assert places[-1] == depth and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+    positions = expansion_positions(depth, data.draw(st.integers(1, depth)))
+    sizes = [b - a for a, b in zip([0, *positions], positions, strict=False)]
+    assert positions[-1] == depth and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
 
 
 def test_what_cannot_be_expanded_is_refused():
     for number in (0, 13):
-        with pytest.raises(ValueError, match=f"num_expanded {number} does not fit a ViT of 12 blocks: choose 1 to 12"):
-            expansion_places(12, number)
-    with pytest.raises(ValueError, match="a ResPostBlock cannot be expanded"):
+        with pytest.raises(ValueError, match=f"num_expanded must be between 1 and the ViT's 12 blocks, got {number}"):
+            expansion_positions(12, number)
+    with pytest.raises(ValueError, match="foundation must have plain pre-norm blocks, got ResPostBlock"):
         identity_copy(ResPostBlock(16, 4))

@@ -15,7 +15,7 @@ def cases(draw):
 
 
 @given(cases())
-def test_everybody_gets_as_many_distinct_blocks_as_it_can_train(case):
+def test_every_client_gets_as_many_distinct_blocks_as_it_can_train(case):
     importance, _, capacities, _ = case
     chosen = allocate(*case)
     assert [len(set(blocks)) for blocks in chosen] == capacities == [len(blocks) for blocks in chosen]

@@ -1,8 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedlscl.methods.glfc import PrototypeEncoder, infer_labels, perturbed, prototype_gradients, reconstruct
+from fedlscl.methods.glfc import PrototypeEncoder, herding, infer_labels, perturbed, prototype_gradients, reconstruct
+from reference import glfc
 
 NUM_CLASSES = 7
 
@@ -58,3 +61,41 @@ def test_each_image_is_perturbed_by_itself_along_the_gradient():
     torch.testing.assert_close(together, images * (1 - 0.1 * 1.5) ** 3)
     assert torch.equal(together[1:2], perturbed(images[1:2], loss, steps=3, lr=0.1, weight_decay=0.5))
     assert torch.equal(perturbed(images, loss, steps=0, lr=0.1), images)
+
+
+def test_clients_and_proxy_build_the_same_weights_whatever_was_drawn_before():
+    first = PrototypeEncoder(5, 32).state_dict()
+    with torch.random.fork_rng():
+        torch.manual_seed(123)
+        second = PrototypeEncoder(5, 32).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_has_the_papers_size():
+    """8136 + 769 C at 32 pixels."""
+    assert sum(p.numel() for p in PrototypeEncoder(100, 32).parameters()) == 8136 + 769 * 100
+    assert PrototypeEncoder(100, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize("size", [0, 30])
+def test_a_size_that_cannot_be_halved_twice_is_refused(size):
+    with pytest.raises(ValueError, match=f"prototype_size must be a positive multiple of 4, got {size}"):
+        PrototypeEncoder(5, size)
+
+
+def features(seed, n):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 9), count=st.integers(0, 10))
+def test_herding_is_the_greedy_rule_as_it_is_written(seed, n, count):
+    rows = features(seed, n)
+    order = herding(rows, count).tolist()
+    assert order == glfc.herding(rows.double().tolist(), count)
+    assert len(set(order)) == len(order) == min(n, count)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 9))
+def test_a_shorter_order_is_the_beginning_of_a_longer_one(seed, n):
+    whole = herding(features(seed, n), n).tolist()
+    assert all(herding(features(seed, n), count).tolist() == whole[:count] for count in range(n))

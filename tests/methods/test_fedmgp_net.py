@@ -22,8 +22,8 @@ def make_net(foundation_config):
         net = MultiGranularityViT(
             PromptedViT(foundation_config, CLASSES, pool, hidden=8), CLASSES, blocks, length, 8, num_tasks
         )
-        net.meet(torch.tensor([0, 1, 4]), 0)
-        net.meet(torch.tensor([2, 5]), 1)
+        net.task_of_class[torch.tensor([0, 1, 4])] = 0
+        net.task_of_class[torch.tensor([2, 5])] = 1
         return net
 
     return make
@@ -42,9 +42,9 @@ def test_query_is_the_coarse_features_and_the_prefix_that_of_the_nearest_met_cla
     cosines = torch.cosine_similarity(query[:, None], net.fine_keys[met][None], dim=2)
     assert output.chosen[:, 0].tolist() == [met[i] for i in cosines.argmax(1)]
     torch.testing.assert_close(output.match, cosines.amax(1), **CLOSE)
-    entering = net.coarse.enter(images, None)[0]
+    entering = net.coarse.embed_with_prompts(images, None)[0]
     x = run_blocks(net.foundation, entering, 0, 6, net.fine(output.chosen[:, 0]))
-    torch.testing.assert_close(output.features, net.coarse.read(x), **CLOSE)
+    torch.testing.assert_close(output.features, net.coarse.prompt_features(x), **CLOSE)
 
 
 def test_a_class_that_was_never_met_is_never_chosen(make_net, images):
@@ -111,5 +111,5 @@ def test_head_is_the_shared_one(make_net):
 
 
 def test_no_block_is_refused_in_one_line(make_net):
-    with pytest.raises(ValueError, match=r"^fine_blocks is empty: name one block or more\.$"):
+    with pytest.raises(ValueError, match=r"^fine_blocks must name at least one block, got none\.$"):
         make_net(blocks=())
