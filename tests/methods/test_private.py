@@ -33,14 +33,14 @@ def test_epsilon_is_stated_after_every_task(caplog, secure_sum):
     values = [f"{epsilon(5.0, releases, 1e-5):.4g}" for releases in sent]
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split("epsilon ")[1].split()[0] for line in lines] == values
-    assert all("protects nobody" in line for line in lines)
+    assert all("protects no client" in line for line in lines)
     assert run.method.releases == run.method.state_dict()["releases"] == sent[1]
     assert all(v.isfinite().all() for client in run.clients for v in client.net.state_dict().values())
 
 
 def test_noise_from_the_system_is_no_simulation(caplog):
     learn(make(noise_multiplier=5.0, secrets="system"), max_tasks=1)
-    assert len(caplog.records) == 1 and "protects nobody" not in caplog.text
+    assert len(caplog.records) == 1 and "protects no client" not in caplog.text
 
 
 def test_what_travels_is_clipped_and_noisy():

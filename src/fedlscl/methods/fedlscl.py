@@ -268,9 +268,8 @@ class FedLSCL(privacy.PrivateSums):
         answer: Payload = {}
         for head in HEADS:
             if f"{head}.gram" in sums:
-                answer[f"{head}.weight"], answer[f"{head}.bias"] = discriminant_solution(
-                    _sums(head, sums), self.shrinkage
-                )
+                weight, bias = discriminant_solution(_sums(head, sums), self.shrinkage)
+                answer |= {f"{head}.weight": weight, f"{head}.bias": bias}
         return answer
 
 

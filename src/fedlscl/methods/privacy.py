@@ -116,7 +116,7 @@ class PrivateSums(Method):
         self.releases += 2
         if progress.last:
             value = epsilon(self.noise_multiplier, self.releases, self.noise_delta)
-            warning = "" if self.secrets == "system" else " IN SIMULATION: noise from a public seed protects nobody"
+            warning = "" if self.secrets == "system" else " IN SIMULATION: noise from a public seed protects no client"
             logger.warning(
                 f"task {progress.task + 1}: epsilon {value:.4g} at delta {self.noise_delta:g} for a client's "
                 f"moments and generators so far (noise_multiplier {self.noise_multiplier:g}){warning}"
