@@ -90,7 +90,7 @@ def test_batches_of_one_train(name):
 CONTINUAL = {f"FedLSCL-{option}": option for option in ("ewc", "lwf", "none")}
 
 
-@pytest.mark.parametrize("case", [*MOSTLY_SLOW, *CONTINUAL])
+@pytest.mark.parametrize("case", [*MOSTLY_SLOW, *(pytest.param(case, marks=pytest.mark.slow) for case in CONTINUAL)])
 def test_bf16_runs_on_a_cpu(case):
     def make():
         return replace(METHODS["FedLSCL"](), continual=CONTINUAL[case]) if case in CONTINUAL else METHODS[case]()
