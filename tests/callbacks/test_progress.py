@@ -41,7 +41,7 @@ def test_plain_mode_has_a_line_per_stage_round_and_task(whole):
     assert "100% done, 0:00:00 left" in text
 
 
-def test_bytes_and_time_of_the_whole_run_are_said_after_two_rounds(whole):
+def test_bytes_and_time_of_the_whole_run_are_estimated_after_two_rounds(whole):
     """As those of the first task's two rounds, twice: bytes of a round do not depend on the task."""
     lines = whole.screen.splitlines()
     (place,) = [number for number, line in enumerate(lines) if line.startswith("  estimate ")]
