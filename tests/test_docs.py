@@ -158,7 +158,7 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(s
         assert not outside, (page.name, outside)
     reference = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
     for name in fedlscl.__all__:
-        assert f'id="{fedlscl._PLACES[name]}.{name}"' in reference.replace("fedlscl.data.datamodule.", "fedlscl.data.")
+        assert f'id="{fedlscl._MODULES[name]}.{name}"' in reference.replace("fedlscl.data.datamodule.", "fedlscl.data.")
     assert "build_net" in (site / "source/src__fedlscl__methods__fedlscl.py.html").read_text()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
     from fedlscl.nets.vit import FoundationConfig
 
-_PLACES = {
+_MODULES = {
     "Collaborator": "fedlscl.nets.collaborator",
     "CollaboratorConfig": "fedlscl.nets.collaborator",
     "CollaborativeModule": "fedlscl.modules.collaborative",
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch, lightning and timm take seconds."""
-    if name not in _PLACES:
+    """Import a public name on first use: torch, lightning and timm take seconds to import."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'fedlscl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

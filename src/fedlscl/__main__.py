@@ -18,7 +18,7 @@ usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
 Large-small model collaboration for federated continual learning.
 
 commands:
-  fit        learn all tasks: fedlscl fit --config configs/digits.yaml; --dry_run says what that would take
+  fit        train all tasks: fedlscl fit --config configs/digits.yaml; --dry_run estimates time and traffic
   validate   accuracies of a trained run on its held-out images
   test       the same as validate
   predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_output() -> None:
-    """Characters that the terminal cannot show are printed as escapes; without standard output nothing is printed."""
+    """Print characters that the terminal cannot show as escapes; discard the output if there is no standard output."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -56,7 +56,7 @@ def _prepare_output() -> None:
 
 
 def _closed_pipe() -> int:
-    """The status of a process that SIGPIPE ended; what is left to print goes nowhere."""
+    """Exit status of a process that SIGPIPE has ended; the remaining output is discarded."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE

@@ -1,1 +1,1 @@
-"""Algorithm 1: clients, methods, the trainer and what it measures."""
+"""Algorithm 1 of arXiv 2508.09489: methods, clients, the trainer, validation, checkpoints and metrics."""

@@ -89,7 +89,7 @@ class FederatedTrainer:
         self.server_every = server_every
         self.accelerator = accelerator
         self.devices = devices
-        self.precision = chosen_precision(precision, accelerator)
+        self.precision: Precision = chosen_precision(precision, accelerator)
         self.cache_gb = cache_gb
         self.clients_gb = clients_gb
         self.checkpoint_every = checkpoint_every
@@ -99,7 +99,7 @@ class FederatedTrainer:
         self.max_tasks = max_tasks
         self.default_root_dir = default_root_dir
         self.name = name
-        self.callbacks = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
+        self.callbacks: list[Callback] = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
         self.run_dir: Path | None = None
         self.identity = ""
 
