@@ -1,4 +1,4 @@
-"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning wait until a command needs them."""
+"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported only if needed."""
 
 import contextlib
 import difflib
@@ -18,13 +18,13 @@ usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
 Large-small model collaboration for federated continual learning.
 
 commands:
-  fit        learn all tasks: fedlscl fit --config configs/digits.yaml; --dry_run says what that would take
+  fit        train on all tasks: fedlscl fit --config configs/digits.yaml; --dry_run estimates its cost
   validate   accuracies of a trained run on its held-out images
   test       the same as validate
   predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
   report     one table over runs, or with --out a page: fedlscl report RUN [RUN ...] --out DIR
   methods    list the methods
-  doctor     what works on this machine: fedlscl doctor --config FILE --data_root DIR
+  doctor     check this machine: fedlscl doctor --config FILE --data_root DIR
   completion TAB completion: eval "$(fedlscl completion bash)", or zsh
 
 options:
