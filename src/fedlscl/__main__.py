@@ -1,4 +1,4 @@
-"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning wait until a command needs them."""
+"""The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported only if needed."""
 
 import contextlib
 import difflib
@@ -24,7 +24,7 @@ commands:
   predict    classes of image files: fedlscl predict --ckpt_path RUN --images FOLDER
   report     one table over runs, or with --out a page: fedlscl report RUN [RUN ...] --out DIR
   methods    list the methods
-  doctor     what works on this machine: fedlscl doctor --config FILE --data_root DIR
+  doctor     check this machine: fedlscl doctor --config FILE --data_root DIR
   completion TAB completion: eval "$(fedlscl completion bash)", or zsh
 
 options:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader, set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from fedlscl import __version__, methods

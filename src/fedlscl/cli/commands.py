@@ -33,8 +33,6 @@ from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.state import Callback
 from fedlscl.federated.trainer import FederatedTrainer
 
-# Classes of image files by one client's trained net; needs the run directory, not the data set.
-
 logger = logging.getLogger(__name__)
 
 CHUNK = 64
@@ -71,7 +69,7 @@ class Predictor:
     ) -> None:
         manifest = read_manifest(checkpoint.with_name(MANIFEST))
         if not 0 <= client < len(manifest.splits):
-            raise ValueError(f"client={client} does not exist: choose 0 to {len(manifest.splits) - 1}.")
+            raise ValueError(f"client must be from 0 to {len(manifest.splits) - 1}, got {client}.")
         # Before the identity, which can only say that something differs: building says which file is missing.
         splits = manifest.splits
         net = method.build_net(client, StreamShape(len(manifest.class_names), len(splits), len(splits[0].classes)))
@@ -90,7 +88,7 @@ class Predictor:
         """One line for each file that could not be read."""
 
     def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
-        """The ``top`` classes of each file, best first; what cannot be read is left to ``unreadable``."""
+        """The ``top`` classes of each file, best first; files that cannot be read go to ``unreadable``."""
         for start in range(0, len(files), CHUNK):
             chunk, images = [], []
             for file in files[start : start + CHUNK]:
@@ -141,7 +139,7 @@ def image_files(path: Path) -> list[Path]:
 
 
 def write_csv(predictions: list[Prediction], out: Path | None) -> None:
-    """Write a CSV file whole or not at all, or print it where none is named."""
+    """Write a CSV file atomically, or print it if ``out`` is None."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "rank", "class", "probability"))
@@ -153,7 +151,7 @@ def write_csv(predictions: list[Prediction], out: Path | None) -> None:
 
 
 class Commands:
-    """Runs a trainer in run directories.
+    """The subcommands: each runs a trainer in a run directory.
 
     Args:
         trainer: as configured; its callbacks go after the built-in ones.
@@ -172,14 +170,14 @@ class Commands:
         ckpt_path: str | None = None,
         dry_run: bool = False,
     ) -> None:
-        """Learn all tasks.
+        """Train on all tasks.
 
         Args:
-            model: the method, under LightningCLI's name for it.
+            model: the method.
             datamodule: the streams of tasks.
-            ckpt_path: 'last' continues the newest run of this name, or begins if none has a checkpoint; a run
+            ckpt_path: 'last' continues the newest run of this name, or starts one if none has a checkpoint; a run
                 directory or a checkpoint file continues that run.
-            dry_run: only say what would be done, with bytes and time from a few timed steps; nothing is written.
+            dry_run: only estimate bytes and time, from a few timed steps; nothing is written.
         """
         folder = self._folder(model)
         check_writable(folder)
@@ -192,7 +190,7 @@ class Commands:
         elif ckpt_path is not None:
             checkpoint = find_checkpoint(Path(ckpt_path))
         if dry_run:
-            self._foretell(model, datamodule, checkpoint, identity)
+            self._forecast(model, datamodule, checkpoint, identity)
             return
         directory = RunDirectory(
             folder, self.text, datamodule.save_manifest, None if checkpoint is None else checkpoint.parent
@@ -213,9 +211,9 @@ class Commands:
         """Accuracies of a trained run on its held-out images, the same as test.
 
         Args:
-            model: the method, under LightningCLI's name for it.
+            model: the method.
             datamodule: the streams of tasks.
-            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
+            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is used if no
                 --config is given.
         """
         self.test(model, datamodule, ckpt_path)
@@ -224,9 +222,9 @@ class Commands:
         """Accuracies of a trained run on its held-out images, per client and task, task- and class-incremental.
 
         Args:
-            model: the method, under LightningCLI's name for it.
+            model: the method.
             datamodule: the streams of tasks.
-            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
+            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is used if no
                 --config is given.
         """
         checkpoint = self._trained(model, ckpt_path)
@@ -253,18 +251,18 @@ class Commands:
         """Classes of image files by one client's trained net, as CSV: image, rank, class, probability.
 
         Args:
-            model: the method, under LightningCLI's name for it.
-            datamodule: the streams of tasks; not read.
-            images: an image file, or a folder whose images, also in its sub-folders, are all read; if one cannot
-                be read, it is named on stderr, the others are answered, and the exit status is 2.
+            model: the method.
+            datamodule: the streams of tasks; not loaded.
+            images: an image file, or a folder with images, also in sub-folders; one that cannot be read is named on
+                stderr, the others are classified, and the exit status is 2.
             client: which client's net, counted from 0; the classes that it has seen compete.
-            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is taken where no
+            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is used if no
                 --config is given.
-            out: CSV file to write; printed where not given.
+            out: CSV file to write; printed if left out.
             top: how many classes of an image to list, best first.
         """
         if top < 1:
-            raise ValueError(f"top={top} lists nothing: choose 1 or more.")
+            raise ValueError(f"top must be >= 1, got {top}.")
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
         predictor = Predictor(self.trainer, model, self.config, checkpoint, client)
         predictions = list(predictor.predict(files, top))
@@ -275,7 +273,7 @@ class Commands:
         if predictor.unreadable:
             raise SystemExit(2)
 
-    def _foretell(
+    def _forecast(
         self, model: Method, datamodule: SpatialTemporalDataModule, checkpoint: Path | None, identity: str
     ) -> None:
         from fedlscl.callbacks.forecast import forecast
@@ -302,7 +300,7 @@ class Commands:
 
 
 def observers() -> Sequence[Callback]:
-    """The built-in ones."""
+    """The built-in callbacks; imported here, since only fit needs them."""
     from fedlscl.callbacks.progress import ProgressDisplay
     from fedlscl.callbacks.results import Results
     from fedlscl.callbacks.tensorboard import TensorBoard

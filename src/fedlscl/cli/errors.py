@@ -1,4 +1,4 @@
-"""Which exceptions are the user's to mend, and how they read in one line."""
+"""User errors and their one-line messages."""
 
 import errno
 import traceback
@@ -13,10 +13,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(error: Exception) -> str | None:
-    """One line for what the user can mend; None for a programming error, which keeps its traceback.
+    """One line for a user error; None for a programming error, which keeps its traceback.
 
-    The user can mend what the command line refuses, a ValueError raised by this package's own checks, and whatever the
-    operating system refuses.
+    User errors are those of the command line, a ValueError raised by this package's own checks, and any OSError.
     """
     if isinstance(error, ArgumentError):
         return str(error)
@@ -32,7 +31,7 @@ def explain(error: Exception) -> str | None:
 
 
 def explain_os_error(error: OSError) -> str:
-    """What could not be done to which file, and the remedy where there is one.
+    """Which file failed and why, and the fix if there is one.
 
     Example:
         >>> explain_os_error(PermissionError(errno.EACCES, "Permission denied", "runs/a"))
@@ -44,7 +43,7 @@ def explain_os_error(error: OSError) -> str:
 
 
 def raised_here(error: Exception) -> bool:
-    """Whether the raise statement itself stands in this package."""
+    """Whether the raise statement itself is in this package."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).split(".")[0] == "fedlscl"
 

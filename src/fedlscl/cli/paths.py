@@ -1,4 +1,4 @@
-"""Paths among the options: ``~`` and variables are expanded, and weights are found below the data's folder."""
+"""Paths among the options: ``~`` and variables are expanded, and weights are also looked up under data.root."""
 
 import argparse
 import os
@@ -18,9 +18,7 @@ NAMED_WEIGHTS = ("timm", "bundled", "random")
 
 
 def expanded(path: str, name: str = "path") -> str:
-    """A path with ``$NAME`` and ``${NAME}`` replaced by environment variables, and ``~`` or ``~user`` by a home.
-
-    What exists as it is written stays as it is, if it names a variable that is not set or a user that is unknown.
+    """Expand ``$NAME``, ``${NAME}``, ``~`` and ``~user``; an existing path with an unset variable stays as it is.
 
     Args:
         path: as given.
@@ -89,7 +87,7 @@ def with_expanded_paths(arguments: list[str]) -> list[str]:
 
 
 def weights_found(config: Any) -> Any:
-    """Look for weights files under data.root where a relative path leads to none from the current directory."""
+    """Look up weights files under data.root if they are not in the current directory."""
     return _found(config.clone(), config.data.root)
 
 

@@ -4,23 +4,21 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+from typing_extensions import override
+
 from fedlscl.cli.paths import expand_paths
 from fedlscl.report.table import print_comparison
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what it refuses, and how the command is used."""
+    """Errors take one line, with the usage."""
 
+    @override
     def error(self, message: str) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            ValueError: always.
-        """
         raise ValueError(f"{message}: {self.usage}.")
 
+    @override
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Expand ``~`` and variables in what was given."""
         given, rest = super().parse_known_args(args, namespace)
         return expand_paths(given), rest
 

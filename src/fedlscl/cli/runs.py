@@ -17,8 +17,6 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import chosen_precision
 from fedlscl.federated.state import Callback, RunState
 
-# What makes two runs the same.
-
 DECIDING = (
     "rounds_per_task",
     "server_every",
@@ -28,13 +26,13 @@ DECIDING = (
     "max_norm_ratio",
     "upload_gb",
 )
-"""Options of the trainer that decide what is learned."""
+"""Options of the trainer that decide the result."""
 
 
 def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]) -> str:
-    """Name what decides a result, as 'configuration-data-precision', three hashes.
+    """Fingerprint of a run: 'configuration-data-precision', three hashes.
 
-    Data count by pixels, labels, class names and split, weights files by content; places, names and observers do not
+    Data count by pixels, labels, class names and split, weights files by content; paths, names and callbacks do not
     count. Evaluation compares the first two, so that a run may be tested in another precision.
 
     Args:
@@ -64,7 +62,7 @@ def identify_data(fingerprint: str, splits: list[ClientSplit]) -> str:
 
 
 def learned_part(identity: str) -> str:
-    """The two thirds that evaluation compares."""
+    """The two hashes that evaluation compares."""
     return identity.rpartition("-")[0]
 
 
@@ -91,13 +89,11 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-# Run directories: made once, never shared, and found again by --ckpt_path.
-
 CHECKPOINT, CONFIG, MANIFEST = "checkpoint.pt", "config.yaml", "manifest.json"
 
 
 class RunDirectory(Callback):
-    """Makes the run's directory when nothing can be refused any more; goes before all other observers.
+    """Makes the run's directory after all checks; the first of the callbacks.
 
     Args:
         folder: where version_N is made.
@@ -114,7 +110,7 @@ class RunDirectory(Callback):
         self.handle: int | None = None
 
     def on_fit_start(self, run: RunState) -> None:
-        """Take the directory, and state in it what will run."""
+        """Make the directory with config.yaml and manifest.json, and lock it."""
         if self.path is None:
             self.path = new_version(self.folder)
             write_atomically(self.path / CONFIG, self.config.encode())
@@ -134,13 +130,13 @@ class RunDirectory(Callback):
         return True
 
     def release(self) -> None:
-        """Let other processes continue the run."""
+        """Unlock the directory."""
         if self.handle is not None:
             os.close(self.handle)
 
 
 def new_version(folder: Path) -> Path:
-    """Make the next ``folder/version_N``; another process that tries the same gets another number."""
+    """Make the next ``folder/version_N``; safe against other processes."""
     number = max(map(version_number, versions(folder)), default=-1) + 1
     while True:
         path = folder / f"version_{number}"
@@ -164,7 +160,7 @@ def version_number(path: Path) -> int:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not be made or written, and leave nothing behind.
+    """Check that a folder can be made and written, leaving nothing behind.
 
     Raises:
         ValueError: if it cannot.
@@ -181,7 +177,7 @@ def check_writable(folder: Path) -> None:
 
 
 def lock(path: Path) -> int:
-    """Hold a run directory until the process ends, however it ends.
+    """Lock a run directory until the process ends.
 
     Raises:
         ValueError: if another process holds it.
@@ -195,7 +191,7 @@ def lock(path: Path) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint file by itself, by its run directory, or the newest somewhere below a folder.
+    """A checkpoint file itself, that of a run directory, or the newest below a folder.
 
     Raises:
         ValueError: if there is none.
@@ -204,7 +200,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     files = [path / CHECKPOINT] if (path / CHECKPOINT).is_file() else list(path.rglob(CHECKPOINT))
     if not files:
-        missing = "holds no checkpoint.pt" if path.is_dir() else "does not exist"
+        missing = "has no checkpoint.pt" if path.is_dir() else "does not exist"
         raise ValueError(f"checkpoint {str(path)!r} {missing}: run fedlscl fit first, or name another run directory.")
     return max(files, key=lambda file: file.stat().st_mtime)
 

@@ -210,8 +210,8 @@ class SpatialTemporalDataModule(L.LightningDataModule):
             "seed": self.run_seed if self.seed is None else self.seed,
         }
         if self.protocol == "local":
-            classes = {"private_classes": self.private_classes, "public_classes": self.public_classes}
-            return spatial_temporal_split(**options, **classes, class_names=self.class_names)
+            options |= {"private_classes": self.private_classes, "public_classes": self.public_classes}
+            return spatial_temporal_split(**options, class_names=self.class_names)
         if self.private_classes:
             raise ValueError(
                 f"private_classes must be 0 for protocol 'global', got {self.private_classes}: set public_classes to "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from fedlscl.data.folders import imagenet_r_folder, list_folder
+from fedlscl.data.folders import Files, imagenet_r_folder, list_folder
 from fedlscl.data.images import ImageData, centre_crop, decode, first_per_class, split_per_class
 from fedlscl.data.split import check_integers
 
@@ -324,12 +324,14 @@ class Folder(ImageSource):
 
     def _load(self, root: Path, name: str) -> ImageData:
         class_names, train, test = list_folder(root, self.seed)
-        parts = []
-        for files, limit in ((train, self.train_per_class), (test, self.test_per_class)):
+
+        def decoded(files: Files, limit: int | None) -> tuple[Tensor, Tensor]:
             labels = np.array([label for _, label in files], dtype=np.int64)
             chosen = first_per_class(labels, limit, self.seed)
             images = decode([files[n][0] for n in chosen], self.image_size, self.cache_dir)
-            parts += [images, torch.from_numpy(labels[chosen])]
+            return images, torch.from_numpy(labels[chosen])
+
+        parts = *decoded(train, self.train_per_class), *decoded(test, self.test_per_class)
         return ImageData(name, *parts, tuple(class_names), is_cropped=True)
 
 
