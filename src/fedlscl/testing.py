@@ -85,7 +85,7 @@ class Stop(Callback):
 
 def fake_data(**options: Any) -> SpatialTemporalDataModule:
     """Two clients, two tasks of two classes, six classes in all; ``options`` override that."""
-    common = dict(
+    common: dict[str, Any] = dict(
         dataset="fake", fake_classes=6, num_clients=2, num_tasks=2, private_classes=2, public_classes=2,
         train_per_class=8, test_per_class=4, image_size=16, batch_size=8,
     )  # fmt: skip

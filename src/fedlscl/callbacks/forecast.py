@@ -15,7 +15,6 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Stage
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import ClientSampling, FederatedTrainer
-from fedlscl.federated.validation import UploadLimits
 
 TASKS = ROUNDS = 3
 """The second task brings new stages, the third shows how these grow; the first and the last round are special."""
@@ -44,7 +43,7 @@ def forecast(
     few._splits, few.num_clients = [datamodule.splits[client] for client in chosen], len(chosen)
     short, rehearsal = copy(trainer), _Rehearsal(trainer.cache_gb > 0)
     short.rounds_per_task, short.max_tasks = min(ROUNDS, trainer.rounds_per_task), min(TASKS, num_tasks)
-    short.sampling, short.limits = ClientSampling(quorum=0), UploadLimits(max_norm_ratio=0.0)
+    short.sampling, short.max_norm_ratio = ClientSampling(quorum=0), 0.0
     short.callbacks, short.run_dir, short.devices = [rehearsal], None, 1
     short.fit(method, few, seed)
     participation, up, down, seconds = trainer.sampling.participation, 0.0, 0.0, 0.0

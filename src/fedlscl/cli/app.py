@@ -247,12 +247,12 @@ YAML = get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """Load YAML as jsonargparse does, with names of public methods in any case, without options that the data set."""
+    """Load YAML as jsonargparse does, with names of public methods in any case, without options that the data decide."""
     value = YAML(text)
     group = value.get("method") if isinstance(value, dict) else None
     if isinstance(group, dict) and str(group.get("class_path")).split(".")[-1] in SIZED_BY_DATA:
-        for options in (group, group.get("init_args")):
-            for name in {"num_tasks", "num_clients"} & set(options or ()):
+        for options in (group, group.get("init_args") or {}):
+            for name in {"num_tasks", "num_clients"} & set(options):
                 warnings.warn(f"method.{name} is no longer an option: data.{name} is used.", stacklevel=1)
                 del options[name]
     for holder, key in ((value, "method"), (group, "class_path"), (value, "class_path")):

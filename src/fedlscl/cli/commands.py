@@ -30,6 +30,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import connect
 from fedlscl.federated.method import Method, Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
+from fedlscl.federated.pool import ClientRunner
 from fedlscl.federated.state import Callback
 from fedlscl.federated.trainer import FederatedTrainer
 
@@ -231,11 +232,12 @@ class Commands:
         identity = learned_part(self._identity(datamodule))
         self.trainer.setup(model, datamodule, self.seed)
         task = self.trainer.restore(checkpoint, identity).last_trained_task
-        rows = []
-        for client in self.trainer.clients:
+        run, rows = self.trainer.run, []
+        runner = ClientRunner(run.method, run.engine, run.seed)
+        for client in run.clients:
             client.task = task
-            rows.append(self.trainer.pool.runner.evaluate(client))
-        print(f"{checkpoint}: accuracy in percent after {task + 1} of {self.trainer.run.num_tasks} tasks")
+            rows.append(runner.evaluate(client))
+        print(f"{checkpoint}: accuracy in percent after {task + 1} of {run.num_tasks} tasks")
         print("\n".join([*accuracy_table(torch.stack(rows)), "", LEGEND]))
 
     def predict(

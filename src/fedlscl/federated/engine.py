@@ -4,7 +4,7 @@ import ctypes
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -125,7 +125,7 @@ def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:
         raise ValueError("precision must be bf16-mixed or 32-true without CUDA, got '16-mixed'.")
     try:
         strategy = "ddp" if devices > 1 else "auto"
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision, strategy=strategy)
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=cast(Any, precision), strategy=strategy)
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"accelerator must be available, got {accelerator!r} ({reason}): use cpu or auto.") from error

@@ -1,6 +1,7 @@
 """FederatedTrainer: Algorithm 1 of arXiv 2508.09489 on Lightning Fabric, over a pool of local or remote clients."""
 
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class FederatedTrainer:
         self.max_tasks = max_tasks
         self.default_root_dir = default_root_dir
         self.name = name
-        self.callbacks: list[Callback] = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
+        self.callbacks: Sequence[Callback] = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
         self.run_dir: Path | None = None
         self.identity = ""
 

@@ -105,16 +105,17 @@ class UploadValidator:
 
     def _errors(self, upload: Upload, progress: Progress, times: int) -> Iterator[str]:
         """Errors of an upload; each check requires that those before it have passed."""
-        client, position = upload.client, (upload.task, upload.round)
-        if type(client) is not int or not 0 <= client < self.stream.num_clients:
-            yield f"sender must be a client from 0 to {self.stream.num_clients - 1}, got {one_line(client)!r}"
+        stream, client, position = self.stream, upload.client, (upload.task, upload.round)
+        assert stream is not None
+        if type(client) is not int or not 0 <= client < stream.num_clients:
+            yield f"sender must be a client from 0 to {stream.num_clients - 1}, got {one_line(client)!r}"
         if times > 1:
             yield f"it sent {times} uploads"
         if not all(type(number) is int for number in position) or position != progress.position:
             yield f"it is for task {one_line(upload.task)}, round {one_line(upload.round)}, counted from 0"
         counts, payload = upload.class_counts, upload.payload
-        if type(counts) is not Tensor or counts.dtype != torch.int64 or counts.shape != (self.stream.num_classes,):
-            yield f"its class counts must be {self.stream.num_classes} integers (int64)"
+        if type(counts) is not Tensor or counts.dtype != torch.int64 or counts.shape != (stream.num_classes,):
+            yield f"its class counts must be {stream.num_classes} integers (int64)"
         if (counts < 0).any():
             yield f"its class counts must be >= 0, got {int(counts.min())} for class {int(counts.argmin())}"
         if counts.double().sum() >= 2**53:
@@ -144,6 +145,7 @@ class UploadValidator:
     def _expected(self, upload: Upload) -> Payload:
         """The method's specification of an upload; without one, the upload itself."""
         if self._net is None:
+            assert self.stream is not None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self._net = self.method.build_net(0, self.stream)

@@ -55,8 +55,8 @@ class SmallModel(nn.Module):
             raise ValueError(f"small_model {name!r} {error}: choose another timm model.") from error
         cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained else {}
         self.normalisation = {"mean": list(cfg.get("mean", MEAN)), "std": list(cfg.get("std", STD))}
-        for name, values in self.normalisation.items():
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+        for statistic, values in self.normalisation.items():
+            self.register_buffer(statistic, torch.tensor(values), persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -133,4 +133,4 @@ def layout(cnn: Any, maps: Any) -> tuple[tuple[int, ...], int]:
     declared = getattr(cnn, "num_features", width)
     if width is None or width != declared:
         raise ValueError(f"must return features with {declared} channels, got shape {tuple(maps.shape)}")
-    return tuple(axis for axis in range(1, maps.dim()) if axis != channels), declared
+    return tuple(axis for axis in range(1, maps.dim()) if axis != channels), width
