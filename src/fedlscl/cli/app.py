@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
-from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from fedlscl import __version__, methods
@@ -247,7 +247,7 @@ YAML = get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """Load YAML as jsonargparse does, with names of public methods in any case, without options that the data decide."""
+    """Load YAML as jsonargparse does, with method names in any case and without options that the data decide."""
     value = YAML(text)
     group = value.get("method") if isinstance(value, dict) else None
     if isinstance(group, dict) and str(group.get("class_path")).split(".")[-1] in SIZED_BY_DATA:

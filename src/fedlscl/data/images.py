@@ -113,7 +113,7 @@ class ImageData:
             digest.update(repr(tuple(images.shape)).encode())
             digest.update(labels.numpy().astype("<i8").tobytes())
             for chunk in images.split(256):  # made contiguous together
-                digest.update(memoryview(chunk.contiguous().numpy()))
+                digest.update(chunk.contiguous().numpy().data)
         return digest.hexdigest()
 
     def images(self, ids: Tensor) -> Tensor:
