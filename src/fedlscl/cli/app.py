@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
