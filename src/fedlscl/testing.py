@@ -1,4 +1,4 @@
-"""``check_method`` runs a method on tiny fake data and checks the contract of all methods."""
+"""``check_method`` runs a method on tiny fake data and checks what every method must satisfy."""
 
 import io
 import tempfile
@@ -19,7 +19,7 @@ from fedlscl.nets.vit import fingerprint
 
 
 def check_method(make: Callable[[], Method]) -> None:
-    """Check the contract of a method: all functions of ``CHECKS``.
+    """Run all checks of ``CHECKS`` on a method.
 
     Args:
         make: builds the method; use small nets and one epoch.

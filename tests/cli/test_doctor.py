@@ -195,7 +195,7 @@ def test_what_a_configuration_lacks_comes_with_a_remedy(tmp_path, capsys):
     assert said["data"] == [
         ("FAILS", f"{tmp_path / 'gone.npz'} is missing: set root to its folder and dataset to its name.")
     ]
-    assert said["nets"][0][0] == "FAILS" and "give a safetensors file" in said["nets"][0][1]
+    assert said["nets"][0][0] == "FAILS" and "must be a safetensors file" in said["nets"][0][1]
     file.write_text("method: {class_path: FedNCM, init_args: {leraning_rate: 1}}\n")
     assert main(["doctor", "--config", str(file)]) == 1
     assert "leraning_rate is unknown" in lines(capsys)["config"][0][1]

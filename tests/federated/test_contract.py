@@ -61,14 +61,13 @@ class Draws(FedAvg):
         super().download(client, {name: value for name, value in payload.items() if name != "drawn"})
 
 
-@dataclass(kw_only=True)
 class Forgets(FedAvg):
-    rounds: list = field(default_factory=list, init=False)
+    rounds = 0  # not a dataclass field, hence not in state_dict
 
     def aggregate(self, uploads, progress):
-        self.rounds.append(progress)
+        self.rounds += 1
         mean = federated_average(uploads, self.head_aggregation)
-        return [{**mean, "head.bias": mean["head.bias"] * len(self.rounds)}] * len(uploads)
+        return [{**mean, "head.bias": mean["head.bias"] * self.rounds}] * len(uploads)
 
 
 @dataclass(kw_only=True)

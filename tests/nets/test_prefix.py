@@ -163,7 +163,7 @@ def test_state_is_prefixes_keys_and_head_and_the_vit_stays_as_it_is(make_net, im
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"expert": (2, 6)}, r"block 6 is beyond test_vit: choose 0 to 5\."),
+        ({"expert": (2, 6)}, r"block must be 0 to 5 for test_vit, got 6\."),
         ({"expert": (1, 2)}, r"general and expert blocks must be disjoint, got \[1\] in both\."),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from chromium import browser, find_browser
 from fedlscl import methods
-from fedlscl.report.groups import ORACLES, grouped
+from fedlscl.report.groups import CENTRALISED, grouped
 from fedlscl.report.page import page as page_of
 from fedlscl.report.runs import read_runs
 from fedlscl.report.table import table_latex
@@ -121,8 +121,8 @@ def test_names_bring_no_markup_into_page_and_table(runs, tmp_path, request):
     assert tab.complaints == [] and tab.run("document.querySelectorAll('img').length") == 0
 
 
-def test_oracles_are_named_as_such_and_never_lead(runs, tmp_path):
-    assert sorted(ORACLES) == [
+def test_centralised_methods_are_named_as_such_and_never_lead(runs, tmp_path):
+    assert sorted(CENTRALISED) == [
         name for name in methods.__all__ if getattr(methods, name).card.venue == "all data (centralised)"
     ]
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)

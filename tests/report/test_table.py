@@ -77,7 +77,7 @@ def outputs(folder, out, capsys, monkeypatch):
     return {name: [row.strip("*") for row in rows] for name, rows in lines.items()}
 
 
-UNFINISHED, ORACLES = "unfinished runs, not ranked", "oracles, not ranked"
+UNFINISHED, CENTRALISED = "unfinished runs, not ranked", "all data (centralised), not ranked"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ UNFINISHED, ORACLES = "unfinished runs, not ranked", "oracles, not ranked"
         ({}, ["Local", "FedAvg"]),
         ({"tasks": 1}, ["FedAvg", UNFINISHED, "Local (1 of 2 tasks)"]),
         ({"tasks": 1, "goal": 1}, ["set 1", "FedAvg", "set 2, 1 of 2 tasks", "Local (1 of 2 tasks)"]),
-        ({"method__name": "Joint"}, ["FedAvg", ORACLES, "Local"]),
+        ({"method__name": "Joint"}, ["FedAvg", CENTRALISED, "Local"]),
         ({"trainer__rounds_per_task": 9}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__fingerprint": "f" * 64}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__classes": [[[0]]]}, ["set 1", "Local", "set 2", "FedAvg"]),

@@ -71,7 +71,7 @@ class MethodCard(NamedTuple):
     """A method in one row of a table, as ``fedlscl methods`` prints it."""
 
     venue: str
-    """Venue and year of the publication; control or oracle if it has none."""
+    """Venue and year of the publication; baseline or all data (centralised) if it has none."""
     arxiv: str = ""
     """arXiv id."""
     trains: str = ""

@@ -142,7 +142,7 @@ class FlowerPool(ClientPool):
             [None] * federation.num_tasks for _ in range(federation.num_clients)
         ]
         self.rounds: list[dict[str, Any]] = []
-        """Seconds and attendance of every round; not part of the results, since they differ from run to run."""
+        """Seconds and missing clients of every round; not part of the results, since they differ from run to run."""
 
     @property
     @override

@@ -24,9 +24,9 @@ Some are options of earlier versions, which configurations of old runs still hav
 """
 MAX_NAMED = 3
 """Maximum number of differing options in a group's name."""
-ORACLES = ("Joint", "JointLSCL")
+CENTRALISED = ("Joint", "JointLSCL")
 """Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
-ORACLE, UNFINISHED = "oracles, not ranked", "unfinished runs, not ranked"
+CENTRALISED_NOTE, UNFINISHED = "all data (centralised), not ranked", "unfinished runs, not ranked"
 
 
 class Spread(NamedTuple):
@@ -63,9 +63,9 @@ class Group:
         return self.tasks >= self.runs[0].goal
 
     @property
-    def is_oracle(self) -> bool:
+    def is_centralised(self) -> bool:
         """Whether the method pools all data."""
-        return self.runs[0].results["method"]["name"] in ORACLES
+        return self.runs[0].results["method"]["name"] in CENTRALISED
 
     @property
     def heading(self) -> str:
@@ -78,12 +78,12 @@ class Group:
         """Heading of its rows in tables; groups are ranked only against those of the same section."""
         if not self.is_finished:
             return UNFINISHED
-        return ", ".join(filter(None, (self.heading, ORACLE * self.is_oracle)))
+        return ", ".join(filter(None, (self.heading, CENTRALISED_NOTE * self.is_centralised)))
 
     @property
     def is_ranked(self) -> bool:
         """Whether it takes part in the ranking of its section."""
-        return self.is_finished and not self.is_oracle
+        return self.is_finished and not self.is_centralised
 
     def final(self, figure: str) -> Spread | None:
         """A figure after the last task, see `final`; None if a run does not have it."""
@@ -132,7 +132,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """Groups by name and setting in the order of every table.
 
     Groups are ranked by final class-incremental accuracy within a set of equal conditions (ours): data, clients, tasks,
-    finished tasks, rounds per task, and at least one common split. Oracles follow their set; unfinished runs come last.
+    finished tasks, rounds per task, and at least one common split. Centralised methods follow their set; unfinished runs come last.
 
     Raises:
         ValueError: if two runs do not differ.
@@ -158,7 +158,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     ordered = [
         replace(group, comparable=f"set {number}" if len(sets) > 1 else "")
         for number, alike in enumerate(sets, start=1)
-        for group in sorted(alike, key=lambda group: group.is_oracle)
+        for group in sorted(alike, key=lambda group: group.is_centralised)
     ]
     return ordered + [group for group in groups if not group.is_finished]
 

@@ -170,9 +170,9 @@ def _findings(groups: Sequence[Group]) -> list[str]:
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """The best group under a mask, its lead, its upload and the significance of both; and the best oracle."""
+    """The best group under a mask, its lead, its upload and the significance of both; and the best centralised method."""
     ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
-    oracles = [group for group in ordered if group.is_oracle]
+    centralised = [group for group in ordered if group.is_centralised]
     ranked = [group for group in ordered if group.is_ranked] or ordered
     first, best = ranked[0], ranked[0].known(f"{mask}/average")
     text = f"{MASK_TITLES[mask].capitalize()}: {first.name} reaches {percent(best.mean)} %"
@@ -189,9 +189,9 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
             larger = max(best.deviation, next_best.deviation)
             compared = "larger" if lead > larger else "not larger"
             text += f" The lead is {compared} than the standard deviation over seeds ({100 * larger:.2f})."
-    if oracles and ranked is not ordered:
-        reached = percent(oracles[0].known(f"{mask}/average").mean)
-        text += f" Trained on the pooled data of all clients, {oracles[0].name} has {reached} %."
+    if centralised and ranked is not ordered:
+        reached = percent(centralised[0].known(f"{mask}/average").mean)
+        text += f" Trained on the pooled data of all clients, {centralised[0].name} has {reached} %."
     return text
 
 
