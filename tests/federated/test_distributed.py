@@ -9,7 +9,7 @@ import yaml
 
 import tiny_methods
 from fedlscl.__main__ import main
-from fedlscl.federated.distributed import Ranks
+from fedlscl.federated.engine import Ranks
 from fedlscl.federated.trainer import FederatedTrainer
 
 FILES = ("checkpoint.pt", "results.json", "matrix.csv", "rounds.csv", "manifest.json")

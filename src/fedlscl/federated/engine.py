@@ -1,12 +1,13 @@
-"""Engine: the package's only training loop and only inference loop, on Lightning Fabric."""
+"""Engine, the package's only training loop and only inference loop on Lightning Fabric; its device and processes."""
 
 import ctypes
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -17,6 +18,7 @@ from fedlscl.federated.client import Client, ClientOffloader
 from fedlscl.federated.method import Stage
 from fedlscl.nets.net import Net
 
+T = TypeVar("T")
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt."""
@@ -108,6 +110,31 @@ class Engine:
                 for net in filter(None, (client.net, client.previous)):
                     net.cpu()
             self.offloader.release(client)
+
+
+class Ranks:
+    """The processes of a run; with one process, gathering is the identity.
+
+    Modules are not wrapped for data parallelism: each client trains in one process, so that the result does not depend
+    on the number of processes (bit for bit if all have the same number of threads).
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
+        self.is_first = self.rank == 0
+        """Whether this process writes files and calls callbacks."""
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """Items of all processes, in the order of ranks."""
+        if self.size == 1:
+            return list(items)
+        gathered: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(gathered, list(items))
+        return [item for part in gathered for item in part]
+
+    def from_first(self, value: T) -> T:
+        """The value of the first process."""
+        return value if self.size == 1 else self.fabric.broadcast(value, src=0)
 
 
 def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:

@@ -6,7 +6,7 @@
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -17,8 +17,7 @@ from typing_extensions import override
 
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.client import Client
-from fedlscl.federated.distributed import Ranks, assign
-from fedlscl.federated.engine import Engine
+from fedlscl.federated.engine import Engine, Ranks
 from fedlscl.federated.method import Method, Progress, Stage, StreamShape
 from fedlscl.federated.metrics import MASKS, correct
 from fedlscl.federated.payload import Payload, Upload
@@ -198,6 +197,20 @@ class LocalPool(ClientPool):
                 if index not in self.own_clients:
                     with self.run.engine.on_device(self.run.clients[index]):
                         self.run.clients[index].load_state_dict(state)
+
+
+def assign(work: Sequence[int], num_ranks: int) -> list[int]:
+    """Rank of each client: the clients with most samples first, each to the rank with least work so far.
+
+    Example:
+        >>> assign([5, 1, 4, 3], num_ranks=2)
+        [0, 0, 1, 1]
+    """
+    loads, ranks = [0] * num_ranks, [0] * len(work)
+    for client in sorted(range(len(work)), key=lambda index: -work[index]):
+        ranks[client] = loads.index(min(loads))
+        loads[ranks[client]] += work[client]
+    return ranks
 
 
 class ClientRunner:

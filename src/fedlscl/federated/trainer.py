@@ -15,8 +15,7 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client, ClientOffloader
-from fedlscl.federated.distributed import Ranks
-from fedlscl.federated.engine import Engine, Precision, chosen_precision, connect
+from fedlscl.federated.engine import Engine, Precision, Ranks, chosen_precision, connect
 from fedlscl.federated.loggers import LoggerCallback
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
