@@ -14,7 +14,7 @@ import yaml
 from fedlscl.cli.app import check_config
 from fedlscl.data.datasets import load_images
 from fedlscl.data.images import decode_one
-from fedlscl.data.manifest import read_manifest
+from fedlscl.data.split import read_manifest
 from fedlscl.federated.checkpoint import MAGIC, load_checkpoint, load_last_good, previous, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.payload import read_payload

@@ -10,7 +10,7 @@ import tiny
 from fedlscl.__main__ import main
 from fedlscl.cli.commands import Predictor
 from fedlscl.data import load_images
-from fedlscl.data.manifest import read_manifest, save_manifest
+from fedlscl.data.split import read_manifest, save_manifest
 
 SPLIT = {"num_clients": 2, "num_tasks": 1, "private_classes": 2, "public_classes": 2}
 LEARN = {"local_epochs": 2, "batch_size": 8}

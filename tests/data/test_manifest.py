@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedlscl.data import load_manifest, save_manifest, spatial_temporal_split
-from fedlscl.data.manifest import preparation, read_manifest
+from fedlscl.data.split import preparation, read_manifest
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_a_node_needs_its_own_samples_only(node, make_data, tmp_path):
     import numpy as np
 
     from fedlscl.data import ClientSplit, SpatialTemporalDataModule
-    from fedlscl.data.manifest import save_manifest
+    from fedlscl.data.split import save_manifest
 
     whole = make_data()
     stream = whole.stream(0)

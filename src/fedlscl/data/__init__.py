@@ -15,8 +15,7 @@ from fedlscl.data.datasets import (
 )
 from fedlscl.data.images import Batch, ImageData
 from fedlscl.data.loader import EvenBatches, batches
-from fedlscl.data.manifest import load_manifest, save_manifest
-from fedlscl.data.split import ClientSplit, dirichlet_split, spatial_temporal_split
+from fedlscl.data.split import ClientSplit, dirichlet_split, load_manifest, save_manifest, spatial_temporal_split
 
 __all__ = [
     "CIFAR100",

@@ -9,101 +9,94 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from fedlscl.data import manifest as manifests
 from fedlscl.data.datasets import ImageSource, check_sizes, load_images
 from fedlscl.data.images import Batch, ImageData
 from fedlscl.data.loader import Augment, batches
-from fedlscl.data.split import ClientSplit, check_integers, check_split, dirichlet_split, spatial_temporal_split
+from fedlscl.data.split import (
+    ClientSplit,
+    check_integers,
+    check_split,
+    dirichlet_split,
+    load_manifest,
+    save_manifest,
+    spatial_temporal_split,
+)
 
 Protocol = Literal["local", "global"]
 MAX_WORKERS = 256
 """More processes than this would exhaust most machines (ours)."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SpatialTemporalDataModule(L.LightningDataModule):
     """K clients, each with its own stream of T tasks of new classes.
 
     Its dataloaders pool all clients and tasks, so that it works with any ``lightning.Trainer`` (the centralised upper
     bound); `at` narrows it to one client or task, and federated training uses `stream`.
-
-    Args:
-        dataset: 'cifar100', 'imagenet-r', 'folder', 'digits', 'fake', the name of an .npz file in MedMNIST's layout, or
-            a subclass of `fedlscl.data.ImageSource`: an object in Python, a class_path in YAML.
-        root: folder that holds the data set.
-        num_clients: clients K, 1 to 100,000.
-        num_tasks: tasks T per client, of equally many classes.
-        private_classes: classes per client that no other client has.
-        public_classes: classes that all clients share; their train samples are divided without overlap.
-        dirichlet_alpha: Dirichlet concentration, in (0, 1e9]; smaller is more heterogeneous.
-        protocol: 'local' gives every client its own classes in its own order; 'global' gives all clients the same
-            public classes in the same order and needs private_classes 0.
-        batch_size: samples per batch of the plain dataloaders.
-        image_size: side in pixels, 1 to 4096, of decoded folder images (224 if left out) and of 'fake'; other data
-            sets keep their size, and every net resizes for itself.
-        train_per_class: keep at most so many train samples of each class.
-        test_per_class: keep at most so many test samples of each class.
-        seed: of the split; the seed of the run if left out.
-        manifest: saved split to use instead of a draw; num_clients and num_tasks must agree with it.
-        download: fetch 'cifar100' if it is not under root.
-        cache_dir: folder of decoded images, ~/.cache/fedlscl if left out.
-        fake_classes: number of classes of 'fake'.
-        num_workers: processes that load batches, at most 256; 0 loads in the training process.
-        augment: 'standard' shifts and flips training images at random, anew in every epoch; frozen ViT tokens are then
-            computed at every step instead of once.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str | ImageSource = "digits",
-        root: str | None = None,
-        num_clients: int = 3,
-        num_tasks: int = 3,
-        private_classes: int = 2,
-        public_classes: int = 4,
-        dirichlet_alpha: float = 1.0,
-        protocol: Protocol = "local",
-        batch_size: int = 32,
-        image_size: int | None = None,
-        train_per_class: int | None = None,
-        test_per_class: int | None = None,
-        seed: int | None = None,
-        manifest: str | None = None,
-        download: bool = False,
-        cache_dir: str | None = None,
-        fake_classes: int = 12,
-        num_workers: int = 0,
-        augment: Augment = "none",
-    ) -> None:
+    dataset: str | ImageSource = "digits"
+    """'cifar100', 'imagenet-r', 'folder', 'digits', 'fake', the name of an .npz file in MedMNIST's layout, or a
+    subclass of `fedlscl.data.ImageSource`: an object in Python, a class_path in YAML."""
+    root: str | None = None
+    """Folder that holds the data set."""
+    num_clients: int = 3
+    """Clients K, 1 to 100,000."""
+    num_tasks: int = 3
+    """Tasks T per client, of equally many classes."""
+    private_classes: int = 2
+    """Classes per client that no other client has."""
+    public_classes: int = 4
+    """Classes that all clients share; their train samples are divided without overlap."""
+    dirichlet_alpha: float = 1.0
+    """Dirichlet concentration, in (0, 1e9]; smaller is more heterogeneous."""
+    protocol: Protocol = "local"
+    """'local' gives every client its own classes in its own order; 'global' gives all clients the same public classes
+    in the same order and needs private_classes 0."""
+    batch_size: int = 32
+    """Samples per batch of the plain dataloaders."""
+    image_size: int | None = None
+    """Side in pixels, 1 to 4096, of decoded folder images (224 if left out) and of 'fake'; other data sets keep their
+    size, and every net resizes for itself."""
+    train_per_class: int | None = None
+    """Keep at most so many train samples of each class."""
+    test_per_class: int | None = None
+    """Keep at most so many test samples of each class."""
+    seed: int | None = None
+    """Of the split; the seed of the run if left out."""
+    manifest: str | None = None
+    """Saved split to use instead of a draw; num_clients and num_tasks must agree with it."""
+    download: bool = False
+    """Fetch 'cifar100' if it is not under root."""
+    cache_dir: str | None = None
+    """Folder of decoded images, ~/.cache/fedlscl if left out."""
+    fake_classes: int = 12
+    """Number of classes of 'fake'."""
+    num_workers: int = 0
+    """Processes that load batches, at most 256; 0 loads in the training process."""
+    augment: Augment = "none"
+    """'standard' shifts and flips training images at random, anew in every epoch; frozen ViT tokens are then computed
+    at every step instead of once."""
+
+    def __post_init__(self) -> None:
         super().__init__()
-        check_split(num_clients, num_tasks, private_classes, public_classes, dirichlet_alpha, seed)
-        check_integers(1, batch_size=batch_size)
-        check_integers(0, MAX_WORKERS, num_workers=num_workers)
-        check_sizes(image_size, train_per_class, test_per_class, fake_classes)
-        for option, value, kind in (("protocol", protocol, Protocol), ("augment", augment, Augment)):
+        check_split(
+            self.num_clients,
+            self.num_tasks,
+            self.private_classes,
+            self.public_classes,
+            self.dirichlet_alpha,
+            self.seed,
+        )
+        check_integers(1, batch_size=self.batch_size)
+        check_integers(0, MAX_WORKERS, num_workers=self.num_workers)
+        check_sizes(self.image_size, self.train_per_class, self.test_per_class, self.fake_classes)
+        for option, value, kind in (("protocol", self.protocol, Protocol), ("augment", self.augment, Augment)):
             if value not in get_args(kind):
                 raise ValueError(f"{option} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}.")
-        self.source = dataset
-        self.dataset = dataset if isinstance(dataset, str) else dataset.name
-        """Name of the data set in results and manifests."""
-        self.root = root
-        self.num_clients = num_clients
-        self.num_tasks = num_tasks
-        self.private_classes = private_classes
-        self.public_classes = public_classes
-        self.dirichlet_alpha = dirichlet_alpha
-        self.protocol = protocol
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.train_per_class = train_per_class
-        self.test_per_class = test_per_class
-        self.seed = seed
-        self.manifest = manifest
-        self.download = download
-        self.cache_dir = cache_dir
-        self.fake_classes = fake_classes
-        self.num_workers = num_workers
-        self.augment: Augment = augment
+        self.source = self.dataset
+        # From here on its name in results and manifests.
+        self.dataset = self.source if isinstance(self.source, str) else self.source.name
         self._run_seed = 42
         self._data: ImageData | None = None
         self._splits: list[ClientSplit] | None = None
@@ -168,13 +161,6 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         """The samples of ids (B,), in that order."""
         return self.data.fetch(ids)
 
-    def loader(
-        self, ids: Tensor, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
-    ) -> DataLoader:
-        """Loader of even batches over ids (n,), see `fedlscl.data.batches`; only shuffled images are augmented."""
-        augment = self.augment if shuffle else "none"
-        return batches(self.data, ids, batch_size, shuffle, generator, self.num_workers, augment)
-
     def at(self, client: int | None, task: int | None) -> "ClientTaskDataModule":
         """A plain datamodule for one client and task; ``None`` means every client, or every task."""
         return ClientTaskDataModule(self, client, task)
@@ -182,14 +168,14 @@ class SpatialTemporalDataModule(L.LightningDataModule):
     @override
     def train_dataloader(self, client: int | None = None, task: int | None = None) -> DataLoader:
         """Shuffled train samples of a client and a task; ``None`` pools all of them."""
-        ids = torch.cat([stream.train_ids(n) for stream, n in self._streams_at(client, task)]).unique()
-        return self.loader(ids, self.batch_size, shuffle=True)
+        ids = [stream.train_ids(n) for stream, n in self._streams_at(client, task)]
+        return batches(self.data, torch.cat(ids).unique(), self.batch_size, True, None, self.num_workers, self.augment)
 
     @override
     def test_dataloader(self, client: int | None = None, task: int | None = None) -> DataLoader:
         """Test samples of a client and a task; ``None`` pools all of them, each sample once."""
-        ids = torch.cat([stream.test_ids(n) for stream, n in self._streams_at(client, task)]).unique()
-        return self.loader(ids, self.batch_size, shuffle=False)
+        ids = [stream.test_ids(n) for stream, n in self._streams_at(client, task)]
+        return batches(self.data, torch.cat(ids).unique(), self.batch_size, False, None, self.num_workers)
 
     val_dataloader = test_dataloader
     predict_dataloader = test_dataloader
@@ -220,7 +206,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         return dirichlet_split(**options, num_classes=self.public_classes)
 
     def _load(self, path: str) -> list[ClientSplit]:
-        splits = manifests.load_manifest(path, self.data.fingerprint, self.class_names)
+        splits = load_manifest(path, self.data.fingerprint, self.class_names)
         tasks = sorted({len(split.classes) for split in splits})
         if len(splits) != self.num_clients or tasks != [self.num_tasks]:
             raise ValueError(
@@ -232,7 +218,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
 
     def save_manifest(self, path: str) -> None:
         """Save the split, so that any project can run the very same one."""
-        meta: dict[str, str | int | float | None] = {
+        meta: dict[str, Any] = {
             "dataset": self.dataset,
             "image_height": self.data.train_images.shape[2],
             "image_width": self.data.train_images.shape[3],
@@ -248,7 +234,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
                 "dirichlet_alpha": self.dirichlet_alpha,
                 "seed": self.run_seed if self.seed is None else self.seed,
             }
-        manifests.save_manifest(path, self.splits, self.class_names, self.data.fingerprint, meta)
+        save_manifest(path, self.splits, self.class_names, self.data.fingerprint, meta)
 
 
 @dataclass(frozen=True, eq=False)
