@@ -92,10 +92,11 @@ def test_three_nodes_with_tls_end_as_in_simulation_and_strangers_stay_outside(tm
     federation = read_federation(config)
     trainer = federation.trainer
     trainer.fit(federation.method, federation.datamodule, federation.seed)
-    trainer.run_dir = tmp_path / "simulated"
-    trainer.run_dir.mkdir()
-    write_results(trainer)
-    assert (trainer.run_dir / "matrix.csv").read_bytes() == (tmp_path / "run" / "matrix.csv").read_bytes()
+    simulated = trainer.run
+    simulated.run_dir = tmp_path / "simulated"
+    simulated.run_dir.mkdir()
+    write_results(simulated)
+    assert (simulated.run_dir / "matrix.csv").read_bytes() == (tmp_path / "run" / "matrix.csv").read_bytes()
     found, wanted = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("run", "simulated"))
     for name in ("data", "summary", "traffic", "parameters", "foundation", "method"):
         assert found[name] == wanted[name]
