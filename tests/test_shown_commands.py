@@ -132,7 +132,7 @@ RUN_BY = {
 
 
 KINDS = (
-    r"make \w+$",
+    r"make [\w-]+$",
     r"python (examples|benchmarks)/",
     r"tensorboard --logdir runs$",
     r"source \.venv/bin/activate$",
