@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlscl import __version__
-from fedlscl.cli import COMMANDS
+from fedlscl.cli import COMMANDS, explain
 
 HELP = """\
 usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
@@ -93,8 +93,6 @@ def _run(given: list[str]) -> int:
             return fail(f"{error.strerror}.")
         raise
     except Exception as error:
-        from fedlscl.cli.errors import explain
-
         message = explain(error)
         if message is None:
             raise

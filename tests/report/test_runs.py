@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedlscl.__main__ import main
-from fedlscl.cli.errors import raised_here
+from fedlscl.cli import raised_here
 from fedlscl.report.groups import grouped, inequalities
 from fedlscl.report.page import page
 from fedlscl.report.runs import read_run, read_runs

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from fedlscl.cli.runs import (
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.data.folders import ENDINGS, find_images
 from fedlscl.data.images import centre_crop, covering, read_image
-from fedlscl.data.split import preparation, read_manifest
+from fedlscl.data.split import check_integers, preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import connect
 from fedlscl.federated.method import Method, Progress, StreamShape
@@ -38,17 +38,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 64
 """Images per forward pass."""
-
-
-class Prediction(NamedTuple):
-    """A line of the CSV."""
-
-    image: str
-    rank: int
-    """From 1, the most probable class."""
-    label: str
-    probability: float
-    """Among the classes that the client has seen."""
 
 
 class Predictor:
@@ -69,8 +58,7 @@ class Predictor:
         self, trainer: FederatedTrainer, method: Method, config: dict[str, Any], checkpoint: Path, client: int
     ) -> None:
         manifest = read_manifest(checkpoint.with_name(MANIFEST))
-        if not 0 <= client < len(manifest.splits):
-            raise ValueError(f"client must be from 0 to {len(manifest.splits) - 1}, got {client}.")
+        check_integers(0, len(manifest.splits) - 1, client=client)
         # Before the identity, which can only say that something differs: building says which file is missing.
         splits = manifest.splits
         net = method.build_net(client, StreamShape(len(manifest.class_names), len(splits), len(splits[0].classes)))
@@ -88,22 +76,25 @@ class Predictor:
         self.unreadable: list[str] = []
         """One line for each file that could not be read."""
 
-    def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
-        """The ``top`` classes of each file, best first; files that cannot be read go to ``unreadable``."""
+    def predict(self, files: list[Path], top: int) -> Iterator[tuple[str, int, str, str]]:
+        """Image, rank, class and probability of the ``top`` classes of each file, best first.
+
+        The classes are those that the client has seen. Files that cannot be read go to ``unreadable``.
+        """
         for start in range(0, len(files), CHUNK):
-            chunk, images = [], []
+            images = {}
             for file in files[start : start + CHUNK]:
                 try:
-                    images.append(self.read(file))
-                    chunk.append(file)
+                    images[file] = self.read(file)
                 except ValueError as error:
                     self.unreadable.append(str(error))
-            if not chunk:
+            if not images:
                 continue
-            values, ranked = self.probabilities(torch.from_numpy(np.stack(images))).topk(min(top, len(self.names)))
-            for file, row, labels in zip(chunk, values.tolist(), ranked.tolist(), strict=True):
+            stacked = torch.from_numpy(np.stack(list(images.values())))
+            values, ranked = self.probabilities(stacked).topk(min(top, len(self.names)))
+            for file, row, labels in zip(images, values.tolist(), ranked.tolist(), strict=True):
                 for rank, (probability, label) in enumerate(zip(row, labels, strict=True), start=1):
-                    yield Prediction(str(file), rank, self.names[label], probability)
+                    yield str(file), rank, self.names[label], f"{probability:.6f}"
         if self.num_reshaped:
             logger.warning(
                 f"{self.num_reshaped} of {len(files)} images do not have the data set's aspect ratio, width x height = "
@@ -137,18 +128,6 @@ def image_files(path: Path) -> list[Path]:
         what = "a folder without images" if path.is_dir() else "a path that does not exist"
         raise ValueError(f"images {str(path)!r} must be an image file or a folder of images ({ENDINGS}), got {what}.")
     return files
-
-
-def write_csv(predictions: list[Prediction], out: Path | None) -> None:
-    """Write a CSV file atomically, or print it if ``out`` is None."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "rank", "class", "probability"))
-    writer.writerows((*row[:3], f"{row.probability:.6f}") for row in predictions)
-    if out is None:
-        sys.stdout.write(text.getvalue())
-    else:
-        write_atomically(out, text.getvalue().encode())
 
 
 class Commands:
@@ -208,17 +187,6 @@ class Commands:
         finally:
             directory.release()
 
-    def validate(self, model: Method, datamodule: SpatialTemporalDataModule, ckpt_path: str = "last") -> None:
-        """Accuracies of a trained run on its held-out images, the same as test.
-
-        Args:
-            model: the method.
-            datamodule: the streams of tasks.
-            ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is used if no
-                --config is given.
-        """
-        self.test(model, datamodule, ckpt_path)
-
     def test(self, model: Method, datamodule: SpatialTemporalDataModule, ckpt_path: str = "last") -> None:
         """Accuracies of a trained run on its held-out images, per client and task, task- and class-incremental.
 
@@ -239,6 +207,8 @@ class Commands:
             rows.append(runner.evaluate(client))
         print(f"{checkpoint}: accuracy in percent after {task + 1} of {run.num_tasks} tasks")
         print("\n".join([*accuracy_table(torch.stack(rows)), "", LEGEND]))
+
+    validate = test
 
     def predict(
         self,
@@ -263,15 +233,19 @@ class Commands:
             out: CSV file to write; printed if left out.
             top: how many classes of an image to list, best first.
         """
-        if top < 1:
-            raise ValueError(f"top must be >= 1, got {top}.")
+        check_integers(1, top=top)
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
         predictor = Predictor(self.trainer, model, self.config, checkpoint, client)
-        predictions = list(predictor.predict(files, top))
+        rows = list(predictor.predict(files, top))
         for reason in predictor.unreadable:
             print(f"fedlscl: error: {' '.join(reason.split())}", file=sys.stderr)
-        if predictions:
-            write_csv(predictions, None if out is None else Path(out))
+        if rows:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([("image", "rank", "class", "probability"), *rows])
+            if out is None:
+                sys.stdout.write(text.getvalue())
+            else:
+                write_atomically(Path(out), text.getvalue().encode())
         if predictor.unreadable:
             raise SystemExit(2)
 

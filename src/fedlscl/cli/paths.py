@@ -88,15 +88,9 @@ def with_expanded_paths(arguments: list[str]) -> list[str]:
 
 def weights_found(config: Any) -> Any:
     """Look up weights files under data.root if they are not in the current directory."""
-    return _found(config.clone(), config.data.root)
-
-
-def _found(config: Any, root: str | None) -> Any:
-    for key, value in vars(config).items():
-        if isinstance(value, argparse.Namespace):
-            _found(value, root)
-        elif key == "weights" and isinstance(value, str) and value not in NAMED_WEIGHTS and root is not None:
-            beside = Path(root, value)
-            if not Path(value).is_file() and beside.is_file():
-                config[key] = str(beside)
-    return config
+    found, root = config.clone(), config.data.root
+    for name, value in config.items():
+        is_file = name.endswith(".weights") and isinstance(value, str) and value not in NAMED_WEIGHTS
+        if is_file and root is not None and not Path(value).is_file() and Path(root, value).is_file():
+            found[name] = str(Path(root, value))
+    return found

@@ -66,17 +66,13 @@ def learned_part(identity: str) -> str:
     return identity.rpartition("-")[0]
 
 
-def by_content(value: Any) -> Any:
+def by_content(value: Any, name: str = "") -> Any:
     """The same nested values with every file that is named as ``weights`` replaced by its hash."""
     if isinstance(value, dict):
-        return {name: _file_hash(part) if name == "weights" else by_content(part) for name, part in value.items()}
-    return value
-
-
-def _file_hash(weights: Any) -> Any:
-    if not isinstance(weights, str) or not Path(weights).is_file():
-        return weights
-    with Path(weights).open("rb") as file:
+        return {key: by_content(part, key) for key, part in value.items()}
+    if name != "weights" or not isinstance(value, str) or not Path(value).is_file():
+        return value
+    with Path(value).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -137,7 +133,7 @@ class RunDirectory(Callback):
 
 def new_version(folder: Path) -> Path:
     """Make the next ``folder/version_N``; safe against other processes."""
-    number = max(map(version_number, versions(folder)), default=-1) + 1
+    number = int(runs[-1].name[8:]) + 1 if (runs := versions(folder)) else 0
     while True:
         path = folder / f"version_{number}"
         try:
@@ -151,12 +147,7 @@ def new_version(folder: Path) -> Path:
 def versions(folder: Path) -> list[Path]:
     """Directories of all runs in a folder, oldest first."""
     found = [path for path in folder.glob("version_*") if path.is_dir() and path.name[8:].isdecimal()]
-    return sorted(found, key=version_number)
-
-
-def version_number(path: Path) -> int:
-    """N of version_N."""
-    return int(path.name.removeprefix("version_"))
+    return sorted(found, key=lambda path: int(path.name[8:]))
 
 
 def check_writable(folder: Path) -> None:

@@ -67,17 +67,15 @@ class ImageData:
     """Whether the images were cropped from files by `centre_crop`; `predict` then crops as well."""
 
     def __post_init__(self) -> None:
-        for part in ("train", "test"):
-            _check_images(getattr(self, f"{part}_images"), f"{part}_images of data set {self.name!r}")
+        parts = ("train", self.train_images, self.train_labels), ("test", self.test_images, self.test_labels)
+        for part, images, _ in parts:
+            _check_images(images, f"{part}_images of data set {self.name!r}")
         size, test_size = (tuple(images.shape[2:]) for images in (self.train_images, self.test_images))
         if size != test_size:
             raise ValueError(
                 f"test_images of data set {self.name!r} must be {size} like train_images, got {test_size}: resize them."
             )
-        for part, images, labels in (
-            ("train", self.train_images, self.train_labels),
-            ("test", self.test_images, self.test_labels),
-        ):
+        for part, images, labels in parts:
             _check_labels(labels, len(images), f"{part}_labels of data set {self.name!r}")
             counts = torch.bincount(labels, minlength=self.num_classes)
             if len(counts) > self.num_classes:

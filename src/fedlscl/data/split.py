@@ -102,7 +102,9 @@ def spatial_temporal_split(
     for client in range(num_clients):
         owned = {int(label): np.flatnonzero(train_labels == label) for label in private[client]}
         owned |= {label: share[client] for label, share in shares.items()}
-        classes = _stream(seed, TASK_ORDER, client).permutation(np.concatenate([private[client], public]))
+        classes = np.random.default_rng((seed, TASK_ORDER, client)).permutation(
+            np.concatenate([private[client], public])
+        )
         splits.append(_cut(classes, owned, train_labels, test_labels, num_tasks))
     return splits
 
@@ -144,12 +146,8 @@ def dirichlet_split(
     ]
 
 
-def _stream(*key: int) -> np.random.Generator:
-    return np.random.default_rng(key)
-
-
 def _class_order(train_labels: np.ndarray, seed: int) -> np.ndarray:
-    return _stream(seed, CLASS_ORDER).permutation(np.unique(train_labels))
+    return np.random.default_rng((seed, CLASS_ORDER)).permutation(np.unique(train_labels))
 
 
 def _share(
@@ -158,7 +156,7 @@ def _share(
     """Divide the train samples of one class completely: one array of ids per client."""
     ids = np.flatnonzero(train_labels == label)
     free = len(ids) - at_least * num_clients
-    random = _stream(seed, SAMPLES, int(label))
+    random = np.random.default_rng((seed, SAMPLES, int(label)))
     exact = random.dirichlet(np.full(num_clients, dirichlet_alpha)) * free
     counts = np.floor(exact).astype(np.int64)
     # What rounding down left over goes to the largest fractions.

@@ -29,7 +29,7 @@ def server_app(folder: str | Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from fedlscl.cli.errors import explain
+        from fedlscl.cli import explain
         from fedlscl.flower.federation import read_federation
 
         try:
@@ -78,7 +78,7 @@ def client_app(folder: str | Path) -> ClientApp:
 
 def _answer(folder: Path, context: Context, request: bytes) -> bytes:
     # Imported here: torch takes seconds to import, and a handshake does not need it.
-    from fedlscl.cli.errors import explain
+    from fedlscl.cli import explain
     from fedlscl.flower.federation import read_federation
     from fedlscl.flower.messages import Reply
     from fedlscl.flower.node import Node
