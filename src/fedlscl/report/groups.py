@@ -132,7 +132,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """Groups by name and setting in the order of every table.
 
     Groups are ranked by final class-incremental accuracy within a set of equal conditions (ours): data, clients, tasks,
-    finished tasks, rounds per task, and at least one common split. Centralised methods follow their set; unfinished runs come last.
+    finished tasks, rounds per task, and at least one common split. Centralised methods follow their set; unfinished
+    runs come last.
 
     Raises:
         ValueError: if two runs do not differ.

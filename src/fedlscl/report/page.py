@@ -170,7 +170,7 @@ def _findings(groups: Sequence[Group]) -> list[str]:
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """The best group under a mask, its lead, its upload and the significance of both; and the best centralised method."""
+    """The best group under a mask, its lead, whether that may be chance, its upload; the best centralised method."""
     ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
     centralised = [group for group in ordered if group.is_centralised]
     ranked = [group for group in ordered if group.is_ranked] or ordered
