@@ -123,7 +123,8 @@ def page(
         unshown=unshown,
         inequalities=inequalities(groups),
         columns=COLUMNS,
-        tables=[(title, [_row(group) for group in found]) for title, found in table_sections(groups)],
+        tables=table_sections(groups),
+        cell=cell,
         colours={name: look.colour for name, look in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),
@@ -182,16 +183,14 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
     return text
 
 
-def _row(group: Group) -> dict[str, Any]:
-    found = [(column, group.final(column.figure)) for column in COLUMNS]
-    cells = [(cell(column, value), "" if value is None else repr(value.mean)) for column, value in found]
-    return {"name": group.name, "seeds": group.seeds, "cells": cells}
-
-
 def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
     """Origin of a run's numbers."""
     results, costs = run.results, run.costs or {}
     data, foundation, trainer = (results[name] for name in ("data", "foundation", "trainer"))
+    rejected = [
+        f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
+        for upload in results.get("quarantined", [])
+    ]
     sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in run.sessions)
     facts = {
         "method": results["method"]["name"],
@@ -200,7 +199,7 @@ def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
         "split": f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished",
         "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
         "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
-        "rejected": _rejected(results.get("quarantined", [])),
+        "rejected": "; ".join(rejected[:5] + [f"and {len(rejected) - 5} more"] * (len(rejected) > 5)),
         "training": f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}, "
         f"precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
@@ -215,12 +214,3 @@ def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
     }
     facts = {name: fact for name, fact in facts.items() if fact}
     return {"name": group.name, "seed": run.seed, "facts": facts, "links": links, "config": run.config}
-
-
-def _rejected(uploads: list[dict[str, Any]]) -> str:
-    """The first rejected uploads, and the number of the others."""
-    texts = [
-        f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
-        for upload in uploads[:5]
-    ]
-    return "; ".join([*texts, *([f"and {len(uploads) - 5} more"] if len(uploads) > 5 else [])])
