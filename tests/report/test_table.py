@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
-from fedlscl.report.runs import find_results
+from fedlscl.report.runs import all_results, newest, run_folder
 from fedlscl.report.table import table_markdown
 
 
@@ -146,7 +146,7 @@ def test_the_newest_version_stands_for_a_run(tmp_path):
     for version in (0, 1):
         (tmp_path / "A" / f"version_{version}").mkdir(parents=True)
         (tmp_path / "A" / f"version_{version}" / "results.json").write_text("{}")
-    assert find_results([tmp_path]) == [tmp_path / "A" / "version_1" / "results.json"]
+    assert newest(all_results(tmp_path), run_folder) == [tmp_path / "A" / "version_1" / "results.json"]
 
 
 def test_nothing_to_report_is_one_line(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -28,16 +29,6 @@ class Section(NamedTuple):
     title: str
     text: str
     pictures: list[Picture]
-
-
-class Source(NamedTuple):
-    """Origin of a run's numbers."""
-
-    name: str
-    seed: int
-    facts: list[tuple[str, str]]
-    links: list[tuple[str, str]]
-    config: str | None
 
 
 def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
@@ -74,48 +65,44 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
 
 def figures(groups: Sequence[Group]) -> list[Section]:
     """All figures in the page's order; those of costs only if costs are known."""
-    masks = list(MASK_TITLES)
-    costs = {
-        name: [picture for mask in masks if (picture := against_cost(groups, name, mask)) is not None]
-        for name in ("up_bytes", "total_seconds")
-    }
-    sections = [
-        Section(
+    drawn = (
+        (
             "Accuracy after each task",
             "Mean over clients and over all tasks so far. Bands are one standard deviation over seeds. "
             "The axes do not begin at zero.",
-            [over_tasks(groups, "average", mask) for mask in masks],
+            partial(over_tasks, groups, "average"),
         ),
-        Section(
+        (
             "Forgetting",
             "Best earlier accuracy minus the current one, mean over earlier tasks and clients. Below zero, earlier "
             "tasks gained.",
-            [over_tasks(groups, "forgetting", mask) for mask in masks],
+            partial(over_tasks, groups, "forgetting"),
         ),
-        Section(
+        (
             "Clients",
             "Final accuracy of every client, mean over tasks. Over several seeds bars are means of equal ranks, since "
             "client 0 of another seed has other classes; a dot is a seed.",
-            [clients(groups, mask) for mask in masks],
+            partial(clients, groups),
         ),
-        Section(
+        (
             "Accuracy against uploaded bytes",
             "Bytes of all clients in all rounds, on a logarithmic axis. The accuracy of a method that uploads nothing "
             "is a dashed line.",
-            costs["up_bytes"],
+            partial(against_cost, groups, "up_bytes"),
         ),
-        Section(
+        (
             "Accuracy against seconds",
             "Seconds of the whole run on its device, evaluation included, on a logarithmic axis. Compare only runs "
             "on the same device with the same number of epochs.",
-            costs["total_seconds"],
+            partial(against_cost, groups, "total_seconds"),
         ),
-        Section(
+        (
             "Accuracy matrices",
             "Row: after learning that task. Column: accuracy on that task. Mean over clients and seeds.",
-            [matrices(groups, mask) for mask in masks],
+            partial(matrices, groups),
         ),
-    ]
+    )
+    sections = [Section(title, text, [p for p in map(draw, MASK_TITLES) if p]) for title, text, draw in drawn]
     return [section for section in sections if section.pictures]
 
 
@@ -136,7 +123,8 @@ def page(
         unshown=unshown,
         inequalities=inequalities(groups),
         columns=COLUMNS,
-        tables=[(title, [_row(group) for group in found]) for title, found in table_sections(groups)],
+        tables=table_sections(groups),
+        cell=cell,
         colours={name: look.colour for name, look in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),
@@ -170,7 +158,7 @@ def _findings(groups: Sequence[Group]) -> list[str]:
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """The best group under a mask, its lead, its upload and their significance; and the best centralised method."""
+    """The best group under a mask, its lead, whether that may be chance, its upload; the best centralised method."""
     ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
     centralised = [group for group in ordered if group.is_centralised]
     ranked = [group for group in ordered if group.is_ranked] or ordered
@@ -195,15 +183,14 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
     return text
 
 
-def _row(group: Group) -> dict[str, Any]:
-    found = [(column, group.final(column.figure)) for column in COLUMNS]
-    cells = [(cell(column, value), "" if value is None else repr(value.mean)) for column, value in found]
-    return {"name": group.name, "seeds": group.seeds, "cells": cells}
-
-
-def _source(group: Group, run: Run, out: Path) -> Source:
+def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
+    """Origin of a run's numbers."""
     results, costs = run.results, run.costs or {}
     data, foundation, trainer = (results[name] for name in ("data", "foundation", "trainer"))
+    rejected = [
+        f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
+        for upload in results.get("quarantined", [])
+    ]
     sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in run.sessions)
     facts = {
         "method": results["method"]["name"],
@@ -212,7 +199,7 @@ def _source(group: Group, run: Run, out: Path) -> Source:
         "split": f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished",
         "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
         "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
-        "rejected": _rejected(results.get("quarantined", [])),
+        "rejected": "; ".join(rejected[:5] + [f"and {len(rejected) - 5} more"] * (len(rejected) > 5)),
         "training": f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}, "
         f"precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
@@ -221,17 +208,9 @@ def _source(group: Group, run: Run, out: Path) -> Source:
         "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({sessions})",
     }
     folder = run.path.parent
-    links = {RESULTS: run.path} | {name: folder / name for name in BESIDE if (folder / name).is_file()}
-    relative = [
-        (name, quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix())) for name, path in links.items()
-    ]
-    return Source(group.name, run.seed, [(name, fact) for name, fact in facts.items() if fact], relative, run.config)
-
-
-def _rejected(uploads: list[dict[str, Any]]) -> str:
-    """The first rejected uploads, and the number of the others."""
-    texts = [
-        f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
-        for upload in uploads[:5]
-    ]
-    return "; ".join([*texts, *([f"and {len(uploads) - 5} more"] if len(uploads) > 5 else [])])
+    files = {RESULTS: run.path} | {name: folder / name for name in BESIDE if (folder / name).is_file()}
+    links = {
+        name: quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()) for name, path in files.items()
+    }
+    facts = {name: fact for name, fact in facts.items() if fact}
+    return {"name": group.name, "seed": run.seed, "facts": facts, "links": links, "config": run.config}

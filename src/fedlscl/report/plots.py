@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -97,8 +96,8 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
     # There is no forgetting after the first task.
     first = 1 if course == "forgetting" and last > 1 else 0
 
-    def draw(figure: "Figure") -> None:
-        axes, handles, styles = figure.subplots(), [], looks(groups)
+    def draw(axes: "Axes") -> list["Line2D"]:
+        handles, styles = [], looks(groups)
         for name, seeds in values.items():
             look, tasks, mean = styles[name], range(first + 1, seeds.shape[1] + 1), seeds.mean(0)[first:]
             handles += axes.plot(tasks, mean, color=look.colour, marker=look.marker, linestyle=look.dash)
@@ -110,13 +109,13 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
         axes.set_xticks(range(first + 1, last + 1, -(-last // 12)))
         axes.set_xlim(first + 0.8, last + 0.2)
         axes.set_xlabel("after learning task")
-        percent_axis(axes, f"{what}, %")
-        legend(figure, handles, list(values))
+        axes.set_ylabel(f"{what}, %")
+        return handles
 
     ends = ", ".join(f"{name} {percent(float(seeds[:, -1].mean()))} %" for name, seeds in values.items())
     title = f"{what.capitalize()}, {MASK_TITLES[mask]}"
     alt = f"Line chart of {what}, {MASK_TITLES[mask]}, after each task. After the last one: {ends}."
-    return picture(f"{file}_{mask}", title, alt, draw, HEIGHT + legend_height(list(values)))
+    return chart(f"{file}_{mask}", title, alt, list(values), draw)
 
 
 def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | None:
@@ -128,13 +127,14 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | Non
     found = {group.name: (group.final(cost), group.final(f"{mask}/average")) for group in groups}
     known = {name: (spent, reached) for name, (spent, reached) in found.items() if spent and reached}
     positive = [spent.mean for spent, _ in known.values() if spent.mean > 0]
+    names = [name if spent.mean > 0 else f"{name} (none)" for name, (spent, _) in known.items()]
     if not positive:
         return None
 
-    def draw(figure: "Figure") -> None:
+    def draw(axes: "Axes") -> list["Line2D"]:
         from matplotlib.ticker import LogLocator, NullLocator
 
-        axes, handles, styles = figure.subplots(), [], looks(groups)
+        handles, styles = [], looks(groups)
         for name, ((x, dx), (y, dy)) in known.items():
             colour = styles[name].colour
             if x > 0:
@@ -151,13 +151,13 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | Non
         axes.xaxis.set_major_formatter(lambda value, _: unit(value).replace(".0 ", " "))
         axes.margins(y=0.12)
         axes.set_xlabel(what)
-        percent_axis(axes, "final accuracy, %")
-        legend(figure, handles, [name if spent.mean > 0 else f"{name} (none)" for name, (spent, _) in known.items()])
+        axes.set_ylabel("final accuracy, %")
+        return handles
 
     points = ", ".join(f"{name} {percent(y.mean)} % at {unit(x.mean)}" for name, (x, y) in known.items())
     title = f"Final accuracy, {MASK_TITLES[mask]}, against {what}"
     alt = f"Scatter plot of final accuracy, {MASK_TITLES[mask]}, against {what}: {points}."
-    return picture(f"{file}_{mask}", title, alt, draw, HEIGHT + legend_height(list(known)))
+    return chart(f"{file}_{mask}", title, alt, names, draw)
 
 
 def matrices(groups: Sequence[Group], mask: str) -> Picture:
@@ -253,10 +253,12 @@ def _number(value: float, size: int) -> str:
 
 def picture(name: str, caption: str, alt: str, draw: Callable[["Figure"], None], height: float) -> Picture:
     """Draw a figure of ``WIDTH`` x ``height`` inches as SVG and PNG."""
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with styled():
+    # Without the user's matplotlibrc.
+    with style.context(["default", RC]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
@@ -268,13 +270,6 @@ def picture(name: str, caption: str, alt: str, draw: Callable[["Figure"], None],
     return Picture(name, caption, alt, files["svg"], files["png"])
 
 
-def styled() -> AbstractContextManager[None]:
-    """Matplotlib's defaults with `RC`, without the user's matplotlibrc."""
-    from matplotlib import style
-
-    return style.context(["default", RC])
-
-
 def looks(groups: Sequence[Group]) -> dict[str, Look]:
     """Colour, marker and dash by group, in alphabetical order: independent of the results."""
     names = sorted(group.name for group in groups)
@@ -284,25 +279,18 @@ def looks(groups: Sequence[Group]) -> dict[str, Look]:
     }
 
 
-def percent_axis(axes: "Axes", label: str) -> None:
-    """Ticks of fractions in percent."""
-    axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g}")
-    axes.set_ylabel(label)
-
-
-def legend(figure: "Figure", handles: list["Line2D"], names: list[str]) -> None:
-    """Names below the axes."""
+def chart(file: str, caption: str, alt: str, names: list[str], draw: Callable[["Axes"], list["Line2D"]]) -> Picture:
+    """Axes in percent, and below them a legend with a name for each line that ``draw`` returns."""
     texts = [shown(name) for name in names]
-    figure.legend(handles, texts, loc="outside lower center", ncols=_legend_columns(names))
+    columns = 1 if max(map(len, texts)) > 26 else 2
 
+    def with_legend(figure: "Figure") -> None:
+        axes = figure.subplots()
+        handles = draw(axes)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g}")
+        figure.legend(handles, texts, loc="outside lower center", ncols=columns)
 
-def legend_height(names: list[str]) -> float:
-    """Height of `legend` in inches."""
-    return 0.2 * -(-len(names) // _legend_columns(names)) + 0.15
-
-
-def _legend_columns(names: list[str]) -> int:
-    return 1 if max(len(shown(name)) for name in names) > 26 else 2
+    return picture(file, caption, alt, with_legend, HEIGHT + 0.2 * -(-len(texts) // columns) + 0.15)
 
 
 def shown(name: str) -> str:

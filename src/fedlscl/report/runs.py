@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,6 @@ def left_out(paths: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def find_results(paths: Sequence[Path]) -> list[Path]:
-    """The newest results.json of each run folder under the given paths, or the files themselves.
-
-    Raises:
-        ValueError: if a path holds no results.
-    """
-    return list({file.resolve(): file for path in paths for file in newest(all_results(path), _unversioned)}.values())
-
-
 def all_results(path: Path) -> list[Path]:
     """Every results.json of a run, or of all runs below a folder.
 
@@ -167,26 +159,32 @@ def run_folder(path: Path) -> Path:
         >>> run_folder(Path("/kept/EWC/results.json")).name
         'EWC'
     """
-    folder = _unversioned(path)
+    folder = path.resolve().parent
+    folder = folder.parent if VERSION.fullmatch(folder.name) else folder
     return folder.parent if SEED.fullmatch(folder.name) else folder
 
 
-def _unversioned(path: Path) -> Path:
-    folder = path.resolve().parent
-    return folder.parent if VERSION.fullmatch(folder.name) else folder
-
-
-NEEDED = ("seed", "method", "trainer", "data", "foundation", "versions", "tasks_done", "accuracy", "summary", "traffic")
 PER_TASK = ("average", "worst_client", "current", "forgetting", "backward_transfer", "average_before_aggregation")
 """Figures of the summary under each mask; the last is None if nothing was measured."""
-TYPES: dict[str, type] = {
-    **dict.fromkeys(("seed", "tasks_done", "trainer.rounds_per_task"), int),
-    **dict.fromkeys(("data.num_clients", "data.num_tasks", "traffic.up_bytes", "traffic.down_bytes"), int),
-    **dict.fromkeys(
-        ("method.name", "trainer.precision", "trainer.server_every", "data.dataset", "data.fingerprint"), str
-    ),
-    **dict.fromkeys(("method.fields", "versions"), dict),
-    **dict.fromkeys(("data.classes", "summary", "traffic.up"), list),
+SHAPE: dict[str, Any] = {
+    "seed": int,
+    "method": {"name": str, "fields": dict},
+    "trainer": {"rounds_per_task": int, "precision": str, "server_every": str},
+    "data": {"num_clients": int, "num_tasks": int, "dataset": str, "fingerprint": str, "classes": list},
+    "foundation": ({"name": object, "fingerprint": object},),
+    "versions": dict,
+    "tasks_done": int,
+    "accuracy": {phase: dict.fromkeys(MASKS, list) for phase in PHASES},
+    "summary": [{f"{mask}/{name}": (float,) if name == PER_TASK[-1] else float for mask in MASKS for name in PER_TASK}],
+    "traffic": {"up_bytes": int, "down_bytes": int, "up": [[[int]]]},
+    # Files of the first versions have neither.
+    "parameters?": {"foundation": int, "trainable": [int], "total": [int]},
+    "quarantined?": [{"client": object, "task": int, "round": int, "reason": object}],
+}
+"""What a report reads of results.json: float is any finite number, a tuple may be null, a name with '?' be absent."""
+COSTS_SHAPE = {
+    "sessions?": [{"device": object, "started": object, "ended": object}],
+    **dict.fromkeys(("total_seconds?", "images?"), float),
 }
 
 
@@ -197,7 +195,7 @@ def read_run(path: Path) -> Run:
         ValueError: if a file is damaged, of a newer version, or without a finished task.
     """
     results = read_json(path)
-    missing = [name for name in NEEDED if name not in results]
+    missing = [name for name in SHAPE if not name.endswith("?") and name not in results]
     if missing:
         raise ValueError(f"{str(path)!r} holds no {missing[0]!r}: give a results.json of fedlscl fit.")
     schema = results.get("schema", 1)
@@ -206,16 +204,20 @@ def read_run(path: Path) -> Run:
     if not results["summary"]:
         raise ValueError(f"{str(path)!r} holds no finished task: continue the run, or leave it out.")
     old_names = SCHEMA_1_MASKS if schema < 2 else {}
-    results = _with_new_masks(results, old_names)
-    _check(path, _faults(results))
+    named_by_mask = [name for name in ("accuracy", "summary", "clients") if name in results]
+    results |= {name: _renamed(results[name], old_names) for name in named_by_mask}
+    _refuse(path, chain(_faults(results, SHAPE), _wrong_sizes(results)))
     costs, config, matrix = (path.with_name(name) for name in (COSTS, CONFIG, MATRIX))
     if matrix.is_file():
-        _check_matrix(matrix, results, old_names)
+        with matrix.open(newline="") as file:
+            rows = [row | {"mask": old_names.get(row.get("mask", ""), row.get("mask"))} for row in csv.DictReader(file)]
+        if rows != [{name: str(value) for name, value in row.items()} for row in matrix_rows(results["accuracy"])]:
+            raise ValueError(f"{str(matrix)!r} does not hold the accuracies of the {RESULTS} beside it: restore both.")
     text = config.read_text(errors="replace") if config.is_file() else None
-    if text is not None:
-        _check_yaml(config, text)
+    if text is not None and not _is_mapping(text):
+        raise ValueError(f"{str(config)!r} is not a configuration in YAML: restore it, or leave the run out.")
     spent = read_json(costs) if costs.is_file() else None
-    _check(costs, _cost_faults(spent or {}))
+    _refuse(costs, _faults(spent or {}, COSTS_SHAPE))
     return Run(path, results, spent, text)
 
 
@@ -234,108 +236,70 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _with_new_masks(value: Any, names: dict[str, str]) -> Any:
-    """Rename the masks in ``accuracy``, ``summary`` and ``clients``: "seen" and "seen/average" of schema 1."""
-
-    def renamed(value: Any) -> Any:
-        if isinstance(value, list):
-            return [renamed(entry) for entry in value]
-        if not isinstance(value, dict):
-            return value
-        parts = {name: name.partition("/") for name in value}
-        return {
-            names.get(mask, mask) + slash + rest: renamed(value[name]) for name, (mask, slash, rest) in parts.items()
-        }
-
-    keys = ("accuracy", "summary", "clients") if names else ()
-    return value | {name: renamed(value[name]) for name in keys if name in value}
+def _is_mapping(text: str) -> bool:
+    try:
+        return isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
 
 
-def _check(path: Path, faults: Iterator[str]) -> None:
-    fault = next(faults, None)
-    if fault is not None:
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """The value with other names of masks, in ``seen`` as well as in ``seen/average``."""
+    if isinstance(value, list):
+        return [_renamed(entry, names) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    parts = {name: name.partition("/") for name in value}
+    return {names.get(mask, mask) + slash + rest: _renamed(value[n], names) for n, (mask, slash, rest) in parts.items()}
+
+
+def _refuse(path: Path, faults: Iterator[str]) -> None:
+    for fault in faults:
         raise ValueError(f"{str(path)!r}: {fault}: restore the file, or leave the run out.")
 
 
-def _faults(results: dict[str, Any]) -> Iterator[str]:
-    """Deviations from the schema; each check relies on those before it."""
-    for name, kind in TYPES.items():
-        value: Any = results
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+def _faults(value: Any, shape: Any, name: str = "") -> Iterator[str]:
+    """Deviations of a JSON value from a shape like `SHAPE`."""
+    if isinstance(shape, tuple):
+        yield from _faults(value, shape[0], name) if value is not None else ()
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        for key, inner in shape.items():
+            entry, place = key.removesuffix("?"), f"{name}.{key.removesuffix('?')}".lstrip(".")
+            if entry in value:
+                yield from _faults(value[entry], inner, place)
+            elif entry == key:
+                yield f"{place} must be given, got nothing"
+    elif isinstance(shape, list) and isinstance(value, list):
+        for entry in value:
+            yield from _faults(entry, shape[0], name)
+    elif shape is float:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            yield f"{name} must be a finite number, got {_short(value)}"
+    else:
+        kind = shape if isinstance(shape, type) else type(shape)
         if not isinstance(value, kind):
             yield f"{name} must be {kind.__name__}, got {_short(value)}"
-    clients, done = results["data"]["num_clients"], results["tasks_done"]
-    foundation, summary, sent = results["foundation"], results["summary"], results["traffic"]["up"]
-    if foundation is not None and not (isinstance(foundation, dict) and {"name", "fingerprint"} <= foundation.keys()):
-        yield f"foundation must be null or have name and fingerprint, got {_short(foundation)}"
-    if len(summary) != done:
-        yield f"summary must have one entry per finished task ({done}), got {len(summary)}"
-    for name in (f"{mask}/{figure}" for mask in MASKS for figure in PER_TASK):
-        for after in summary:
-            value = after.get(name, math.nan) if isinstance(after, dict) else after
-            if not _is_number(value) and not (value is None and name.endswith(PER_TASK[-1])):
-                yield f"summary must have a finite number under {name}, got {_short(value)}"
-    for phase, mask in ((phase, mask) for phase in PHASES for mask in MASKS):
+
+
+def _wrong_sizes(results: dict[str, Any]) -> Iterator[str]:
+    """Lists of results.json, whose shape is right, that do not fit its numbers of clients and of finished tasks."""
+    clients, done, sent = results["data"]["num_clients"], results["tasks_done"], results["traffic"]["up"]
+    if len(results["summary"]) != done:
+        yield f"summary must have one entry per finished task ({done}), got {len(results['summary'])}"
+    for phase, mask in product(PHASES, MASKS):
         try:
             shape = np.array(results["accuracy"][phase][mask], dtype=float).shape
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError):
             shape = ()
         if len(shape) != 3 or shape[0] != clients or min(shape[1:]) < done:
             yield f"accuracy.{phase}.{mask} must be (clients, tasks, tasks) for {clients} clients, got shape {shape}"
-    if len(sent) != clients or not all(_has_lists(client) and len(client) >= done for client in sent):
+    if len(sent) != clients or any(len(client) < done for client in sent):
         yield f"traffic.up must have lists for {done} tasks of each of {clients} clients, got {_short(sent)}"
-    # Files of the first versions have neither.
-    counts, rejected = results.get("parameters", {"foundation": 0}), results.get("quarantined", [])
-    names = ("trainable", "total") if "parameters" in results else ()
-    if not isinstance(counts, dict) or not all(_has_ints(counts.get(name)) for name in names):
+    counts = results.get("parameters", {"trainable": [0], "total": [0]})
+    if not counts["trainable"] or not counts["total"]:
         yield f"parameters must have trainable and total of each client, got {_short(counts)}"
-    if not isinstance(counts.get("foundation"), int):
-        yield f"parameters.foundation must be int, got {_short(counts.get('foundation'))}"
-    for upload in rejected if isinstance(rejected, list) else [rejected]:
-        named = upload if isinstance(upload, dict) else {}
-        if not {"client", "reason"} <= named.keys() or not _has_ints([named.get("task"), named.get("round")]):
-            yield f"quarantined must have client, task, round and reason, got {_short(upload)}"
-
-
-def _cost_faults(costs: dict[str, Any]) -> Iterator[str]:
-    sessions = costs.get("sessions", [])
-    for session in sessions if isinstance(sessions, list) else [sessions]:
-        if not isinstance(session, dict) or not {"device", "started", "ended"} <= session.keys():
-            yield f"sessions must have device, started and ended, got {_short(session)}"
-    for name in ("total_seconds", "images"):
-        if not _is_number(costs.get(name, 0)):
-            yield f"{name} must be a finite number, got {_short(costs[name])}"
-
-
-def _has_lists(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, list) and (not row or _has_ints(row)) for row in value)
-
-
-def _has_ints(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(entry, int) for entry in value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _check_matrix(path: Path, results: dict[str, Any], old_names: dict[str, str]) -> None:
-    with path.open(newline="") as file:
-        rows = [row | {"mask": old_names.get(row.get("mask", ""), row.get("mask"))} for row in csv.DictReader(file)]
-    if rows != [{name: str(value) for name, value in row.items()} for row in matrix_rows(results["accuracy"])]:
-        raise ValueError(f"{str(path)!r} does not hold the accuracies of the {RESULTS} beside it: restore both.")
-
-
-def _check_yaml(path: Path, text: str) -> None:
-    try:
-        is_mapping = isinstance(yaml.safe_load(text), dict)
-    except yaml.YAMLError:
-        is_mapping = False
-    if not is_mapping:
-        raise ValueError(f"{str(path)!r} is not a configuration in YAML: restore it, or leave the run out.")

@@ -36,9 +36,7 @@ TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\tex
 TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 
 
-def header() -> list[str]:
-    """Titles of the columns of the comparison."""
-    return ["run", "n", *(column.title for column in COLUMNS)]
+HEADER = ["run", "n", *(column.title for column in COLUMNS)]
 
 
 def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
@@ -48,9 +46,9 @@ def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
 
 def table_markdown(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """One row per group; mean ± standard deviation over n seeds; a row in italics begins a section with a heading."""
-    rows = [header()]
+    rows = [HEADER]
     for title, found in sections(groups):
-        rows += [[f"*{title}*", *[""] * (len(rows[0]) - 1)]] if title else []
+        rows += [[f"*{title}*", *[""] * (len(HEADER) - 1)]] if title else []
         rows += [[group.name.replace("\\", "\\\\").replace("|", "\\|"), *cells(group)] for group in found]
     return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"
 
@@ -83,19 +81,19 @@ def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """The same in LaTeX; needs the package booktabs."""
-    titles, rows = header(), []
+    rows = []
     for number, (title, found) in enumerate(sections(groups)):
         rows += ["\\midrule"] if number else []
-        rows += [f"\\multicolumn{{{len(titles)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
+        rows += [f"\\multicolumn{{{len(HEADER)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
         for group in found:
             texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in cells(group)]
             rows.append(" & ".join([tex(group.name), *texts]) + " \\\\")
     lines = [
         "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
         *(f"% {' '.join(note.split())}" for note in notes),
-        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(HEADER) - 1)}}}",
         "\\toprule",
-        " & ".join(map(tex, titles)) + " \\\\",
+        " & ".join(map(tex, HEADER)) + " \\\\",
         "\\midrule",
         *rows,
         "\\bottomrule",
@@ -161,13 +159,12 @@ def print_comparison(paths: Sequence[Path]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    titles = header()
     table = Table(title="After the last finished task: all tasks, mean over clients, mean ± deviation over n seeds")
-    for title in titles:
+    for title in HEADER:
         table.add_column(title, justify="left" if title == "run" else "right")
     for title, found in sections(groups):
         if title:
-            table.add_row(Text(title, style="italic"), *[""] * (len(titles) - 1))
+            table.add_row(Text(title, style="italic"), *[""] * (len(HEADER) - 1))
         for group in found:
             table.add_row(Text(group.name), *cells(group))
         table.add_section()
