@@ -16,7 +16,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, tmp_path,
     assert main(["fit", "--dry_run", *options, *tiny.inside(tmp_path / "runs")]) == 0
     text = capsys.readouterr().out
     name = "FedAvg" if options is tiny.FEDAVG else "FedLSCL"
-    assert text.startswith(f"{name} on fake: 2 clients, 2 tasks of 2 classes per client, 1 rounds per task\n")
+    assert text.startswith(f"{name} on fake: 2 clients, 2 tasks of 2 classes per client, 1 round per task\n")
     assert re.search(r"^  estimate    [\d.]+ [kM]B up, [\d.]+ [kM]B down, \d:\d\d:\d\d for the whole run$", text, re.M)
     assert text.endswith("Dry run: nothing was written. Leave out --dry_run to begin.\n")
     assert files(tmp_path) == []

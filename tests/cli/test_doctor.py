@@ -166,6 +166,16 @@ def test_images_in_both_parts_are_counted(kind, count, tmp_path, capsys):
     assert text.endswith(said) if count else "also in train" not in text
 
 
+def test_a_fault_and_a_warning_make_one_sentence(tmp_path, capsys):
+    (tmp_path / "cat").mkdir()
+    for number in range(2):
+        (tmp_path / "cat" / f"{number}.png").write_bytes(b"no image")
+    (tmp_path / "stray.png").write_bytes(b"")
+    assert main(["doctor", "--data_root", str(tmp_path)]) == 1
+    (text,) = (text for state, text in lines(capsys)["data"] if state == "FAILS")
+    assert f"replace or remove it; {tmp_path}: left out 1 file (stray.png)" in text
+
+
 def test_dark_images_are_pointed_out(tmp_path, capsys):
     labels, images = np.arange(2), np.ones((2, 4, 4), np.uint8)
     np.savez(tmp_path / "x.npz", train_images=images, test_images=images * 0, train_labels=labels, test_labels=labels)

@@ -266,8 +266,10 @@ def test_without_a_good_one_before_the_damage_is_reported(path, fault):
         previous(path).write_bytes(b"damaged")
     elif fault == "no other":
         previous(path).unlink()
-    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not a checkpoint of fedlscl"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not a checkpoint of fedlscl") as raised:
         load_last_good(path, "abc")
+    said = f"{str(previous(path))!r}, the one before it, is damaged, too: continue from a copy, or start a new run."
+    assert (said in str(raised.value)) == (fault == "both damaged")
     assert path.read_bytes() == b"damaged"
 
 

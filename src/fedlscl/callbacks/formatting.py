@@ -37,7 +37,7 @@ def introduction(run: RunState) -> list[str]:
     train, test = (sum(map(sum, data[name])) for name in ("train_samples", "test_samples"))
     lines = [
         f"{type(run.method).__name__} on {data['dataset']}: {len(run.clients)} clients, {tasks} tasks of "
-        f"{classes} classes per client, {rounds} rounds per task",
+        f"{classes} classes per client, {rounds} round{'s' * (rounds > 1)} per task",
         f"  images      {train:,} for training, {test:,} for testing, of all clients",
         f"  parameters  {parameter_line(parameter_counts(run))}, per client",
     ]

@@ -197,7 +197,8 @@ def _attempt(name: str, what: Callable[[], str]) -> Finding:
                 raise
             text, is_well = message, False
     warned = [str(warning.message) for warning in caught if warning.filename.startswith(PACKAGE)]
-    return Finding(name, " ".join("; ".join([text, *warned]).split()), is_well)
+    parts = [part.removesuffix(".") for part in (text, *warned)] if warned else [text]
+    return Finding(name, " ".join("; ".join(parts).split()), is_well)
 
 
 def _described(data: ImageData) -> str:

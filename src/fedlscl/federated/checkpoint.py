@@ -59,6 +59,11 @@ def load_last_good(path: Path, identity: str = "") -> dict[str, Any]:
     except DamagedError as damage:
         try:
             state = load_checkpoint(previous(path), identity)
+        except DamagedError:
+            raise DamagedError(
+                f"{damage} {str(previous(path))!r}, the one before it, is damaged, too: continue from a copy, or start "
+                "a new run."
+            ) from None
         except ValueError:
             raise damage from None
         logger.warning(f"{damage} Resuming from {str(previous(path))!r}, the one before it.")
