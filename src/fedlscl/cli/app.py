@@ -282,6 +282,7 @@ class Seed:
         return "int"
 
     def __call__(self, given: Any) -> int:
+        """The seed, or a ValueError with the rule."""
         text = str(given)
         if not text.isdecimal() or not text.isascii() or int(text) >= 2**32:
             raise ValueError(SEED_RULE.format(text))
