@@ -41,14 +41,18 @@ def refused(tmp_path, capsys):
     [
         # Unknown keys, at every depth.
         ("--trainer.rounds 3", "trainer.rounds is unknown: did you mean trainer.rounds_per_task?"),
-        ("--method.local_epoch 3", "method.local_epoch is unknown: did you mean method.local_epochs?"),
+        ("--method.local_epoch 3", "method.local_epoch is unknown to FedLSCL: did you mean method.local_epochs?"),
         (
             "--method.collaborator.blok 3",
-            "method.collaborator.blok is unknown: did you mean method.collaborator.block?",
+            "method.collaborator.blok is unknown to FedLSCL: did you mean method.collaborator.block?",
         ),
         ("--method.collaborator.foundation.nam x", "did you mean method.collaborator.foundation.name?"),
-        ("--method FedProx --method.collaborator.block 3", "method.collaborator.foundation.name is unknown"),
+        (
+            "--method FedProx --method.collaborator.block 3",
+            "method.collaborator.foundation.name is unknown to FedProx: ",
+        ),
         ("--trainer.norm_factor 3", "trainer.norm_factor was renamed: use trainer.max_norm_ratio."),
+        ("--method.num_tasks 3", "method.num_tasks was renamed: use data.num_tasks."),
         ("positional", "positional is unknown: --help lists what there is."),
         ("--method FedProxx", "method='FedProxx' is unknown: did you mean FedProx?"),
         ("--method pilra", "method='pilra' is unknown: did you mean PILoRA?"),
@@ -141,7 +145,10 @@ def test_option_is_refused(options, said, refused):
         ("data: {concentration: 1}", "data.concentration was renamed: use data.dirichlet_alpha."),
         ("trainer: {rounds_per_task: three}", "trainer.rounds_per_task must be int, got 'three'."),
         ("method: {class_path: FedAvg, init_args: {small_modl: x}}", "did you mean method.small_model?"),
-        ("method: {class_path: FedAvg, init_args: {foundation: {nam: x}}}", "method.foundation.nam is unknown"),
+        (
+            "method: {class_path: FedAvg, init_args: {foundation: {nam: x}}}",
+            "method.foundation.nam is unknown to FedAvg",
+        ),
         ("method: {class_path: FedAvg, init_args: {batch_size: x}}", "method.batch_size must be int, got 'x'."),
         ("method: {class_path: FedAvg, lr: 3}", "class_path is unknown beside options: put these under init_args."),
         ("trainer: [\n", "must be valid YAML, got an error ("),

@@ -6,9 +6,9 @@ from fedlscl.callbacks.formatting import introduction
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress, Stage, StreamShape
 from fedlscl.federated.metrics import AT_SERVER
-from fedlscl.federated.payload import num_bytes
+from fedlscl.federated.payload import Upload, num_bytes
 from fedlscl.federated.pool import LocalPool
-from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.federated.trainer import FederatedTrainer, aggregate
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
 from fedlscl.modules.learner import ClassificationModule
 from tiny_methods import METHODS
@@ -421,3 +421,13 @@ def test_augmented_training_serves_no_cached_tokens_says_so_and_repeats_to_the_b
     plain = run()
     assert seen and all(batch.prefix is not None for batch in seen)
     assert not any("augment" in line for line in introduction(plain.run))
+
+
+def test_a_server_step_with_too_few_answers_names_the_method():
+    class OneAnswer(FedAvg):
+        def aggregate(self, uploads, progress):
+            return []
+
+    upload = Upload(client=0, task=0, round=0, payload={}, class_counts=torch.ones(1))
+    with pytest.raises(ValueError, match=r"OneAnswer\.aggregate must return one answer for each of 1 uploads, got 0"):
+        aggregate(OneAnswer(), 0, [upload], Progress(0, 0))

@@ -38,6 +38,8 @@ from fedlscl.report.table import markdown
 RENAMED = {
     "data.concentration": "data.dirichlet_alpha",
     "trainer.norm_factor": "trainer.max_norm_ratio",
+    "method.num_tasks": "data.num_tasks",
+    "method.num_clients": "data.num_clients",
 }
 """Options of earlier versions, for the message that names the new one."""
 SIZED_BY_DATA = ("FedDualP", "FedMGP", "FedWeIT", "LoRM", "PILoRA")
@@ -124,7 +126,7 @@ class FederatedCLI(LightningCLI):
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=seed, default=42, help="of the split and of training.")
+        parser.add_argument("--seed_everything", type=Seed(), default=42, help="of the split and of training.")
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -140,7 +142,10 @@ class FederatedCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ArgumentError(None, of_method(str(error), self.default_method.rpartition(".")[2])) from error
         batch_size = self.config.get(self.command, self.config).data.batch_size
         if batch_size != 32 or any(word.partition("=")[0] == "--data.batch_size" for word in args):
             print(f"data.batch_size has no effect on {self.command}: set method.batch_size.", file=sys.stderr)
@@ -267,12 +272,21 @@ def load_yaml(text: str) -> Any:
     return value
 
 
-def seed(given: Any) -> int:
-    """A seed of NumPy and torch, 0 to 2^32 - 1."""
-    text = str(given)
-    if not text.isdecimal() or not text.isascii() or int(text) >= 2**32:
-        raise ValueError(SEED_RULE.format(text))
-    return int(text)
+class Seed:
+    """Reads a seed of NumPy and torch, 0 to 2^32 - 1; a class, since --help shows a type by its representation."""
+
+    __name__ = "seed"
+
+    @override
+    def __repr__(self) -> str:
+        return "int"
+
+    def __call__(self, given: Any) -> int:
+        """The seed, or a ValueError with the rule."""
+        text = str(given)
+        if not text.isdecimal() or not text.isascii() or int(text) >= 2**32:
+            raise ValueError(SEED_RULE.format(text))
+        return int(text)
 
 
 def check_config(file: str) -> None:
@@ -324,6 +338,7 @@ EXPECTED = re.compile(r"Expected an? (?:typing\.Literal\[(.+?)\]|<class '(?:\w+\
 VALUE = re.compile(
     r"(?:Got value|Given value): (?:NestedArg\(key='([^']+)', val=)?(?:\{'class_path': )?'?(.*?)'?[)}]*$", re.M
 )
+UNTYPED = re.compile(r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type")
 
 
 class Parser(LightningArgumentParser):
@@ -351,6 +366,11 @@ def one_line(message: str, options: Iterable[str]) -> str:
         return SEED_RULE.format(found[1])
     if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", message):
         return f"option {found[1]} is missing: add --{found[1]} VALUE."
+    if found := UNTYPED.search(message):
+        option = message.partition(":")[0].strip()
+        return (
+            f"{option}: argument {found[1]!r} of {found[2]!r} must have a type, got none: write {found[1]}: str, or so."
+        )
     if found := UNKNOWN.search(message):
         return _unknown(found["key"], options)
     if not (found := KEY.match(message)):
@@ -371,6 +391,19 @@ def one_line(message: str, options: Iterable[str]) -> str:
         return f"{key}{'.' * bool(nested)}{nested} must be {' or '.join(expected)}, got {value!r}."
     reason = " ".join(reason.split())
     return reason if reason.startswith(f"{key} must be ") else f"{key}: {reason}"
+
+
+def of_method(message: str, method: str) -> str:
+    """Name the method that lacks an option: what is wrong may be the combination of files, not the spelling.
+
+    Example:
+        >>> of_method("method.rank is unknown: --help lists what there is.", "FedAvg")
+        'method.rank is unknown to FedAvg: --method.help FedAvg lists what there is.'
+    """
+    if not re.match(r"method\.[\w.]+ is unknown: ", message):
+        return message
+    message = message.replace(" is unknown: ", f" is unknown to {method}: ", 1)
+    return message.replace("--help lists", f"--method.help {method} lists")
 
 
 def _unknown(name: str, options: Iterable[str]) -> str:

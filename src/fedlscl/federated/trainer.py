@@ -304,9 +304,18 @@ def train_server(method: Method, seed: int, uploads: list[Upload], progress: Pro
 
 
 def aggregate(method: Method, seed: int, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
-    """The server's responses, by client."""
+    """The server's responses, by client.
+
+    Raises:
+        ValueError: if the method does not return one answer for each upload.
+    """
     seed_turn(seed, Turn.SERVER, progress.task, progress.round)
     answers = method.aggregate(uploads, progress)
+    if len(answers) != len(uploads):
+        raise ValueError(
+            f"{type(method).__name__}.aggregate must return one answer for each of {len(uploads)} uploads, "
+            f"got {len(answers)}: return them in the order of the uploads."
+        )
     return {upload.client: answer for upload, answer in zip(uploads, answers, strict=True)}
 
 
