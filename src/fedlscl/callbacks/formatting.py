@@ -132,19 +132,26 @@ def print_table(run: RunState, console: "Console | None" = None) -> None:
 
     console = console or Console()
     done = results(run)
-    costs, paths = None, []
+    traffic, rounds = done["traffic"], done["tasks_done"] * run.rounds_per_task
+    up, down = in_bytes(traffic["up_bytes"]), in_bytes(traffic["down_bytes"])
+    facts = {
+        "sent": f"{up} up, {down} down by all clients in {rounds} rounds",
+        "parameters": f"{parameter_line(done['parameters'])}, per client",
+    }
     if run.run_dir is not None:
         path = run.run_dir / "costs.json"
-        costs = json.loads(path.read_bytes()) if path.is_file() else None
-        paths = [
-            ("results", str(run.run_dir / "results.json")),
-            ("TensorBoard", f"tensorboard --logdir {run.run_dir / 'tensorboard'}"),
-            ("checkpoint", str(run.run_dir / "checkpoint.pt")),
-        ]
+        if path.is_file():
+            costs = json.loads(path.read_bytes())
+            speed = costs["images_per_second"]
+            rate = "" if speed is None else f", {speed:,.0f} images/s in training"
+            facts["time"] = in_hours(costs["total_seconds"]) + rate
+        facts["results"] = str(run.run_dir / "results.json")
+        facts["TensorBoard"] = f"tensorboard --logdir {run.run_dir / 'tensorboard'}"
+        facts["checkpoint"] = str(run.run_dir / "checkpoint.pt")
     method, dataset, clients = done["method"]["name"], done["data"]["dataset"], done["data"]["num_clients"]
     title = f"{method} on {dataset}: accuracy in percent, mean over {clients} clients"
     lines = [*aligned(results_table(done)), "", LEGEND, ""]
-    lines += [f"{name:<12}{text}" for name, text in [*facts(done, costs), *paths]]
+    lines += [f"{name:<12}{text}" for name, text in facts.items()]
     console.print()
     console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -161,21 +168,6 @@ def results_table(results: dict[str, Any]) -> list[list[str]]:
         for task, figures in enumerate(results["summary"], start=1):
             rows.append([MASK_NAMES[mask], str(task), *(percent(figures[f"{mask}/{name}"]) for name in COLUMNS)])
     return rows
-
-
-def facts(results: dict[str, Any], costs: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Bytes, parameters and time of a run, by name."""
-    traffic, rounds = results["traffic"], results["tasks_done"] * results["trainer"]["rounds_per_task"]
-    up, down = in_bytes(traffic["up_bytes"]), in_bytes(traffic["down_bytes"])
-    lines = [
-        ("sent", f"{up} up, {down} down by all clients in {rounds} rounds"),
-        ("parameters", f"{parameter_line(results['parameters'])}, per client"),
-    ]
-    if costs is not None:
-        speed = costs["images_per_second"]
-        rate = "" if speed is None else f", {speed:,.0f} images/s in training"
-        lines.append(("time", in_hours(costs["total_seconds"]) + rate))
-    return lines
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

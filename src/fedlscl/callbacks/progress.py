@@ -2,7 +2,7 @@
 
 import time
 from operator import length_hint
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -46,26 +46,18 @@ class ProgressDisplay(Callback):
         for line in introduction(run):
             self._print(line)
         if self.console.is_interactive and run.progress.task < run.num_tasks:
-            self._start_bars(run, self.console)
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def _start_bars(self, run: RunState, console: "Console") -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[text]}", markup=False)
-        # Without a limit: a client may train for longer than the 30 s over which rich measures the speed.
-        period = float("inf")
-        self.bars = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=period
-        )
-        add = self.bars.add_task
-        self.bar_ids = {
-            "Run": add("Run", total=run.num_tasks * run.rounds_per_task, completed=int(self.rounds), text=""),
-            "Task": add("Task", total=run.num_tasks, text=""),
-            "Round": add("Round", total=run.rounds_per_task, text=""),
-            "Client": add("Client", total=len(run.clients), text=""),
-            "Batch": add("Batch", total=None, text="preparing"),
-        }
-        self.bars.start()
+            columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[text]}", markup=False)
+            # Without a limit: a client may train for longer than the 30 s over which rich measures the speed.
+            given: dict[str, Any] = {"console": self.console, "transient": True, "speed_estimate_period": float("inf")}
+            self.bars = Progress(*columns, TimeRemainingColumn(), **given)
+            rounds = run.num_tasks * run.rounds_per_task
+            totals = {"Run": rounds, "Task": run.num_tasks, "Round": run.rounds_per_task, "Client": len(run.clients)}
+            self.bar_ids = {name: self.bars.add_task(name, total=total, text="") for name, total in totals.items()}
+            self.bar_ids["Batch"] = self.bars.add_task("Batch", total=None, text="preparing")
+            self.bars.update(self.bar_ids["Run"], completed=run.step)
+            self.bars.start()
 
     @override
     def on_round_start(self, run: RunState) -> None:

@@ -1,24 +1,18 @@
 """TensorBoard: curves by round, the accuracy matrix as an image, hyper-parameters, embeddings for the projector."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from fedlscl.callbacks.formatting import MASK_TITLES
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.federated.client import Client
 from fedlscl.federated.loggers import ScalarCallback, hyperparameters
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix, summary
 from fedlscl.federated.state import Callback, RunState
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
     from torch.utils.tensorboard import SummaryWriter
 
 LAYOUT = {
@@ -112,49 +106,40 @@ MAX_NUMBERS = 20
 
 
 def matrix_pixels(matrix: AccuracyMatrix) -> np.ndarray:
-    """`matrix_figure` as (height, width, 3) uint8."""
+    """Both masks side by side, mean over clients, as (height, width, 3) uint8.
+
+    Row n is the model after task n, column t its accuracy on task t.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(matrix_figure(matrix))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def matrix_figure(matrix: AccuracyMatrix, phase: str = "after") -> "Figure":
-    """Both masks side by side, mean over clients: row n is the model after task n, column t its accuracy on task t."""
     from matplotlib.figure import Figure
 
-    num_clients, num_tasks = matrix.values.shape[2:4]
-    side = max(1.7, 0.44 * num_tasks) if num_tasks <= MAX_NUMBERS else 6.0
+    num_clients, size = matrix.values.shape[2:4]
+    is_small = size <= MAX_NUMBERS
+    side = max(1.7, 0.44 * size) if is_small else 6.0
     figure = Figure(figsize=(2 * side + 0.7, side + 0.9), dpi=150, layout="constrained")
     figure.suptitle(f"Accuracy in percent, mean over {num_clients} client{'s' * (num_clients > 1)}", fontsize=10)
-    panels = figure.subplots(1, len(MASKS), sharey=True)
-    images = []
-    for axes, mask in zip(panels, MASKS, strict=True):
-        axes.set_title(MASK_TITLES[mask], fontsize=9)
-        images.append(_panel(axes, 100 * matrix.of(mask, phase).mean(0).numpy()))
-    panels[0].set_ylabel("after learning task", fontsize=9)
-    if num_tasks > MAX_NUMBERS:
-        figure.colorbar(images[0], ax=panels, shrink=0.8)
-    return figure
-
-
-def _panel(axes: "Axes", values: np.ndarray) -> "AxesImage":
-    size = len(values)
-    image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100)
-    axes.set_xlabel("accuracy on task", fontsize=9)
-    ticks = list(range(0, size, max(1, size // 10)))
+    panels, image = figure.subplots(1, len(MASKS), sharey=True), None
+    ticks = range(0, size, max(1, size // 10))
     names = [str(tick + 1) for tick in ticks]
-    axes.set_xticks(ticks, names, fontsize=9)
-    axes.set_yticks(ticks, names, fontsize=9)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if size <= MAX_NUMBERS:
-        for n, t in zip(*np.nonzero(~np.isnan(values)), strict=True):
+    for axes, mask in zip(panels, MASKS, strict=True):
+        values = 100 * matrix.of(mask).mean(0).numpy()
+        image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100)
+        axes.set_title(MASK_TITLES[mask], fontsize=9)
+        axes.set_xlabel("accuracy on task", fontsize=9)
+        axes.set_xticks(ticks, names, fontsize=9)
+        axes.set_yticks(ticks, names, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        for n, t in np.argwhere(~np.isnan(values)) if is_small else ():
             value = values[n, t]
             text = f"{value:.1f}" if size <= 8 and value < 99.95 else f"{value:.0f}"
             axes.text(t, n, text, ha="center", va="center", fontsize=9, color="white" if value > 55 else "#10233f")
-    return image
+    panels[0].set_ylabel("after learning task", fontsize=9)
+    if image is not None and not is_small:
+        figure.colorbar(image, ax=panels, shrink=0.8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 PROJECTOR_CONFIG = """\
@@ -194,25 +179,19 @@ class FeatureProjector(Callback):
         names = [" ".join(name.split()) for name in run.clients[0].data.data.class_names]
         rows, labels = [], ["class\tclient\ttask"]
         for client in run.clients:
-            with run.engine.on_device(client):
-                for task, points, classes in self._points(client, run.num_tasks):
-                    rows += ["\t".join(f"{value:.5g}" for value in point) for point in points.tolist()]
-                    # Tasks counted from 1 and clients from 0, as on the terminal.
-                    labels += [
-                        f"{' '.join(names[label].split())}\t{client.id}\t{task + 1}" for label in classes.tolist()
-                    ]
+            for task in range(run.num_tasks):
+                ids = client.data.test_ids(task)
+                classes = client.data.data.labels(ids)
+                chosen = torch.cat([ids[classes == label][: self.per_class] for label in client.data.classes(task)])
+                with run.engine.on_device(client):
+                    for batch, output in client.infer(chosen):
+                        points = getattr(output, self.pick).flatten(1).float().tolist()
+                        rows += ["\t".join(f"{value:.5g}" for value in point) for point in points]
+                        # Tasks counted from 1 and clients from 0, as on the terminal.
+                        labels += [f"{names[label]}\t{client.id}\t{task + 1}" for label in batch.labels.tolist()]
         for name, text in (
             ("features.tsv", "\n".join(rows) + "\n"),
             ("metadata.tsv", "\n".join(labels) + "\n"),
             ("projector_config.pbtxt", PROJECTOR_CONFIG),
         ):
             write_atomically(run.run_dir / "tensorboard" / name, text.encode())
-
-    def _points(self, client: Client, num_tasks: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """By task: features (n, width) and classes (n,) of the client's test images."""
-        for task in range(num_tasks):
-            ids = client.data.test_ids(task)
-            labels = client.data.data.labels(ids)
-            chosen = torch.cat([ids[labels == label][: self.per_class] for label in client.data.classes(task)])
-            for batch, output in client.infer(chosen):
-                yield task, getattr(output, self.pick).flatten(1).float().cpu(), batch.labels.cpu()

@@ -6,8 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.fabric.loggers.logger import Logger
@@ -19,14 +20,15 @@ from fedlscl.federated.metrics import AT_SERVER, MASKS, average_accuracy, plain,
 from fedlscl.federated.state import Callback, RunState
 
 
-class Lap(NamedTuple):
+@dataclass
+class Lap:
     """Costs since the last lap."""
 
-    seconds: dict[str, float]
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """By name of the stage, and 'server' and 'evaluation'."""
-    images: int
+    images: int = 0
     """Seen in training, repetitions counted."""
-    training_seconds: float
+    training_seconds: float = 0.0
     """The stages' part of ``seconds``."""
 
 
@@ -34,13 +36,11 @@ class Timed(Callback):
     """Base of callbacks that time the parts of the run."""
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._images, self._training_seconds, self._round_started = 0, 0.0, 0.0
+        self._lap, self._round_started = Lap(), 0.0
 
     def lap(self) -> Lap:
         """The sums since the last call."""
-        lap = Lap(dict(self._seconds), self._images, self._training_seconds)
-        self._seconds, self._images, self._training_seconds = defaultdict(float), 0, 0.0
+        lap, self._lap = self._lap, Lap()
         return lap
 
     @property
@@ -54,22 +54,22 @@ class Timed(Callback):
 
     @override
     def on_batch_end(self, run: RunState, client: Client | None, num_images: int) -> None:
-        self._images += num_images
+        self._lap.images += num_images
 
     @override
     def on_stage_end(
         self, run: RunState, client: Client | None, stage: Stage, terms: dict[str, float], seconds: float
     ) -> None:
-        self._seconds[stage.name] += seconds
-        self._training_seconds += seconds
+        self._lap.seconds[stage.name] += seconds
+        self._lap.training_seconds += seconds
 
     @override
     def on_server_end(self, run: RunState, seconds: float) -> None:
-        self._seconds["server"] += seconds
+        self._lap.seconds["server"] += seconds
 
     @override
     def on_evaluation_end(self, run: RunState, client: Client, phase: str, seconds: float) -> None:
-        self._seconds["evaluation"] += seconds
+        self._lap.seconds["evaluation"] += seconds
 
 
 class ScalarCallback(Timed):
