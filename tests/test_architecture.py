@@ -1,6 +1,8 @@
 """The layers of docs/architecture.md: imports point down, without circles, in a limited number of files and lines."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -84,10 +86,16 @@ def test_imports_have_no_circle():
     TopologicalSorter({path: set(imported(path, everywhere=False)) - {path} for path in FILES}).prepare()
 
 
+def test_a_table_of_reports_needs_no_lightning():
+    """Its import takes most of the time that a table takes."""
+    code = "import sys, fedlscl.report.table; assert not {'lightning', 'timm', 'matplotlib'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_files_are_named_after_an_idea():
     assert not {Path(path).stem for path in FILES} & {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
 def test_the_package_stays_small():
-    assert len(FILES) <= 88
-    assert sum(len((ROOT / path).read_text().splitlines()) for path in FILES) <= 17000
+    assert len(FILES) <= 82
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in FILES) <= 15500

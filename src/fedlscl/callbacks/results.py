@@ -25,6 +25,7 @@ from fedlscl.federated.loggers import Timed, peak_memory
 from fedlscl.federated.metrics import (
     MASKS,
     PHASES,
+    SCHEMA,
     average_accuracy,
     matrix_rows,
     plain,
@@ -37,8 +38,6 @@ from fedlscl.federated.state import RunState
 from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.net import Net
 
-SCHEMA = 2
-"""Of results.json; raised when a name in it changes its meaning."""
 COSTS_SCHEMA = 1
 
 

@@ -18,6 +18,8 @@ MASKS = ("task_il", "class_il")
 that the client has seen so far."""
 PHASES = ("before", "after")
 """Measured before the last aggregation of a task, and after it."""
+SCHEMA = 2
+"""Version of results.json; raised when a name in it changes its meaning."""
 
 
 class AccuracyMatrix:

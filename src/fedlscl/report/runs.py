@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedlscl.callbacks.results import SCHEMA
-from fedlscl.federated.metrics import MASKS, PHASES, matrix_rows
+from fedlscl.federated.metrics import MASKS, PHASES, SCHEMA, matrix_rows
 
 RESULTS, MATRIX, COSTS, CONFIG = "results.json", "matrix.csv", "costs.json", "config.yaml"
 VERSION = re.compile(r"version_(\d+)")
