@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.report.groups import grouped
-from fedlscl.report.runs import find_results, read_runs
+from fedlscl.report.runs import read_runs
 from fedlscl.report.table import table_markdown
 
 KEPT = ("results.json", "matrix.csv", "config.yaml", "costs.json")
@@ -23,7 +23,7 @@ FOLDER = re.compile(r"(?m)^( *(?:root|default_root_dir|cache_dir): )/\S+/")
 
 def main(runs: Path, out: Path) -> None:
     """Copy the newest version of every finished run under ``runs`` to the same place under ``out``; write table.md."""
-    for results in find_results([runs]):
+    for results in [run.path for run in read_runs([runs])]:
         found = json.loads(results.read_text())
         if found["tasks_done"] < found["data"]["num_tasks"]:
             print(f"left out, not finished: {results}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedlscl.callbacks.formatting import MASK_TITLES, percent
 from fedlscl.report.groups import Group
-from fedlscl.report.plots import COLOURS, Picture, legend, legend_height, percent_axis, picture
+from fedlscl.report.plots import COLOURS, Picture, picture
 
 LOOKS = {"class_il": (COLOURS[0], "o"), "task_il": (COLOURS[1], "s")}
 TITLES = {
@@ -34,15 +34,13 @@ def figure(name: str, groups: Sequence[Group]) -> Picture:
             axes.errorbar(means, places, xerr=spreads, fmt="none", ecolor=colour, elinewidth=1.2)
         axes.set_yticks(places, [row.name.replace("_", " ") for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        percent_axis(axes, "")
-        axes.xaxis.set_major_formatter(axes.yaxis.get_major_formatter())
-        axes.set_yticks(places, [row.name.replace("_", " ") for row in rows])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g}")
         axes.set_xlabel("final accuracy, %")
-        legend(canvas, handles, [MASK_TITLES[mask] for mask in LOOKS])
+        canvas.legend(handles, [MASK_TITLES[mask] for mask in LOOKS], loc="outside lower center", ncols=len(LOOKS))
 
     numbers = "; ".join(
         f"{row.name} {percent(row.known('class_il/average').mean)} and {percent(row.known('task_il/average').mean)} %"
         for row in rows
     )
     alt = f"{what}, final accuracy, {' and '.join(MASK_TITLES.values())}: {numbers}."
-    return picture(name, what, alt, draw, 0.26 * len(rows) + 0.75 + legend_height(list(MASK_TITLES.values())))
+    return picture(name, what, alt, draw, 0.26 * len(rows) + 0.75 + 0.35)

@@ -10,7 +10,7 @@ import sys
 from presets import Run, configuration, methods, parse
 from sweep import place, planned, sweep
 
-from fedlscl.report.runs import find_results, read_run
+from fedlscl.report.runs import read_runs
 
 ON_VIT, FROM_SCRATCH = 0.85, 0.6
 """Floors of methods on the frozen ViT and of CNNs from scratch (ours: FedNCM stands at 94 %)."""
@@ -27,7 +27,7 @@ def main() -> int:
     whole, above = sweep("floors", rows, options), True
     for row, seed in planned([row for row in rows if not options.only or row.name in options.only], options.seeds):
         folder = options.out / f"floors_{options.preset}" / place(row, seed)
-        results = read_run(find_results([folder])[0]).results
+        results = read_runs([folder])[0].results
         floor = FROM_SCRATCH if results["foundation"] is None else ON_VIT
         accuracy = results["summary"][0]["class_il/average"]
         above &= accuracy >= floor
