@@ -44,7 +44,7 @@ def test_its_commands_run_and_end_with_tables(folder, capsys):
         assert main([*words, *shrunk(words)]) == 0, command
         assert str(folder) not in sys.path
     printed = capsys.readouterr().out
-    assert "what is kept of the last movement" in " ".join(printed.split())
+    assert "weight of the previous velocity" in " ".join(printed.split())
     assert "worst client" in printed and re.search(r"^\| MyMethod \|", printed, re.M)
     results = json.loads((folder / "runs/mine/MyMethod/version_0/results.json").read_text())
     assert results["tasks_done"] == 2

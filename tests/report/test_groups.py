@@ -1,10 +1,12 @@
 import dataclasses
 import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fedlscl.report.groups import final, grouped
+from fedlscl.report.groups import classifier, final, grouped
 from fedlscl.report.runs import read_runs
 
 
@@ -77,3 +79,25 @@ def test_the_worst_rank_is_the_worst_client_of_the_table(groups):
             ranked = group.ranked_clients(mask)
             assert ranked[:, 0].mean() == pytest.approx(group.known(f"{mask}/worst_client").mean)
             assert (np.diff(ranked, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "collaborator", "expected"),
+    [
+        ("FedLSCL", {"analytic_weight": 2.0, "adapted_weight": 0.0}, "trained and closed-form heads"),
+        ("FedLSCL", {"analytic_weight": 0.0, "adapted_weight": 2.0}, "trained and closed-form heads"),
+        ("FedLSCL", {"analytic_weight": 0.0, "adapted_weight": 0.0}, "a trained head"),
+        ("LoRM", None, "a trained head"),
+        ("FedRidge", None, "a closed-form head"),
+    ],
+)
+def test_the_classifier_of_a_run_is_a_condition(name, collaborator, expected):
+    fields = {} if collaborator is None else {"collaborator": collaborator}
+    assert classifier(SimpleNamespace(results={"method": {"name": name, "fields": fields}})) == expected
+
+
+def test_the_published_table_says_that_its_classifiers_differ():
+    page = (Path(__file__).parents[2] / "benchmarks/results/table1_cpu/report.html").read_text()
+    assert (
+        "They do not have the same classifier: fedlscl has trained and closed-form heads, lorm a trained head." in page
+    )

@@ -24,6 +24,8 @@ Some are options of earlier versions, which configurations of old runs still hav
 """
 MAX_NAMED = 3
 """Maximum number of differing options in a group's name."""
+TRAINING_FREE = ("FedNCM", "FedRidge")
+"""Methods whose only head is in closed form."""
 CENTRALISED = ("Joint", "JointLSCL")
 """Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
 CENTRALISED_NOTE, UNFINISHED = "all data (centralised), not ranked", "unfinished runs, not ranked"
@@ -185,6 +187,15 @@ def _terms(run: Run) -> tuple[object, ...]:
     return data["fingerprint"], data["num_clients"], run.planned, run.tasks, rounds, split_hash(run)
 
 
+def classifier(run: Run) -> str:
+    """What classifies the features; accuracies of different classifiers do not compare the features (ours)."""
+    method = run.results["method"]
+    collaborator = method["fields"].get("collaborator") or {}
+    if any(collaborator.get(name) for name in ("analytic_weight", "adapted_weight")):
+        return "trained and closed-form heads"
+    return "a closed-form head" if method["name"] in TRAINING_FREE else "a trained head"
+
+
 def split_hash(run: Run) -> str:
     """Hash of who has which classes and how many samples of them in each finished task."""
     data = run.results["data"]
@@ -251,6 +262,7 @@ def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
     yield "Rounds per task", trainer["rounds_per_task"]
     if "local_epochs" in run.results["method"]["fields"]:
         yield "Local epochs", run.results["method"]["fields"]["local_epochs"]
+    yield "Classifier", classifier(run)
     yield "Precision", trainer["precision"]
     yield "Seeds", ", ".join(map(str, group.seeds))
     yield f"Split of seed {run.seed}", split_hash(run)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, in_hours, parameter_line, percent
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import to_csv
-from fedlscl.report.groups import Group, grouped, inequalities
+from fedlscl.report.groups import Group, classifier, grouped, inequalities
 from fedlscl.report.plots import Picture, against_cost, clients, for_page, looks, matrices, over_tasks
 from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Run, left_out, read_runs
 from fedlscl.report.table import COLUMNS, cell, per_task_rows, table_latex, table_markdown, table_rows
@@ -158,7 +158,7 @@ def _findings(groups: Sequence[Group]) -> list[str]:
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """The best group under a mask, its lead, whether that may be chance, its upload; the best centralised method."""
+    """The best group under a mask, its lead over the second, differences between the two, and the best centralised one."""
     ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
     centralised = [group for group in ordered if group.is_centralised]
     ranked = [group for group in ordered if group.is_ranked] or ordered
@@ -172,11 +172,14 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
         sent, other = (in_bytes(group.known("up_bytes").mean) for group in (first, second))
         text += f", {100 * lead:.2f} points above {second.name}, with {sent} uploaded against {other}."
         if best.deviation is None or next_best.deviation is None:
-            text += " Each has one seed: the lead may be chance."
+            text += " Each has one seed: the difference may be chance."
         else:
             larger = max(best.deviation, next_best.deviation)
             compared = "larger" if lead > larger else "not larger"
-            text += f" The lead is {compared} than the standard deviation over seeds ({100 * larger:.2f})."
+            text += f" The difference is {compared} than the standard deviation over seeds ({100 * larger:.2f})."
+        heads = [classifier(group.runs[0]) for group in (first, second)]
+        if heads[0] != heads[1]:
+            text += f" They do not have the same classifier: {first.name} has {heads[0]}, {second.name} {heads[1]}."
     if centralised and ranked is not ordered:
         reached = percent(centralised[0].known(f"{mask}/average").mean)
         text += f" Trained on the pooled data of all clients, {centralised[0].name} has {reached} %."
