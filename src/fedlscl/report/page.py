@@ -158,7 +158,7 @@ def _findings(groups: Sequence[Group]) -> list[str]:
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
-    """The best group under a mask, its lead over the second, differences between the two, and the best centralised one."""
+    """The best group under a mask, how it differs from the second, and the best centralised one."""
     ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
     centralised = [group for group in ordered if group.is_centralised]
     ranked = [group for group in ordered if group.is_ranked] or ordered
