@@ -213,4 +213,15 @@ def test_what_a_configuration_lacks_comes_with_a_remedy(tmp_path, capsys):
 
 def test_a_wrong_word_is_refused(capsys):
     assert main(["doctor", "--data", "x"]) == 2
-    assert "fedlscl doctor [--data_root DIR] [--config FILE]" in capsys.readouterr().err
+    assert "fedlscl doctor [--data_root DIR] [--config FILE ...]" in capsys.readouterr().err
+
+
+def test_several_files_compose_as_for_fit(tmp_path, capsys):
+    """The last file decides, as on the command line of ``fit``."""
+    data, method = tmp_path / "data.yaml", tmp_path / "method.yaml"
+    data.write_text("data: {dataset: digits, num_tasks: 2}\n")
+    method.write_text(CONFIG.replace("WEIGHTS", "random"))
+    assert main(["doctor", "--config", str(data), "--config", str(method)]) == 0
+    said = lines(capsys)
+    assert said["config"] == [("ok", f"{data} + {method} is valid: FedNCM on digits")]
+    assert said["data"][0][1].endswith("3 clients x 2 tasks")

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -46,10 +46,12 @@ class Finding(NamedTuple):
 
 def doctor(arguments: list[str]) -> None:
     """Print the findings; the exit status is 1 if something that was asked for does not work."""
-    usage = "fedlscl doctor [--data_root DIR] [--config FILE]"
+    usage = "fedlscl doctor [--data_root DIR] [--config FILE ...]"
     parser = Parser(usage=usage, description="Check this machine.", allow_abbrev=False)
     parser.add_argument("--data_root", metavar="DIR", type=Path, help="folder of data sets and weights to try.")
-    parser.add_argument("--config", metavar="FILE", help="configuration whose data set and nets are tried.")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="configuration whose data set and nets are tried."
+    )
     given = parser.parse_args(arguments)
     is_well = True
     for finding in findings(given.data_root, given.config):
@@ -59,7 +61,7 @@ def doctor(arguments: list[str]) -> None:
         raise SystemExit(1)
 
 
-def findings(data_root: Path | None, config: str | None) -> Iterator[Finding]:
+def findings(data_root: Path | None, configs: Sequence[str]) -> Iterator[Finding]:
     """Everything about this machine, and what was asked for."""
     yield Finding("python", f"{platform.python_version()} in {sys.prefix}")
     yield Finding("versions", ", ".join(f"{name} {version(name)}" for name in PACKAGES))
@@ -75,8 +77,8 @@ def findings(data_root: Path | None, config: str | None) -> Iterator[Finding]:
     yield Finding("memory", _memory())
     here = shutil.disk_usage(".")
     yield Finding("disk", f"{in_bytes(here.free)} free of {in_bytes(here.total)} here, where runs go")
-    if config is not None:
-        yield from _configured(config, data_root)
+    if configs:
+        yield from _configured(configs, data_root)
     elif data_root is not None:
         yield from _found(data_root)
 
@@ -127,15 +129,16 @@ def _memory() -> str:
     return ", ".join([f"{free}{in_bytes(page * os.sysconf('SC_PHYS_PAGES'))}", *cuda])
 
 
-def _configured(config: str, root: Path | None) -> Iterator[Finding]:
-    """Data set, split and nets of a configuration, made as ``fit`` makes them."""
+def _configured(configs: Sequence[str], root: Path | None) -> Iterator[Finding]:
+    """Data set, split and nets of a configuration in one or more files, made as ``fit`` makes them."""
     from fedlscl.cli.app import Experiment, build
 
     made: list[Experiment] = []
 
     def read() -> str:
-        made.append(build(["--config", config, *([] if root is None else ["--data.root", str(root)])]))
-        return f"{config} is valid: {type(made[0].method).__name__} on {made[0].datamodule.dataset}"
+        files = [word for config in configs for word in ("--config", config)]
+        made.append(build([*files, *([] if root is None else ["--data.root", str(root)])]))
+        return f"{' + '.join(configs)} is valid: {type(made[0].method).__name__} on {made[0].datamodule.dataset}"
 
     yield _attempt("config", read)
     if not made:
