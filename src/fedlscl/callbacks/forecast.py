@@ -34,7 +34,7 @@ def forecast(
     trainer: FederatedTrainer, method: Method, datamodule: SpatialTemporalDataModule, seed: int = 42
 ) -> Forecast:
     """Rehearse with two typical clients and extrapolate to all clients, tasks and rounds; changes no argument."""
-    num_tasks = min(datamodule.num_tasks, trainer.max_tasks or datamodule.num_tasks)
+    num_tasks = trainer.count_tasks(datamodule)
     streams = [datamodule.stream(client) for client in range(datamodule.num_clients)]
     images = [[len(stream.train_ids(task)) for task in range(num_tasks)] for stream in streams]
     # A secure sum needs two clients; a method that pools all data has one that uploads.

@@ -159,7 +159,7 @@ class FederatedTrainer:
             method=method,
             seed=seed,
             num_clients=datamodule.num_clients,
-            num_tasks=min(datamodule.num_tasks, self.max_tasks or datamodule.num_tasks),
+            num_tasks=self.count_tasks(datamodule),
             rounds_per_task=self.rounds_per_task,
             server_every=self.server_every,
             precision=self.precision,
@@ -169,6 +169,10 @@ class FederatedTrainer:
         )
         self.pool = pool
         pool.setup(self.run)
+
+    def count_tasks(self, datamodule: SpatialTemporalDataModule) -> int:
+        """Number of tasks of a run: those of the streams, at most ``max_tasks``."""
+        return min(datamodule.num_tasks, self.max_tasks or datamodule.num_tasks)
 
     def restore(self, path: Path, identity: str = "") -> Progress:
         """Restore from a checkpoint (after ``setup``); a prefix of the run's fingerprint is accepted as ``identity``.

@@ -49,7 +49,7 @@ class Federation:
     @property
     def num_tasks(self) -> int:
         """Number of tasks of the run."""
-        return min(self.datamodule.num_tasks, self.trainer.max_tasks or self.datamodule.num_tasks)
+        return self.trainer.count_tasks(self.datamodule)
 
     def client_runner(self, folder: Path | None = None) -> ClientRunner:
         """The runner of a node's client; frozen ViT tokens are cached in ``folder`` for later processes."""
