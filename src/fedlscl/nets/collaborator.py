@@ -66,6 +66,11 @@ class Collaboration(NamedTuple):
     logits: Tensor
     """(B, num_classes): the trained head's, in evaluation mode plus the closed-form heads'."""
 
+    @property
+    def head_input(self) -> Tensor:
+        """The tokens."""
+        return self.tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollaboratorConfig:

@@ -28,6 +28,11 @@ class Output(Protocol):
         """Logits of the gradient-trained head (without closed-form heads), (B, num_classes)."""
         ...
 
+    @property
+    def head_input(self) -> Tensor:
+        """The features that the head classifies, (B, width)."""
+        ...
+
 
 class Classification(NamedTuple):
     """Output of a net that is an encoder and a head."""
@@ -41,6 +46,11 @@ class Classification(NamedTuple):
     def head_logits(self) -> Tensor:
         """The same: there is one head."""
         return self.logits
+
+    @property
+    def head_input(self) -> Tensor:
+        """The features."""
+        return self.features
 
 
 class Net(nn.Module, ABC):

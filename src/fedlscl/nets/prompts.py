@@ -29,6 +29,11 @@ class Prompted(NamedTuple):
         """The logits: there is one head."""
         return self.logits
 
+    @property
+    def head_input(self) -> Tensor:
+        """The features."""
+        return self.features
+
 
 class PromptPool(nn.Module):
     """Prompts P (size, length, width) with keys k (size, width); both are drawn from U(-1, 1), as released."""
