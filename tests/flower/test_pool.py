@@ -14,6 +14,7 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.data.images import names_hash
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress
+from fedlscl.federated.readout import ReadoutConfig
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower import server
 from fedlscl.flower.apps import to_record
@@ -282,6 +283,69 @@ def test_secure_sums_end_as_in_simulation(network, federate):
     options = {"rounds_per_task": 2}
     made = network(replace(METHODS["FedLSCL"](), **secure), **options)
     same_run(made.fit(), federate(replace(METHODS["FedLSCL"](), **secure), **options))
+
+
+READOUTS = {"readouts": ReadoutConfig(heads=("lda", "ncm"), features=("adapted", "frozen")), "rounds_per_task": 2}
+
+
+def same_readouts(served, trainer):
+    same_run(served, trainer)
+    found, wanted = served.run.readouts, trainer.run.readouts
+    assert found.values.keys() == wanted.values.keys() == set(wanted.names)
+    assert all(
+        torch.equal(found.values[name].nan_to_num(-1), wanted.values[name].nan_to_num(-1)) for name in wanted.names
+    )
+    assert all(torch.equal(found.traffic[name], wanted.traffic[name]) for name in wanted.traffic)
+
+
+@pytest.fixture(scope="module")
+def read_out(federate):
+    """A run with readouts in simulation."""
+    return federate(METHODS["LoRM"](), **READOUTS)
+
+
+def test_readouts_are_those_of_the_simulation(network, read_out):
+    served = network(METHODS["LoRM"](), **READOUTS).fit()
+    same_readouts(served, read_out)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_server_that_is_killed_at_any_exchange_gets_the_same_readouts(network, read_out, monkeypatch, number):
+    made = network(METHODS["LoRM"](), **READOUTS)
+    exchange, left = FlowerPool._exchange, [number]
+
+    def killed_after(self, *arguments):
+        found = exchange(self, *arguments)
+        left[0] -= 1
+        if left[0] == -1:
+            raise Killed
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FlowerPool, "_exchange", killed_after)
+        if number < 7:
+            with pytest.raises(Killed):
+                made.fit()
+    same_readouts(made.fit(), read_out)
+
+
+def test_a_node_without_sums_is_left_out_of_the_readouts_and_comes_back(network, monkeypatch):
+    """One client's sums of the first task are missing, which the results state."""
+    made = network(METHODS["LoRM"](), **READOUTS)
+    exchange, away = FlowerPool._exchange, []
+
+    def watched(self, asked, kind="upload"):
+        away.append(kind == "readout_sums" and "readout_sums" not in away)
+        found = exchange(self, asked, kind)
+        away[-1] = kind
+        return found
+
+    monkeypatch.setattr(FlowerPool, "_exchange", watched)
+    made.grid.fault = lambda node, message: "lost" if node == 10 and away[-1] is True else None
+    served = made.fit(deadline=1.0)
+    reasons = [rejected.reason for rejected in served.run.rejected]
+    assert reasons == ["its sums of features did not arrive in time"]
+    assert all(not found[:, :, 1].isnan().any() for found in served.run.readouts.values.values())
 
 
 def description(*names):

@@ -49,10 +49,12 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
 
 def decisive_options(config: dict[str, Any]) -> dict[str, Any]:
     """The options that decide a result on given data."""
+    readouts = config["trainer"].get("readouts")
     return {
         "method": by_content(config["method"]),
         "seed": config["seed_everything"],
         **{name: config["trainer"][name] for name in DECIDING},
+        **({"readouts": readouts} if readouts and readouts["heads"] else {}),
     }
 
 

@@ -39,6 +39,8 @@ class Client:
     """Rounds of the current task whose server response was applied."""
     offloaded_to: Path | None = None
     """The file that holds the client's tensors while they are not in memory."""
+    readouts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Weight and bias of the closed-form classifiers after the last task, by readout."""
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Non-persistent buffers of an offloaded net."""
 
@@ -85,6 +87,7 @@ class Client:
             "buffer": self.buffer.state_dict(),
             "memory": dict(self.memory),
             "num_synced_rounds": self.num_synced_rounds,
+            **({"readouts": self.readouts} if self.readouts else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,12 +99,14 @@ class Client:
             self.previous.load_state_dict(state["previous"])
         self.buffer = Buffer.from_state_dict(state["buffer"])
         self.memory, self.num_synced_rounds = dict(state["memory"]), state["num_synced_rounds"]
+        self.readouts = state.get("readouts", {})
 
     @property
     def num_bytes(self) -> int:
         """Size of the client's tensors in memory."""
         nets = [net for net in (self.net, self.previous) if net is not None]
         tensors = [tensor for net in nets for tensor in net.state_dict().values()]
+        tensors += [part for head in self.readouts.values() for part in head.values()]
         tensors += [*self.memory.values(), self.buffer.ids, self.buffer.labels, self.buffer.losses]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -114,7 +119,8 @@ class Client:
         fresh.replace(path)
         self.constants = {name: value for name, value in self.net.named_buffers() if name not in state["net"]}
         self.net.to("meta")
-        self.previous, self.buffer, self.memory, self.offloaded_to = None, Buffer.empty(), {}, path
+        self.previous, self.buffer, self.memory, self.readouts = None, Buffer.empty(), {}, {}
+        self.offloaded_to = path
 
     def reload(self) -> None:
         """Read the state back if the client is offloaded."""

@@ -73,7 +73,12 @@ class Engine:
 
     @torch.no_grad()
     def infer(
-        self, net: Net, stream: ClientStream, ids: Tensor, part: Callable[[Tensor], Any] | None = None
+        self,
+        net: Net,
+        stream: ClientStream,
+        ids: Tensor,
+        part: Callable[[Tensor], Any] | None = None,
+        views: Callable[[Batch], Any] | None = None,
     ) -> Iterator[tuple[Batch, Any]]:
         """Yield batches on the device with the net's outputs, in eval mode and in the order of ``ids``.
 
@@ -82,12 +87,16 @@ class Engine:
             stream: the client's images.
             ids: samples.
             part: a part of the net that is called on the images instead of the whole net.
+            views: is called on the prepared batch instead of the whole net.
         """
         net.eval()
         for batch in stream.loader(ids, self.infer_batch_size, shuffle=False):
             batch = self.fabric.to_device(batch) if part else self.prepare(batch, net)
             with self.fabric.autocast():
-                output = part(batch.images) if part else net(batch.images, batch.prefix)
+                if part is not None:
+                    output = part(batch.images)
+                else:
+                    output = net(batch.images, batch.prefix) if views is None else views(batch)
             yield batch, output
 
     def prepare(self, batch: Batch, net: Net) -> Batch:

@@ -177,6 +177,19 @@ class Method(ABC):
     def end_task(self, client: Client) -> None:
         """Save state needed by later tasks; called after the last download of a task."""
 
+    @property
+    def masks_sums(self) -> bool:
+        """Whether clients mask sums of which the server only needs the total, as those of readouts."""
+        return False
+
+    def mask_sums(self, client: Client, sums: Payload) -> Payload:
+        """A client's masked summands, where ``masks_sums``: int64, of equal shapes on all clients."""
+        raise NotImplementedError(f"{type(self).__name__} masks no sums")
+
+    def unmask_sums(self, summands: dict[int, Payload]) -> Payload:
+        """The total of the masked summands of all clients, float64."""
+        raise NotImplementedError(f"{type(self).__name__} masks no sums")
+
     def state_dict(self) -> dict[str, Any]:
         """Server state that outlives a round: a copy of all dataclass fields with ``init=False``.
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.data import Batch, SpatialTemporalDataModule
 from fedlscl.federated.client import Client
 from fedlscl.federated.engine import Engine, Ranks
 from fedlscl.federated.method import Method, Progress, Stage, StreamShape
 from fedlscl.federated.metrics import MASKS, correct
 from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.readout import ReadoutConfig, check_widths, client_sums, heads_of, readout_logits
 from fedlscl.federated.state import RunState
 from fedlscl.nets.net import Net
 
@@ -63,6 +64,14 @@ class ClientPool(ABC):
     @abstractmethod
     def end_task(self, progress: Progress) -> None:
         """End a task on all clients and evaluate them."""
+
+    @abstractmethod
+    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
+        """All clients' sums of the features of a task that has ended; ``save`` writes a checkpoint before them."""
+
+    @abstractmethod
+    def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
+        """Deliver the readouts' heads, by client, and evaluate them."""
 
     @abstractmethod
     def finish(self, save: Callable[[], None]) -> None:
@@ -109,7 +118,7 @@ class LocalPool(ClientPool):
                 f"devices must be 1 for {type(run.method).__name__}, which reads all clients' data in one process, got "
                 f"{self.ranks.size}."
             )
-        self.run, self.runner = run, ClientRunner(run.method, run.engine, run.seed)
+        self.run, self.runner = run, ClientRunner(run.method, run.engine, run.seed, run.readout_config)
         streams = [self.datamodule.stream(index) for index in range(self.datamodule.num_clients)]
         ranks = assign([stream.num_samples for stream in streams], self.ranks.size)
         self.own_clients = {index for index, rank in enumerate(ranks) if rank == self.ranks.rank}
@@ -117,6 +126,7 @@ class LocalPool(ClientPool):
             net = self.runner.build(index, self.stream)
             run.clients.append(Client(id=index, net=net, data=stream, engine=run.engine))
             run.engine.offloader.release(run.clients[-1])
+        run.readouts.widths = check_widths(run.readout_config, run.nets)
         run.data = describe_data(self.datamodule, run.num_tasks)
 
     @override
@@ -158,6 +168,19 @@ class LocalPool(ClientPool):
             self.runner.end_task(client)
             self._evaluate(client, "after")
         self._gather_accuracies("after", progress.task, self.run.clients)
+
+    @override
+    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
+        uploads = self.ranks.gather([self.runner.readout_sums(client) for client in self._own(self.run.clients)])
+        return Uploads(sorted(uploads, key=lambda upload: upload.client), {})
+
+    @override
+    def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
+        clients = [client for client in self._own(self.run.clients) if client.id in answers]
+        own = [(client.id, self.runner.evaluate_readouts(client, answers[client.id])) for client in clients]
+        for index, found in self.ranks.gather(own):
+            for name, rows in found.items():
+                self.run.readouts.record(name, index, progress.task, rows)
 
     @override
     def finish(self, save: Callable[[], None]) -> None:
@@ -216,8 +239,8 @@ def assign(work: Sequence[int], num_ranks: int) -> list[int]:
 class ClientRunner:
     """Calls a method's client-side hooks, each from its own seed; the same in a simulation and on a Flower node."""
 
-    def __init__(self, method: Method, engine: Engine, seed: int) -> None:
-        self.method, self.engine, self.seed = method, engine, seed
+    def __init__(self, method: Method, engine: Engine, seed: int, readouts: ReadoutConfig) -> None:
+        self.method, self.engine, self.seed, self.readouts = method, engine, seed, readouts
 
     def build(self, index: int, stream: StreamShape) -> Net:
         """The net of a client; all clients are seeded alike."""
@@ -260,13 +283,46 @@ class ClientRunner:
 
     def evaluate(self, client: Client) -> Tensor:
         """Accuracies (masks, tasks so far) of the client's net on its own test images."""
-        rows = torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64)
         with self.engine.on_device(client):
-            for task in range(client.task + 1):
-                ids = client.data.test_ids(task)
-                for batch, output in client.infer(ids):
+            return self._accuracies(client, lambda output: {"own": output.logits})["own"]
+
+    def readout_sums(self, client: Client) -> Upload:
+        """The client's sums of features of ``client.task``, masked where the method masks sums."""
+        self._seed(Turn.READOUT, client)
+        is_masked = self.method.masks_sums
+        with self.engine.on_device(client):
+            payload = client_sums(client, self.readouts, whole=is_masked)
+            if is_masked:
+                payload = self.method.mask_sums(client, payload)
+        counts = client.data.class_counts(client.task)
+        return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
+
+    def evaluate_readouts(self, client: Client, answer: Payload) -> dict[str, Tensor]:
+        """Keep the readouts' heads; their accuracies (masks, tasks so far) on the client's test images, by name."""
+        with self.engine.on_device(client):
+            client.readouts = heads_of(answer)
+            heads = {name: self.engine.fabric.to_device(head) for name, head in client.readouts.items()}
+            return self._accuracies(
+                client,
+                lambda views: readout_logits(views, heads),
+                views=lambda batch: self.readouts.views(client.net, batch),
+            )
+
+    def _accuracies(
+        self,
+        client: Client,
+        logits: Callable[[Any], dict[str, Tensor]],
+        views: Callable[[Batch], Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Accuracies (masks, tasks so far) of each of the ``logits`` of the net's outputs, or of ``views``, by name."""
+        rows: dict[str, Tensor] = {}
+        for task in range(client.task + 1):
+            ids = client.data.test_ids(task)
+            for batch, output in self.engine.infer(client.net, client.data, ids, views=views):
+                for name, scores in logits(output).items():
+                    row = rows.setdefault(name, torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64))
                     for mask, classes in enumerate((client.data.classes(task), client.seen)):
-                        rows[mask, task] += correct(output.logits, batch.labels, classes).sum().item() / len(ids)
+                        row[mask, task] += correct(scores, batch.labels, classes).sum().item() / len(ids)
         return rows
 
     def _seed(self, kind: "Turn", client: Client, number: int = 0) -> None:
@@ -295,6 +351,7 @@ class Turn(IntEnum):
     END = 6
     SERVER_TRAIN = 7
     SAMPLING = 8
+    READOUT = 9
 
 
 def seed_turn(seed: int, *entropy: int) -> None:

@@ -12,6 +12,7 @@ from fedlscl.federated.engine import Engine
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AccuracyMatrix
 from fedlscl.federated.payload import Payload, num_bytes
+from fedlscl.federated.readout import ReadoutConfig, Readouts
 from fedlscl.federated.validation import RejectedUpload, UploadValidator
 from fedlscl.nets.net import Net
 
@@ -32,6 +33,7 @@ class RunState:
     precision: str
     engine: Engine
     validator: UploadValidator
+    readout_config: ReadoutConfig = field(default_factory=ReadoutConfig)
     run_dir: Path | None = None
     """Folder of the run's files; None to write nothing."""
     progress: Progress = field(default_factory=lambda: Progress(0, 0))
@@ -46,10 +48,13 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage: task, round, client, stage and the means of its loss terms."""
     matrix: AccuracyMatrix = field(init=False)
+    readouts: Readouts = field(init=False)
+    """Closed-form classifiers on the clients' features, if asked for."""
     traffic: Traffic = field(init=False)
 
     def __post_init__(self) -> None:
         self.matrix = AccuracyMatrix(self.num_clients, self.num_tasks)
+        self.readouts = Readouts(self.readout_config, self.method, self.num_clients, self.num_tasks)
         self.traffic = no_traffic(self.num_clients, self.num_tasks, self.rounds_per_task)
 
     @property

@@ -19,8 +19,9 @@ from fedlscl.federated.engine import Engine, Precision, Ranks, chosen_precision,
 from fedlscl.federated.loggers import LoggerCallback
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
-from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.payload import Payload, Upload, num_bytes
 from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, train_seeded
+from fedlscl.federated.readout import ReadoutConfig
 from fedlscl.federated.state import Callback, RunState, Traffic, count
 from fedlscl.federated.validation import UploadValidator
 
@@ -43,6 +44,7 @@ class FederatedTrainer:
         max_norm_ratio: reject an uploaded tensor whose norm exceeds this multiple of the running median; 0 disables.
         upload_gb: largest accepted upload.
         max_tasks: stop after this many tasks; all if left out.
+        readouts: closed-form classifiers on the features of any method, beside its own head.
         default_root_dir: folder of all runs.
         name: name of the run's folder; by default the method's name.
         callbacks: further callbacks, called after the built-in ones.
@@ -66,6 +68,7 @@ class FederatedTrainer:
         max_norm_ratio: float = 1000.0,
         upload_gb: float = 1.0,
         max_tasks: int | None = None,
+        readouts: ReadoutConfig | None = None,
         default_root_dir: str = "runs",
         name: str | None = None,
         callbacks: list[Callback] | None = None,
@@ -97,6 +100,7 @@ class FederatedTrainer:
         self.max_norm_ratio = max_norm_ratio
         self.upload_gb = upload_gb
         self.max_tasks = max_tasks
+        self.readouts = readouts or ReadoutConfig()
         self.default_root_dir = default_root_dir
         self.name = name
         self.callbacks: Sequence[Callback] = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
@@ -165,6 +169,7 @@ class FederatedTrainer:
             precision=self.precision,
             engine=Engine(self.fabric, cache, offloader=ClientOffloader(self.clients_gb * 2**30)),
             validator=UploadValidator(method, pool.stream, self.max_norm_ratio, int(self.upload_gb * 2**30)),
+            readout_config=self.readouts,
             run_dir=self.run_dir,
         )
         self.pool = pool
@@ -184,6 +189,8 @@ class FederatedTrainer:
         run.method.load_state_dict(state["method"])
         run.validator.load_state_dict(state["validator"])
         run.matrix.values, run.traffic, run.history = state["matrix"], state["traffic"], state["history"]
+        if "readouts" in state:
+            run.readouts.load_state_dict(state["readouts"])
         self.pool.load_state_dict(state, progress)
         return progress
 
@@ -204,6 +211,7 @@ class FederatedTrainer:
             "matrix": run.matrix.values,
             "traffic": run.traffic,
             "history": run.history,
+            **({"readouts": run.readouts.state_dict()} if self.readouts.heads else {}),
         }
         save_checkpoint(run.run_dir / "checkpoint.pt", state)
         self._call("on_checkpoint")
@@ -212,12 +220,17 @@ class FederatedTrainer:
         self.run.progress = Progress(task, first_round)
         self.pool.begin_task(task, first_round)
         self._call("on_task_start")
-        for round_ in range(first_round, self.rounds_per_task):
-            is_last, is_final = round_ == self.rounds_per_task - 1, task == self.run.num_tasks - 1
+        rounds, is_final = self.rounds_per_task, task == self.run.num_tasks - 1
+        for round_ in range(first_round, rounds):
+            is_last = round_ == rounds - 1
             self._round(Progress(task, round_, is_last, is_final))
             if not is_last and (round_ + 1) % self.checkpoint_every == 0:
                 self.save(Progress(task, round_ + 1))
-        self.pool.end_task(self.run.progress)
+        self.run.progress = Progress(task, rounds - 1, True, is_final)
+        if first_round < rounds:  # otherwise resumed after the end of the task, before its readouts
+            self.pool.end_task(self.run.progress)
+        if self.readouts.heads:
+            self._solve_readouts()
         self._call("on_task_end")
         self.save(Progress(task + 1, 0))
 
@@ -251,6 +264,20 @@ class FederatedTrainer:
         for client, answer in answers.items():
             count(run.traffic, "down", client, progress, answer)
         self.pool.download(progress, answers)
+
+    def _solve_readouts(self) -> None:
+        """Collect the clients' sums of features, solve the readouts' heads and evaluate them."""
+        run, progress = self.run, self.run.progress
+        position = Progress(progress.task, self.rounds_per_task)
+        uploads, unreadable = self.pool.readout_sums(progress, lambda: self.save(position))
+        for client, reason in unreadable.items():
+            run.validator.reject(client, progress, reason)
+        run.validator.stream = self.pool.stream
+        uploads = run.validator.filter(uploads, progress, run.readouts)
+        answer = run.readouts.add(uploads, progress)
+        if answer:
+            run.readouts.traffic["down"][:, progress.task] += num_bytes(answer)
+            self.pool.evaluate_readouts(progress, dict.fromkeys(range(run.num_clients), answer))
 
     def _train(self, client: Client | None, stage: Stage) -> None:
         run = self.run

@@ -7,7 +7,7 @@ Checked are the sender and the round, the size, the form (``Method.upload_spec``
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ class RejectedUpload(NamedTuple):
     task: int
     round: int
     reason: str
+
+
+class UploadRules(Protocol):
+    """Defines well-formed uploads: a method, or `Readouts` for its own messages."""
+
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
+        """As ``Method.upload_spec``."""
+        ...
+
+    def check_upload(self, upload: Upload) -> str:
+        """As ``Method.check_upload``."""
+        ...
 
 
 class UploadValidator:
@@ -57,12 +69,15 @@ class UploadValidator:
         self._net: Net | None = None
         self._initial_norms: dict[str, float] = {}
 
-    def filter(self, uploads: list[Upload], progress: Progress) -> list[Upload]:
-        """The valid uploads, in the same order; the others are added to ``rejected`` and logged."""
+    def filter(self, uploads: list[Upload], progress: Progress, rules: UploadRules | None = None) -> list[Upload]:
+        """The valid uploads, in the same order; the others are added to ``rejected`` and logged.
+
+        Other rules than the method's decide alone: norms are not compared, nor kept for the method's uploads.
+        """
         sent = Counter(_sender(upload) for upload in uploads)
-        errors = [self._error(upload, progress, sent[_sender(upload)]) for upload in uploads]
+        errors = [self._error(upload, progress, sent[_sender(upload)], rules or self.method) for upload in uploads]
         norms = [
-            {} if error else {SAMPLES: float(upload.num_samples), **_norms(upload.payload)}
+            {} if error or rules else {SAMPLES: float(upload.num_samples), **_norms(upload.payload)}
             for upload, error in zip(uploads, errors, strict=True)
         ]
         limits = self._norm_limits(norms)
@@ -96,14 +111,14 @@ class UploadValidator:
         self.norms = {name: list(values) for name, values in state["norms"].items()}
         self.rejected = [RejectedUpload(**rejected) for rejected in state["rejected"]]
 
-    def _error(self, upload: Upload, progress: Progress, times: int) -> str:
+    def _error(self, upload: Upload, progress: Progress, times: int, rules: UploadRules) -> str:
         """The reason to reject an upload on its own, or an empty string."""
         try:
-            return next(self._errors(upload, progress, times), "") or self.method.check_upload(upload)
+            return next(self._errors(upload, progress, times, rules), "") or rules.check_upload(upload)
         except Exception as error:  # No upload may end the round of the other clients.
             return f"cannot be checked ({type(error).__name__}: {one_line(error)})"
 
-    def _errors(self, upload: Upload, progress: Progress, times: int) -> Iterator[str]:
+    def _errors(self, upload: Upload, progress: Progress, times: int, rules: UploadRules) -> Iterator[str]:
         """Errors of an upload; each check requires that those before it have passed."""
         stream, client, position = self.stream, upload.client, (upload.task, upload.round)
         assert stream is not None
@@ -129,7 +144,7 @@ class UploadValidator:
         size = sum(value.numel() * value.element_size() for value in payload.values())
         if size > self.max_bytes:
             yield f"it has {size} bytes, more than {self.max_bytes}"
-        expected = self._expected(upload)
+        expected = self._expected(upload, rules)
         if missing := expected.keys() - payload.keys():
             yield f"{_quoted(min(missing))} is missing"
         if unknown := payload.keys() - expected.keys():
@@ -142,14 +157,14 @@ class UploadValidator:
             if not value.isfinite().all():
                 yield f"{_quoted(name)} is not finite"
 
-    def _expected(self, upload: Upload) -> Payload:
-        """The method's specification of an upload; without one, the upload itself."""
+    def _expected(self, upload: Upload, rules: UploadRules) -> Payload:
+        """The specification of an upload; without one, the upload itself."""
         if self._net is None:
             assert self.stream is not None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self._net = self.method.build_net(0, self.stream)
-        expected = self.method.upload_spec(upload, self._net)
+        expected = rules.upload_spec(upload, self._net)
         if expected is None:
             return upload.payload
         new = {n: v for n, v in expected.items() if n not in self._initial_norms and v.device.type != "meta"}

@@ -57,7 +57,7 @@ class Federation:
         dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
         cache = PrefixCache(self.datamodule, trainer.cache_gb * 2**30, dtype, folder)
         fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
-        return ClientRunner(deepcopy(self.method), Engine(fabric, cache), self.seed)
+        return ClientRunner(deepcopy(self.method), Engine(fabric, cache), self.seed, trainer.readouts)
 
 
 def read_federation(config: Path, root: str | None = None, manifest: str | None = None) -> Federation:

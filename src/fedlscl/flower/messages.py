@@ -12,10 +12,11 @@ from fedlscl.federated.payload import Payload, one_line, read_message, write_pay
 
 BEGIN, TRAIN, TEST_BEFORE, UPLOAD = "begin_task", "train", "test_before", "upload"
 DOWNLOAD, END, TEST_AFTER = "download", "end_task", "test_after"
-ROUND_KINDS = (TRAIN, TEST_BEFORE, UPLOAD)
-"""Commands that are dropped when their round is over."""
+READOUT_SUMS, READOUT = "readout_sums", "readout"
+ROUND_KINDS = (TRAIN, TEST_BEFORE, UPLOAD, READOUT_SUMS)
+"""Commands that are dropped when their exchange is over."""
 ANSWER = "answer"
-"""Prefix of the server's response among the tensors of a request."""
+"""Prefix of the server's responses among the tensors of a request; within it, READOUT is that of the readouts'."""
 
 
 class Command(NamedTuple):
@@ -39,7 +40,7 @@ class Request(NamedTuple):
     """The server has the results up to this number."""
     commands: list[Command]
     answer: Payload | None
-    """Payload of the download among the commands."""
+    """Payload of the download among the commands; under the prefix READOUT, the readouts' heads."""
 
     def encode(self) -> bytes:
         """Serialise the request."""
@@ -157,6 +158,8 @@ class PendingCommands:
     commands: list[Command] = field(default_factory=list)
     answer: Payload | None = None
     """Payload of the download among the commands."""
+    heads: Payload | None = None
+    """Payload of the readout among the commands."""
 
     def add(self, kind: str, task: int, round_: int) -> None:
         """Add a command."""
@@ -168,9 +171,17 @@ class PendingCommands:
         self.answer = answer
         self.add(DOWNLOAD, progress.task, progress.round)
 
+    def add_readout(self, heads: Payload, progress: Progress) -> None:
+        """Add the heads of readouts, which the client evaluates."""
+        self.heads = heads
+        self.add(READOUT, progress.task, progress.round)
+
     def request(self, run: str, identity: str) -> Request:
         """The request for all pending commands."""
-        return Request(self.client, run, identity, self.acknowledged, list(self.commands), self.answer)
+        answer = self.answer
+        if self.heads is not None:
+            answer = {**(answer or {}), **with_prefix(READOUT, self.heads)}
+        return Request(self.client, run, identity, self.acknowledged, list(self.commands), answer)
 
     def completed(self, reply: Reply) -> list[tuple[Command, Result]]:
         """The pending commands that a reply reports as done, with their results.
@@ -194,18 +205,24 @@ class PendingCommands:
         self.acknowledged = reply.done
         if not any(command.kind == DOWNLOAD for command in self.commands):
             self.answer = None
+        if not any(command.kind == READOUT for command in self.commands):
+            self.heads = None
 
     def drop_round(self) -> None:
-        """Remove the training commands of a round that ended without the client."""
+        """Remove the commands of an exchange that ended without the client."""
         self.commands = [command for command in self.commands if command.kind not in ROUND_KINDS]
 
     def state_dict(self, answers: list[Payload]) -> dict[str, Any]:
         """Plain values; the answer as its index in ``answers``, since clients may share one."""
-        index = next((i for i, answer in enumerate(answers) if answer is self.answer), None)
-        return {**vars(self), "commands": [list(command) for command in self.commands], "answer": index}
+        indices = {
+            name: next((i for i, answer in enumerate(answers) if answer is getattr(self, name)), None)
+            for name in ("answer", "heads")
+        }
+        return {**vars(self), "commands": [list(command) for command in self.commands], **indices}
 
     def load_state_dict(self, state: dict[str, Any], answers: list[Payload]) -> None:
         """Restore the result of ``state_dict``."""
         self.client, self.number, self.acknowledged = state["client"], state["number"], state["acknowledged"]
         self.commands = [Command(*command) for command in state["commands"]]
         self.answer = None if state["answer"] is None else answers[state["answer"]]
+        self.heads = None if state.get("heads") is None else answers[state["heads"]]

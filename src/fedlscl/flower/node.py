@@ -16,7 +16,7 @@ from fedlscl.federated.method import StreamShape
 from fedlscl.federated.payload import Payload
 from fedlscl.flower import messages
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.messages import Command, Reply, Request, Result, read_request, with_prefix
+from fedlscl.flower.messages import READOUT, Command, Reply, Request, Result, read_request, under_prefix, with_prefix
 
 RUN_ID = re.compile(r"[0-9a-f]{1,64}")
 
@@ -119,11 +119,17 @@ class Node:
                 tensors = with_prefix("payload", upload.payload) | {"class_counts": upload.class_counts}
                 return {"samples": upload.num_samples}, tensors
             case messages.DOWNLOAD if answer is not None:
-                self.runner.download(client, answer)
+                self.runner.download(client, {n: v for n, v in answer.items() if not n.startswith(f"{READOUT}/")})
             case messages.END:
                 self.runner.end_task(client)
             case messages.TEST_BEFORE | messages.TEST_AFTER:
                 return {}, {"accuracies": self.runner.evaluate(client)}
+            case messages.READOUT_SUMS:
+                upload = self.runner.readout_sums(client)
+                tensors = with_prefix("payload", upload.payload) | {"class_counts": upload.class_counts}
+                return {}, tensors
+            case messages.READOUT if answer is not None:
+                return {}, self.runner.evaluate_readouts(client, under_prefix(READOUT, answer))
             case _:
                 raise ValueError(f"command {command.kind!r} is unknown: use the same version of fedlscl everywhere.")
         return {}, {}

@@ -5,7 +5,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,12 +20,15 @@ from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
 from fedlscl.federated.pool import ClientPool, ClientRunner, Uploads
+from fedlscl.federated.readout import check_widths
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower.federation import Federation
 from fedlscl.flower.messages import (
     BEGIN,
     END,
+    READOUT,
+    READOUT_SUMS,
     TEST_AFTER,
     TEST_BEFORE,
     TRAIN,
@@ -116,8 +119,8 @@ class Description(NamedTuple):
     test_samples: int
 
 
-Fact = Upload | Description | Tensor | None
-"""Content of a command's result; a tensor has the accuracies (masks, tasks so far)."""
+Fact = Upload | Description | Tensor | dict[str, Tensor] | None
+"""Content of a command's result; a tensor has the accuracies (masks, tasks so far), a dict those of readouts."""
 
 
 class FlowerPool(ClientPool):
@@ -196,6 +199,23 @@ class FlowerPool(ClientPool):
             pending.add(TEST_AFTER, progress.task, progress.round)
 
     @override
+    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
+        save()  # nodes keep the results of two requests only
+        for pending in self.pending:
+            pending.add(READOUT_SUMS, progress.task, progress.round)
+        uploads, replied = self._exchange(self.pending, READOUT_SUMS)
+        for pending in self.pending:
+            pending.drop_round()
+            if pending.client not in replied:
+                uploads.unreadable.setdefault(pending.client, "its sums of features did not arrive in time")
+        return uploads
+
+    @override
+    def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
+        for client, answer in answers.items():
+            self.pending[client].add_readout(answer, progress)
+
+    @override
     def finish(self, save: Callable[[], None]) -> None:
         asked = [pending for pending in self.pending if pending.commands]
         replied = self._exchange(asked)[1] if asked else set()
@@ -208,7 +228,8 @@ class FlowerPool(ClientPool):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        answers = list({id(pending.answer): pending.answer for pending in self.pending if pending.answer}.values())
+        payloads = [payload for pending in self.pending for payload in (pending.answer, pending.heads) if payload]
+        answers = list({id(payload): payload for payload in payloads}.values())
         return {
             "run_id": self.run_id,
             "pending": [pending.state_dict(answers) for pending in self.pending],
@@ -228,8 +249,11 @@ class FlowerPool(ClientPool):
         self._update_run()
         self.log(f"resuming after {progress.task} tasks and {progress.round} rounds")
 
-    def _exchange(self, asked: list[PendingCommands]) -> tuple[Uploads, set[int]]:
-        """Send pending commands and record the results; returns uploads, and the clients with a valid reply."""
+    def _exchange(self, asked: list[PendingCommands], kind: str = UPLOAD) -> tuple[Uploads, set[int]]:
+        """Send pending commands and record the results.
+
+        Returns the uploads that are results of ``kind``, and the clients with a valid reply.
+        """
         identity = self.federation.identity
         requests = {pending.client: pending.request(self.run_id, identity).encode() for pending in asked}
         replies = self.transport.exchange(requests, self.deadline)
@@ -243,7 +267,8 @@ class FlowerPool(ClientPool):
         reference = self._reference(reported)
         for client, (reply, facts) in parsed.items():
             try:
-                uploads.received.extend(self._record(client, reply, facts, reference))
+                found = self._record(client, reply, facts, reference)
+                uploads.received.extend(fact for command, fact in found if command.kind == kind)
             except ValueError as error:
                 uploads.unreadable[client] = str(error)
         for client, reason in uploads.unreadable.items():
@@ -256,11 +281,12 @@ class FlowerPool(ClientPool):
         if reply.refusal:
             raise ValueError(one_line(reply.refusal, 300))
         done = self.pending[client].completed(reply)
-        return reply, [(command, parse_result(client, command, result)) for command, result in done]
+        names = self.run.readouts.names
+        return reply, [(command, parse_result(client, command, result, names)) for command, result in done]
 
     def _record(
         self, client: int, reply: Reply, facts: list[tuple[Command, Fact]], reference: Description | None
-    ) -> list[Upload]:
+    ) -> list[tuple[Command, Upload]]:
         for _, fact in facts:
             if isinstance(fact, Description) and reference is not None:
                 check_classes(fact, reference)
@@ -268,9 +294,12 @@ class FlowerPool(ClientPool):
         for command, fact in facts:
             if isinstance(fact, Tensor):
                 self.run.matrix.record(PHASE[command.kind], client, command.task, fact)
+            elif isinstance(fact, dict):
+                for name, rows in fact.items():
+                    self.run.readouts.record(name, client, command.task, rows)
             elif isinstance(fact, Description):
                 self.descriptions[client][command.task] = fact
-        return [fact for _, fact in facts if isinstance(fact, Upload)]
+        return [(command, fact) for command, fact in facts if isinstance(fact, Upload)]
 
     def _reference(self, reported: list[Description]) -> Description | None:
         """The description whose classes all clients must share: the first accepted one, or else the most frequent.
@@ -300,29 +329,41 @@ class FlowerPool(ClientPool):
             "test_samples": table("test_samples"),
         }
         if not self.run.remote_nets and (stream := self.stream) is not None:
-            runner = ClientRunner(self.run.method, self.run.engine, self.run.seed)
+            runner = ClientRunner(self.run.method, self.run.engine, self.run.seed, self.run.readout_config)
             self.run.remote_nets = [runner.build(p.client, stream).to("meta") for p in self.pending]
+            self.run.readouts.widths = check_widths(self.run.readout_config, self.run.remote_nets)
 
 
-def parse_result(client: int, command: Command, result: Result) -> Fact:
-    """Content of a command's result; uploads are validated later.
+def parse_result(client: int, command: Command, result: Result, readouts: Sequence[str] = ()) -> Fact:
+    """Content of a command's result; uploads are validated later, ``readouts`` are the names of the expected ones.
 
     Raises:
         ValueError: if it is malformed.
     """
-    if command.kind == UPLOAD:
+    if command.kind in (UPLOAD, READOUT_SUMS):
         if "class_counts" not in result.tensors:
             raise ValueError("its upload has no class counts")
         payload, counts = under_prefix("payload", result.tensors), result.tensors["class_counts"]
         return Upload(client=client, task=command.task, round=command.round, payload=payload, class_counts=counts)
     if command.kind in PHASE:
-        values, shape = result.tensors.get("accuracies"), (len(MASKS), command.task + 1)
-        if values is None or values.shape != shape:
-            raise ValueError(f"its accuracies after task {command.task + 1} must have shape {shape}")
-        if not (values.is_floating_point() and ((values >= 0) & (values <= 1)).all()):
-            raise ValueError(f"its accuracies after task {command.task + 1} must be in [0, 1]")
-        return values
+        return parse_accuracies(result.tensors.get("accuracies"), command.task)
+    if command.kind == READOUT:
+        return {name: parse_accuracies(result.tensors.get(name), command.task) for name in readouts}
     return parse_description(result.values) if command.kind == BEGIN else None
+
+
+def parse_accuracies(values: Tensor | None, task: int) -> Tensor:
+    """Accuracies (masks, tasks so far) after a task.
+
+    Raises:
+        ValueError: if they have another shape, or are not in [0, 1].
+    """
+    shape = len(MASKS), task + 1
+    if values is None or values.shape != shape:
+        raise ValueError(f"its accuracies after task {task + 1} must have shape {shape}")
+    if not (values.is_floating_point() and ((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"its accuracies after task {task + 1} must be in [0, 1]")
+    return values
 
 
 def parse_description(values: dict[str, Any]) -> Description:

@@ -157,3 +157,27 @@ def sums_error(sums: MomentSums, counts: Tensor) -> str:
     if sums.gram.trace() > slack * 2 * counts.sum():
         return "gram is larger than that of unit features"
     return "" if is_semidefinite(sums.gram) else "gram is not symmetric and positive semidefinite"
+
+
+def ncm_solution(sums):
+    weight = F.normalize(sums.products[:-1].mT).float()
+    return weight, torch.where(sums.products[-1] > 0, 0.0, ABSENT).float()
+
+
+def pack_sums(sums, classes):
+    return MomentSums(pack_symmetric(sums.gram).float(), sums.products[:, classes].float())
+
+
+def unpack_sums(packed, classes, num_classes):
+    size = packed.products.shape[0]
+    products = torch.zeros(size, num_classes, dtype=torch.float64)
+    products[:, classes] = packed.products.double()
+    return MomentSums(unpack_symmetric(packed.gram.double(), size), products)
+
+
+def random_features(features, width, seed=0):
+    if not width:
+        return features
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(features.shape[1], width, generator=g)
+    return F.normalize(features.float().cpu()) @ w

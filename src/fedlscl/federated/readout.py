@@ -1,0 +1,273 @@
+"""Readouts: the same closed-form classifiers on the features of every method, beside its own head.
+
+Own heads differ in what they are: one method's trained rows and another's discriminant do not compare features. A
+readout does: after the last download of a task each client sums up second moments of its features (``MomentSums``), the
+server adds the sums of all clients and tasks, solves the heads, and every client evaluates them. Sums over all data at
+once follow from sums of disjoint parts, so a readout forgets nothing but what the features forget. All of it is ours;
+the family is described at `fedlscl.methods.training_free`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedlscl.data import Batch
+from fedlscl.federated.client import Client
+from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.metrics import MASKS
+from fedlscl.federated.payload import Payload, Upload, num_bytes, outgoing
+from fedlscl.functional.analytic import (
+    MomentSums,
+    added,
+    discriminant_solution,
+    moment_sums,
+    ncm_solution,
+    pack_sums,
+    packed_size,
+    random_features,
+    ridge_solution,
+    sums_error,
+    unpack_sums,
+)
+from fedlscl.nets.net import Net
+
+ReadoutHead = Literal["lda", "ridge", "ncm"]
+FeatureView = Literal["adapted", "frozen", "small", "frozen+small"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutConfig:
+    """Which classifiers are solved on which features; none by default."""
+
+    heads: Sequence[ReadoutHead] = ()
+    """lda: linear discriminant analysis with equal priors; ridge: regression on one-hot labels; ncm: nearest class mean
+    by cosine."""
+    features: Sequence[FeatureView] = ("adapted",)
+    """adapted: the input of the net's own head; frozen: the features of the frozen ViT without adaptation; small: the
+    pooled features of the small model; frozen+small: both, each scaled to unit norm. Nets without a part leave its
+    features out."""
+    random_features: int = 0
+    """Width of a fixed random projection with ReLU before the heads (RanPAC, arXiv 2307.02251); 0 for none."""
+    shrinkage: float = 0.2
+    """Shrinkage of the covariance of lda, in (0, 1]."""
+    ridge: float = 0.01
+    """Regularisation of ridge, relative to the mean eigenvalue of the Gram matrix."""
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        for name, known in (("heads", get_args(ReadoutHead)), ("features", get_args(FeatureView))):
+            values = list(getattr(self, name))
+            if set(values) - set(known) or len(set(values)) < len(values):
+                raise ValueError(f"readouts.{name} must be different ones of {', '.join(known)}, got {values}.")
+        if self.heads and not self.features:
+            raise ValueError("readouts.features must name features for the heads, got none.")
+        if self.random_features < 0:
+            raise ValueError(f"readouts.random_features must be >= 0, got {self.random_features}.")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"readouts.shrinkage must be in (0, 1], got {self.shrinkage}.")
+        if not self.ridge > 0:
+            raise ValueError(f"readouts.ridge must be > 0, got {self.ridge}.")
+
+    def widths(self, net: Net) -> dict[str, int]:
+        """Widths of the features that a net has, by name in the order of ``features``; none without heads or a ViT."""
+        if not self.heads or net.foundation is None:
+            return {}
+        frozen = net.foundation.width
+        found = {"adapted": frozen, "frozen": frozen}
+        small = getattr(net, "small", None)
+        if small is not None:
+            found |= {"small": small.width, "frozen+small": frozen + small.width}
+        return {name: self.random_features or found[name] for name in self.features if name in found}
+
+    def views(self, net: Net, batch: Batch) -> dict[str, Tensor]:
+        """Features (B, width) of a prepared batch, by name."""
+        names = self.widths(net)
+        found = {"adapted": net(batch.images, batch.prefix).head_input} if "adapted" in names else {}
+        if {"frozen", "frozen+small"} & names.keys():
+            assert net.foundation is not None
+            prefix = net.frozen_prefix(batch.images) if batch.prefix is None else batch.prefix.float()
+            found["frozen"] = net.foundation.to(batch.images.device).features(prefix, net.entry)
+        if {"small", "frozen+small"} & names.keys():
+            found["small"] = net.small(batch.images)
+        if "frozen+small" in names:
+            both = [F.normalize(found[name].float()) for name in ("frozen", "small")]
+            found["frozen+small"] = torch.cat(both, 1)
+        width = self.random_features
+        return {name: random_features(found[name], width) if width else found[name] for name in names}
+
+    def solve(self, sums: MomentSums) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight (num_classes, width) and bias (num_classes,) of every head, on unit features."""
+        solutions = {
+            "lda": lambda: discriminant_solution(sums, self.shrinkage),
+            "ridge": lambda: ridge_solution(sums, self.ridge),
+            "ncm": lambda: ncm_solution(sums),
+        }
+        return {head: solutions[head]() for head in self.heads}
+
+
+def check_widths(config: ReadoutConfig, nets: Sequence[Net]) -> dict[str, int]:
+    """Widths of the features of all clients' nets.
+
+    Raises:
+        ValueError: if they differ, since sums of different widths do not add up.
+    """
+    widths = [config.widths(net) for net in nets]
+    for name in widths[0] if widths else ():
+        if len(found := {each.get(name) for each in widths}) > 1:
+            raise ValueError(
+                f"readouts.features must be features of one width on all clients, got {name} of widths "
+                f"{', '.join(str(width) for width in sorted(found, key=str))}: leave {name} out, or give all clients "
+                "the same small model."
+            )
+    return widths[0] if widths else {}
+
+
+def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> Payload:
+    """A client's message after a task: the packed sums of each of its feature views over the task's training samples.
+
+    Args:
+        client: its net computes the features.
+        config: which features.
+        whole: send the columns of all classes, not of the client's own classes alone, and zeros without samples: masked
+            summands must have equal shapes.
+    """
+    num_classes = client.data.data.num_classes
+    total: dict[str, MomentSums] = {}
+    for batch, views in client.engine.infer(
+        client.net, client.data, client.train_ids, views=lambda batch: config.views(client.net, batch)
+    ):
+        for name, features in views.items():
+            total[name] = added(total.get(name), moment_sums(features.cpu(), batch.labels.cpu(), num_classes))
+    if whole:
+        for name, width in config.widths(client.net).items():
+            total.setdefault(name, empty_sums(width, num_classes))
+    classes = torch.arange(num_classes) if whole else client.data.class_counts(client.task).nonzero().flatten()
+    payload: Payload = {}
+    for name, sums in total.items():
+        packed = pack_sums(sums, classes)
+        payload |= {f"{name}.gram": packed.gram, f"{name}.products": packed.products}
+    return outgoing(payload)
+
+
+def empty_sums(width: int, num_classes: int) -> MomentSums:
+    """Sums over no samples."""
+    size = width + 1
+    return MomentSums(torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, num_classes, dtype=torch.float64))
+
+
+@dataclass
+class Readouts:
+    """The server's part: sums over all clients and tasks, and what the clients measured with the heads."""
+
+    config: ReadoutConfig
+    method: Method
+    num_clients: int
+    num_tasks: int
+    widths: dict[str, int] = field(default_factory=dict)
+    """Of the features that the clients have, by name; empty before their nets are known."""
+    sums: dict[str, MomentSums] = field(default_factory=dict)
+    """By feature view."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Accuracies (masks, clients, tasks, tasks) by readout, such as 'adapted/lda'; NaN where not measured."""
+    traffic: dict[str, Tensor] = field(init=False)
+    """``up`` and ``down`` in bytes, (clients, tasks) each."""
+
+    def __post_init__(self) -> None:
+        shape = (self.num_clients, self.num_tasks)
+        self.traffic = {name: torch.zeros(shape, dtype=torch.int64) for name in ("up", "down")}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the readouts, feature view before head."""
+        return [f"{view}/{head}" for view in self.widths for head in self.config.heads]
+
+    def upload_spec(self, upload: Upload, net: Net) -> Payload:
+        """Expected names, shapes and dtypes of ``client_sums``; without samples a client sends nothing."""
+        is_masked = self.method.masks_sums
+        num_classes = len(upload.class_counts)
+        columns = num_classes if is_masked else int((upload.class_counts > 0).sum())
+        dtype = torch.int64 if is_masked else torch.float32
+        spec: Payload = {}
+        for name, width in self.widths.items() if columns else ():
+            spec[f"{name}.gram"] = torch.empty(packed_size(width + 1), dtype=dtype, device="meta")
+            spec[f"{name}.products"] = torch.empty(width + 1, columns, dtype=dtype, device="meta")
+        return spec
+
+    def check_upload(self, upload: Upload) -> str:
+        """Whether sums are of as many samples of each class as announced; masked ones cannot be checked."""
+        if self.method.masks_sums or not upload.payload:
+            return ""
+        classes = upload.class_counts.nonzero().flatten()
+        for name in self.widths:
+            sums = _unpacked(name, upload.payload, classes, len(upload.class_counts))
+            if error := sums_error(sums, upload.class_counts):
+                return f"{name}.{error}"
+        return ""
+
+    def add(self, uploads: list[Upload], progress: Progress) -> Payload:
+        """Add the clients' sums and solve all heads: ``VIEW/HEAD.weight`` and ``.bias`` for all clients."""
+        for upload in uploads:
+            self.traffic["up"][upload.client, progress.task] += num_bytes(upload.payload)
+        for payload, classes, num_classes in self._summands(uploads):
+            for name in self.widths if payload else ():
+                self.sums[name] = added(self.sums.get(name), _unpacked(name, payload, classes, num_classes))
+        answer: Payload = {}
+        for name, sums in self.sums.items():
+            for head, (weight, bias) in self.config.solve(sums).items():
+                answer |= {f"{name}/{head}.weight": weight, f"{name}/{head}.bias": bias}
+        return answer
+
+    def _summands(self, uploads: list[Upload]) -> list[tuple[Payload, Tensor, int]]:
+        if not self.method.masks_sums:
+            return [(u.payload, u.class_counts.nonzero().flatten(), len(u.class_counts)) for u in uploads]
+        num_classes = len(uploads[0].class_counts) if uploads else 0
+        total = self.method.unmask_sums({upload.client: upload.payload for upload in uploads})
+        return [(total, torch.arange(num_classes), num_classes)]
+
+    def record(self, name: str, client: int, after_task: int, rows: Tensor) -> None:
+        """Set accuracies (masks, tasks so far) of one client's readout."""
+        if name not in self.values:
+            shape = (len(MASKS), self.num_clients, self.num_tasks, self.num_tasks)
+            self.values[name] = torch.full(shape, torch.nan, dtype=torch.float64)
+        self.values[name][:, client, after_task, : rows.shape[1]] = rows.double()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums, accuracies and bytes."""
+        return {
+            "sums": {name: list(sums) for name, sums in self.sums.items()},
+            "values": dict(self.values),
+            "traffic": dict(self.traffic),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the result of ``state_dict``."""
+        self.sums = {name: MomentSums(*sums) for name, sums in state["sums"].items()}
+        self.values, self.traffic = dict(state["values"]), dict(state["traffic"])
+
+
+def heads_of(answer: Payload) -> dict[str, dict[str, Tensor]]:
+    """Weight and bias of each readout, from the server's response."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in answer.items():
+        readout, _, part = name.rpartition(".")
+        found.setdefault(readout, {})[part] = value
+    return found
+
+
+def readout_logits(views: Mapping[str, Tensor], heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Scores (B, num_classes) of each readout, from features (B, width) by view; float32."""
+    units = {name: F.normalize(features.float()) for name, features in views.items()}
+    return {
+        name: F.linear(units[name.rpartition("/")[0]], head["weight"], head["bias"])
+        for name, head in heads.items()
+        if name.rpartition("/")[0] in units
+    }
+
+
+def _unpacked(name: str, payload: Payload, classes: Tensor, num_classes: int) -> MomentSums:
+    packed = MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])
+    return unpack_sums(packed, classes, num_classes)
