@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.readout import ReadoutConfig, Readouts, client_sums, heads_of
-from fedlscl.functional.analytic import moment_sums, unpack_sums
-from fedlscl.methods import FedAvg, FedNCM, FedRidge
+from fedlscl.federated.readout import ReadoutConfig, client_sums
+from fedlscl.functional.analytic import moment_sums
+from fedlscl.methods import FedNCM, FedRidge
 from fedlscl.testing import Recorded, Stop, Stopped, fake_data
 from tiny_methods import METHODS
 
