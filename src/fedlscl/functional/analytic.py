@@ -1,5 +1,10 @@
-"""Second moments of features, the linear classifiers that follow from them in closed form, and validity checks."""
+"""The closed-form family: a fixed map of a feature, sums over samples, and a linear solve.
 
+FedRidge, FedNCM, FrozenLDA, AFCL, STSA, STSA-E, FedRAN and all readouts are combinations of the functions of this file,
+in this order: random features, sums, their packed form, low-rank and group summaries, solutions, validity checks.
+"""
+
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +19,31 @@ TOLERANCE = 1e-6
 """Share of the trace by which rounding to float32 may move an eigenvalue."""
 
 
+@lru_cache(maxsize=4)
+def _projection(inputs: int, width: int, seed: int) -> Tensor:
+    """W / sqrt(inputs), (inputs, width), with entries from N(0, 1): drawn on the CPU, so that all clients agree."""
+    return torch.randn(inputs, width, generator=torch.Generator().manual_seed(seed)) * inputs**-0.5
+
+
+def random_features(features: Tensor, width: int, seed: int = 0) -> Tensor:
+    """Random features relu(f W) of RanPAC (arXiv 2307.02251), (B, width), in float32 and of unit norm (ours).
+
+    Args:
+        features: (B, inputs).
+        width: of the result; 0 returns the features as they are.
+        seed: public seed of W; equal on all clients, or their sums do not add up to anything.
+
+    Example:
+        >>> random_features(torch.ones(2, 3), 4).norm(dim=1)
+        tensor([1., 1.])
+    """
+    if not width:
+        return features
+    weight = _projection(features.shape[1], width, seed).to(features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(F.relu(features.float() @ weight))
+
+
 class MomentSums(NamedTuple):
     """Sums over samples, in float64; those of disjoint samples add up."""
 
@@ -23,8 +53,10 @@ class MomentSums(NamedTuple):
     """sum x onehot(y)^T, (width + 1, num_classes); its last row counts the samples of each class."""
 
 
-def moment_sums(features: Tensor, labels: Tensor, num_classes: int) -> MomentSums:
+def moment_sums(features: Tensor, labels: Tensor, num_classes: int, unit: bool = True, bias: bool = True) -> MomentSums:
     """Sums over a batch of features (B, width) with labels (B,).
+
+    Without ``unit`` features keep their norm; without ``bias`` x has no constant, and the sums one row and column less.
 
     Example:
         >>> moment_sums(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2).products
@@ -32,43 +64,14 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int) -> MomentSum
                 [0., 1.],
                 [0., 1.]], dtype=torch.float64)
     """
-    x = F.pad(F.normalize(features.double()), (0, 1), value=1.0)
+    x = F.normalize(features.double()) if unit else features.double()
+    x = F.pad(x, (0, 1), value=1.0) if bias else x
     return MomentSums(x.mT @ x, x.mT @ F.one_hot(labels, num_classes).double())
 
 
 def added(total: MomentSums | None, part: MomentSums) -> MomentSums:
     """Sums over the samples of both; ``total`` is None before the first part."""
     return part if total is None else MomentSums(total.gram + part.gram, total.products + part.products)
-
-
-def ridge_solution(sums: MomentSums, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weight (num_classes, width) and bias (num_classes,) of the regression on one-hot labels, float32.
-
-    ``ridge`` is relative to the mean eigenvalue of the Gram matrix.
-    """
-    scale = ridge * sums.gram.diagonal().mean()
-    system = sums.gram + scale * torch.eye(len(sums.gram), dtype=sums.gram.dtype)
-    solution = torch.cholesky_solve(sums.products, torch.linalg.cholesky(system)).float()
-    return solution[:-1].mT.contiguous(), solution[-1].contiguous()
-
-
-def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Weight and bias of linear discriminant analysis with equal priors, of the shapes of ``ridge_solution``.
-
-    Class means mu_c, one covariance within classes, shrunk towards a multiple of the identity:
-    score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with A = (1 - shrinkage) S + shrinkage tr(S) / width I. With
-    shrinkage 1 it is the nearest class mean. The number of samples of a class does not weigh.
-    """
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}.")
-    counts = sums.products[-1]
-    means = sums.products[:-1] / counts.clamp(min=1)  # (width, num_classes)
-    within = (sums.gram[:-1, :-1] - (means * counts) @ means.mT) / counts.sum().clamp(min=1)
-    scale = within.diagonal().mean().clamp(min=torch.finfo(within.dtype).eps)
-    system = (1 - shrinkage) * within + shrinkage * scale * torch.eye(len(within), dtype=within.dtype)
-    weight = torch.cholesky_solve(means, torch.linalg.cholesky(system))
-    bias = torch.where(counts > 0, -(means * weight).sum(0) / 2, ABSENT)
-    return weight.mT.float().contiguous(), bias.float()
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
@@ -96,6 +99,111 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     matrix[rows, columns] = packed
     matrix[columns, rows] = packed
     return matrix
+
+
+def pack_sums(sums: MomentSums, classes: Tensor) -> MomentSums:
+    """The message form of sums: the packed Gram and the columns of ``classes`` (C,) only, in float32."""
+    return MomentSums(pack_symmetric(sums.gram).float(), sums.products[:, classes].float())
+
+
+def unpack_sums(packed: MomentSums, classes: Tensor, num_classes: int) -> MomentSums:
+    """Sums over all classes, in float64, from their message form with the columns of ``classes`` (C,)."""
+    products = packed.products.new_zeros(len(packed.products), num_classes, dtype=torch.float64)
+    products[:, classes] = packed.products.double()
+    return MomentSums(unpack_symmetric(packed.gram.double(), len(products)), products)
+
+
+def low_rank(factor: Tensor, rank: int) -> Tensor:
+    """The best F (width, at most ``rank``) with F F^T near the product of ``factor`` (width, n) with itself.
+
+    Its columns are orthogonal, each an eigenvector times the root of its eigenvalue (FedRAN, arXiv 2606.11480). What is
+    dropped is positive semidefinite: 0 <= F F^T <= factor factor^T, and the difference has the first dropped eigenvalue
+    as its norm.
+    """
+    q, r = torch.linalg.qr(factor.double())
+    u, values, _ = torch.linalg.svd(r, full_matrices=False)
+    return q @ u[:, :rank] * values[:rank]
+
+
+def gram_of_groups(sums: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
+    """An unbiased estimate of a Gram matrix (width, width) from sums over groups of samples (STSA-E, arXiv 2506.01327).
+
+    For a class with N samples in k non-empty groups of n_g samples with sums s_g:
+    (N - 1) / (k - 1) sum_g s_g s_g^T / n_g - (N - k) / ((k - 1) N) P P^T with P = sum_g s_g; its mean over all
+    partitions into groups of these sizes is the Gram matrix. With one group only N m m^T is known. Empty groups do not
+    count (ours: the released code counts them, which shrinks the covariance).
+
+    Args:
+        sums: of each group, (groups, width).
+        counts: samples of each group, (groups,).
+        labels: class of each group, (groups,).
+    """
+    kept = counts > 0
+    sums, counts, labels = sums[kept].double(), counts[kept].double(), labels[kept]
+    member = F.one_hot(labels).double()  # (groups, classes)
+    totals, sizes, groups = member.mT @ sums, member.mT @ counts, member.sum(0)
+    several = groups > 1
+    within = torch.where(several, (sizes - 1) / (groups - 1).clamp(min=1), 0.0)
+    between = torch.where(several, (sizes - groups) / ((groups - 1).clamp(min=1) * sizes.clamp(min=1)), 0.0)
+    between = torch.where(groups == 1, -1 / sizes.clamp(min=1), between)
+    return (sums.mT * (within[labels] / counts)) @ sums - (totals.mT * between) @ totals
+
+
+def ridge_solution(sums: MomentSums, ridge: float, relative: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
+    """Weight (num_classes, width) and bias (num_classes,) of the regression on one-hot labels, float32.
+
+    ``ridge`` is relative to the mean eigenvalue of the Gram matrix, or absolute. Sums without a constant give no bias.
+    """
+    scale = ridge * sums.gram.diagonal().mean() if relative else ridge
+    system = sums.gram + scale * torch.eye(len(sums.gram), dtype=sums.gram.dtype)
+    solution = torch.cholesky_solve(sums.products, torch.linalg.cholesky(system)).float()
+    if not bias:
+        return solution.mT.contiguous(), torch.zeros(solution.shape[1])
+    return solution[:-1].mT.contiguous(), solution[-1].contiguous()
+
+
+def low_rank_ridge(factor: Tensor, products: Tensor, ridge: float) -> Tensor:
+    """(F F^T + ridge I)^-1 products, (width, num_classes), for F (width, rank) with orthogonal columns.
+
+    No width x width matrix is formed: with eigenvalues s of F F^T and unit eigenvectors V it is
+    (products - V diag(s / (s + ridge)) V^T products) / ridge.
+    """
+    values = factor.square().sum(0)
+    vectors = factor / values.clamp(min=torch.finfo(factor.dtype).tiny).sqrt()
+    return (products - vectors @ ((values / (values + ridge))[:, None] * (vectors.mT @ products))) / ridge
+
+
+def unit_columns(weight: Tensor) -> Tensor:
+    """Rows of a head (num_classes, width) scaled to unit norm: with unit features the score is a cosine.
+
+    It undoes the advantage of frequent classes, whose rows in a ridge regression are long.
+    """
+    return F.normalize(weight)
+
+
+def ncm_solution(sums: MomentSums) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the nearest class mean by cosine: unit directions of the classes' mean unit features."""
+    weight = F.normalize(sums.products[:-1].mT)
+    return weight.float().contiguous(), torch.where(sums.products[-1] > 0, 0.0, ABSENT)
+
+
+def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of linear discriminant analysis with equal priors, of the shapes of ``ridge_solution``.
+
+    Class means mu_c, one covariance within classes, shrunk towards a multiple of the identity:
+    score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with A = (1 - shrinkage) S + shrinkage tr(S) / width I. With
+    shrinkage 1 it is the nearest class mean. The number of samples of a class does not weigh.
+    """
+    if not 0 < shrinkage <= 1:
+        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}.")
+    counts = sums.products[-1]
+    means = sums.products[:-1] / counts.clamp(min=1)  # (width, num_classes)
+    within = (sums.gram[:-1, :-1] - (means * counts) @ means.mT) / counts.sum().clamp(min=1)
+    scale = within.diagonal().mean().clamp(min=torch.finfo(within.dtype).eps)
+    system = (1 - shrinkage) * within + shrinkage * scale * torch.eye(len(within), dtype=within.dtype)
+    weight = torch.cholesky_solve(means, torch.linalg.cholesky(system))
+    bias = torch.where(counts > 0, -(means * weight).sum(0) / 2, ABSENT)
+    return weight.mT.float().contiguous(), bias.float()
 
 
 def is_semidefinite(matrix: Tensor) -> bool:
@@ -137,10 +245,11 @@ def moment_error(moment: Tensor, noisy: bool = False) -> str:
     return "" if is_semidefinite(moment) else "moments are not positive semidefinite"
 
 
-def sums_error(sums: MomentSums, counts: Tensor) -> str:
+def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool = True) -> str:
     """Why sums cannot be of as many samples of each class as counted (num_classes,), or ''.
 
-    Unit features bound every sum: the Gram's trace by twice the number of samples, products by sqrt(2) times it.
+    Unit features bound every sum: the Gram's trace by the number of samples (twice it with ``bias``), products by the
+    number of samples of the class (sqrt(2) times it). The norms of other features are not known.
 
     Example:
         >>> sums = moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2)
@@ -149,35 +258,11 @@ def sums_error(sums: MomentSums, counts: Tensor) -> str:
         >>> sums_error(sums, torch.tensor([2, 1]))
         'products count other samples than were announced'
     """
-    if not sums.products[-1].equal(counts.to(sums.products.dtype)):
+    if bias and not sums.products[-1].equal(counts.to(sums.products.dtype)):
         return "products count other samples than were announced"
-    slack = 1 + 1e-6
-    if (sums.products.norm(dim=0) > slack * 2**0.5 * counts).any():
+    size, slack = 1 + bias, 1 + 1e-6
+    if unit and (sums.products.norm(dim=0) > slack * size**0.5 * counts).any():
         return "products are larger than those of unit features"
-    if sums.gram.trace() > slack * 2 * counts.sum():
+    if unit and sums.gram.trace() > slack * size * counts.sum():
         return "gram is larger than that of unit features"
     return "" if is_semidefinite(sums.gram) else "gram is not symmetric and positive semidefinite"
-
-
-def ncm_solution(sums):
-    weight = F.normalize(sums.products[:-1].mT).float()
-    return weight, torch.where(sums.products[-1] > 0, 0.0, ABSENT).float()
-
-
-def pack_sums(sums, classes):
-    return MomentSums(pack_symmetric(sums.gram).float(), sums.products[:, classes].float())
-
-
-def unpack_sums(packed, classes, num_classes):
-    size = packed.products.shape[0]
-    products = torch.zeros(size, num_classes, dtype=torch.float64)
-    products[:, classes] = packed.products.double()
-    return MomentSums(unpack_symmetric(packed.gram.double(), size), products)
-
-
-def random_features(features, width, seed=0):
-    if not width:
-        return features
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(features.shape[1], width, generator=g)
-    return F.normalize(features.float().cpu()) @ w

@@ -11,12 +11,15 @@ from fedlscl.methods.mfcl import MFCL
 from fedlscl.methods.pilora import PILoRA
 from fedlscl.methods.prompts import FedDualP, FedL2P, FedMGP
 from fedlscl.methods.target import TARGET
-from fedlscl.methods.training_free import FedNCM, FedRidge
+from fedlscl.methods.training_free import AFCL, STSA, STSAE, FedNCM, FedRAN, FedRidge, FrozenLDA
 
 __all__ = [
+    "AFCL",
     "EWC",
     "GLFC",
     "MFCL",
+    "STSA",
+    "STSAE",
     "TARGET",
     "FedAvg",
     "FedBE",
@@ -26,8 +29,10 @@ __all__ = [
     "FedMGP",
     "FedNCM",
     "FedProx",
+    "FedRAN",
     "FedRidge",
     "FedWeIT",
+    "FrozenLDA",
     "Joint",
     "JointLSCL",
     "LoRM",

@@ -1,24 +1,53 @@
-"""Training-free baselines on frozen ViT features.
+"""Closed-form methods on a frozen ViT: a fixed map of its feature, sums over samples, and a linear solve.
 
-FedNCM keeps class means, FedRidge solves one ridge regression whose Gram matrices are sums over clients and tasks, so
-both are exact and forget nothing (the analytic family: RanPAC, McDonnell et al., NeurIPS 2023, arXiv 2307.02251; in
-federated form AFL, He et al., CVPR 2025, arXiv 2405.16240).
+Sums over clients and tasks are those over all data at once, so these methods are exact for any split and forget
+nothing; each client sends a task's sums once, in its first round. They differ in map, message and solution only:
+
+=========  =====================  =======================  =========================  ======
+method     map of the feature f   message                  solution                   score
+=========  =====================  =======================  =========================  ======
+FedNCM     f / |f|                class sums               class means                cosine
+FedRidge   [f / |f|; 1]           Gram, products           ridge, relative            linear
+FrozenLDA  [f / |f|; 1]           Gram, products           discriminant               linear
+AFCL       f                      Gram, products           ridge, absolute            linear
+STSA       relu(f W)              Gram, products           ridge, relative            cosine
+STSA-E     relu(f W)              sums of groups           ridge, on estimated Gram   cosine
+FedRAN     relu(f W)              low-rank Gram, products  ridge in the low rank      linear
+=========  =====================  =======================  =========================  ======
+
+The functions are those of `fedlscl.functional.analytic`. Related: RanPAC (McDonnell et al., NeurIPS 2023, arXiv
+2307.02251) and AFL (He et al., CVPR 2025, arXiv 2405.16240).
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import MomentSums, added, moment_sums, ridge_solution, sums_error
+from fedlscl.functional.analytic import (
+    MomentSums,
+    added,
+    discriminant_solution,
+    gram_of_groups,
+    low_rank,
+    low_rank_ridge,
+    moment_sums,
+    pack_sums,
+    packed_size,
+    random_features,
+    ridge_solution,
+    sums_error,
+    unit_columns,
+    unpack_sums,
+)
 from fedlscl.nets.heads import FoundationClassifier
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig
@@ -26,19 +55,24 @@ from fedlscl.nets.vit import FoundationConfig
 
 @dataclass(kw_only=True)
 class _Statistics(Method):
-    """Sums of statistics over clients and tasks; each client sends a task's once, in its first round."""
+    """Statistics of the frozen ViT's features, sent once per task; a client without samples sends nothing."""
 
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
     sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """The server's state by name."""
 
     @abstractmethod
-    def statistics(self, client: Client) -> dict[str, Tensor]:
-        """The client's summands for its task."""
+    def statistics(self, client: Client) -> Payload:
+        """The client's message for its task."""
+
+    @abstractmethod
+    def absorb(self, upload: Upload) -> None:
+        """Add a client's message to ``sums``."""
 
     @abstractmethod
     def solve(self) -> Payload:
-        """The head that follows from the sums."""
+        """The head that follows from ``sums``."""
 
     @override
     def stages(self, client: Client) -> Iterator[Stage]:
@@ -46,12 +80,20 @@ class _Statistics(Method):
 
     @override
     def upload(self, client: Client) -> Payload:
-        return {} if client.num_synced_rounds else outgoing(self.statistics(client))
+        if client.num_synced_rounds or not len(client.train_ids):
+            return {}
+        return outgoing(self.statistics(client))
 
     @override
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        add_sums(self.sums, [upload.payload for upload in uploads], ("means", *MomentSums._fields))
+        for upload in uploads:
+            if upload.payload:
+                self.absorb(upload)
         return [self.solve()] * len(uploads)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add to one of the sums."""
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 @dataclass(kw_only=True)
@@ -65,22 +107,30 @@ class FedNCM(_Statistics):
         return FoundationClassifier(self.foundation, stream.num_classes, head="cosine")
 
     @override
-    def statistics(self, client: Client) -> dict[str, Tensor]:
-        """Counts times class means of the task, (num_classes, width)."""
+    def statistics(self, client: Client) -> Payload:
+        """Counts times class means of the task's classes, (classes, width)."""
         classes, means = class_means(client, client.train_ids)
-        sums = torch.zeros_like(client.net.head.weight, device="cpu")
-        sums[classes] = means * client.data.class_counts(client.task)[classes, None]
-        return {"means": sums}
+        return {"means": means * client.data.class_counts(client.task)[classes, None]}
 
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        return {"means": net.head.weight} if upload.payload else {}
+        classes = own_classes(upload)
+        return {"means": net.head.weight[classes]} if upload.payload else {}
 
     @override
     def check_upload(self, upload: Upload) -> str:
         sizes = upload.payload["means"].norm(dim=1) if upload.payload else torch.zeros(())
-        is_longer = (sizes > (1 + 1e-4) * upload.class_counts).any()
+        counts = upload.class_counts[own_classes(upload)]
+        is_longer = bool(upload.payload) and bool((sizes > (1 + 1e-4) * counts).any())
         return "means are larger than those of unit features" if is_longer else ""
+
+    @override
+    def absorb(self, upload: Upload) -> None:
+        sums = upload.payload["means"].new_zeros(
+            len(upload.class_counts), upload.payload["means"].shape[1], dtype=torch.float64
+        )
+        sums[own_classes(upload)] = upload.payload["means"].double()
+        self.add("means", sums)
 
     @override
     def solve(self) -> Payload:
@@ -89,59 +139,357 @@ class FedNCM(_Statistics):
 
 
 @dataclass(kw_only=True)
-class FedRidge(_Statistics):
-    """Ridge regression from features to one-hot labels, in closed form over all data of all clients and tasks."""
+class _Moments(_Statistics):
+    """Sums of x x^T and x onehot(y)^T; see ``MomentSums``. Sent as packed Gram and the client's own classes' columns."""
 
-    card: ClassVar = MethodCard(
-        "baseline", trains="nothing: ridge regression on the frozen ViT", uploads="Gram matrix, products with labels"
-    )
-
-    ridge: float = 0.01
-    """Regularisation relative to the mean eigenvalue of the Gram matrix (ours)."""
+    unit: ClassVar[bool] = True
+    """Whether x is scaled to unit norm."""
+    bias: ClassVar[bool] = True
+    """Whether x has a constant."""
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
         return FoundationClassifier(self.foundation, stream.num_classes, head="unit")
 
+    def map(self, features: Tensor) -> Tensor:
+        """x before scaling and constant, (B, width of x), from the ViT's features (B, width)."""
+        return features
+
+    def moments(self, client: Client) -> MomentSums:
+        """Sums over the task's samples."""
+        total: MomentSums | None = None
+        for batch, output in client.infer(client.train_ids):
+            x = self.map(output.features)
+            total = added(total, moment_sums(x, batch.labels, output.logits.shape[1], self.unit, self.bias))
+        assert total is not None
+        return total
+
     @override
-    def statistics(self, client: Client) -> dict[str, Tensor]:
-        """``MomentSums`` of the task; nothing from a client without samples."""
-        sums = moments_of(client, client.train_ids, "features")
-        return {} if sums is None else sums._asdict()
+    def statistics(self, client: Client) -> Payload:
+        classes = client.data.class_counts(client.task).nonzero().flatten()
+        return pack_sums(self.moments(client), classes)._asdict()
 
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        return empty_sums(net)._asdict() if upload.payload else {}
+        if not upload.payload:
+            return {}
+        size = net.head.weight.shape[1] + self.bias
+        return {
+            "gram": torch.empty(packed_size(size), device="meta"),
+            "products": torch.empty(size, len(own_classes(upload)), device="meta"),
+        }
 
     @override
     def check_upload(self, upload: Upload) -> str:
-        return sums_error(MomentSums(**upload.payload), upload.class_counts) if upload.payload else ""
+        return sums_error(_sums(upload), upload.class_counts, self.unit, self.bias) if upload.payload else ""
+
+    @override
+    def absorb(self, upload: Upload) -> None:
+        for name, value in _sums(upload)._asdict().items():
+            self.add(name, value)
+
+    @property
+    def total(self) -> MomentSums:
+        """Sums over all clients and tasks so far."""
+        return MomentSums(self.sums["gram"], self.sums["products"])
+
+
+@dataclass(kw_only=True)
+class FedRidge(_Moments):
+    """Ridge regression from features to one-hot labels, in closed form over all data of all clients and tasks."""
+
+    card: ClassVar = MethodCard(
+        "baseline", trains="nothing: ridge regression on the frozen ViT", uploads="Gram matrix, products with labels"
+    )
+    ridge: float = 0.01
+    """Regularisation relative to the mean eigenvalue of the Gram matrix (ours)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("ridge", self.ridge)
 
     @override
     def solve(self) -> Payload:
-        weight, bias = ridge_solution(MomentSums(self.sums["gram"], self.sums["products"]), self.ridge)
+        weight, bias = ridge_solution(self.total, self.ridge)
         return {"head.weight": weight, "head.bias": bias}
 
 
-def moments_of(client: Client, ids: Tensor, pick: str) -> MomentSums | None:
-    """Sums over some samples of the output ``pick`` of the client's net; None without samples."""
-    total: MomentSums | None = None
-    for batch, output in client.infer(ids):
-        total = added(total, moment_sums(getattr(output, pick), batch.labels, output.logits.shape[1]))
-    return total
+@dataclass(kw_only=True)
+class FrozenLDA(_Moments):
+    """Linear discriminant analysis with equal priors, from FedRidge's sums: what adapted features have to beat (ours)."""
+
+    card: ClassVar = MethodCard(
+        "baseline", trains="nothing: a discriminant on the frozen ViT", uploads="Gram matrix, products with labels"
+    )
+    shrinkage: float = 0.2
+    """Shrinkage of the covariance within classes, in (0, 1]; 1 is nearest class mean (ours)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage must be in (0, 1], got {self.shrinkage}.")
+
+    @override
+    def solve(self) -> Payload:
+        weight, bias = discriminant_solution(self.total, self.shrinkage)
+        return {"head.weight": weight, "head.bias": bias}
 
 
-def empty_sums(net: Net) -> MomentSums:
-    """Sums of the shapes for a net's features and classes, on the meta device."""
-    num_classes, width = net.head.weight.shape
-    shapes = (width + 1, width + 1), (width + 1, num_classes)
-    return MomentSums(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))
+@dataclass(kw_only=True)
+class AFCL(_Moments):
+    """AFCL (Tang et al., arXiv 2505.12245): ridge regression on raw features, without a constant.
+
+    Its recursive and pairwise updates equal the sums' solution, which this class uses (ours). ``gamma`` is that of the
+    whole regression: the released code of AFL, its predecessor, adds one per message and removes them at the end.
+    """
+
+    unit: ClassVar[bool] = False
+    bias: ClassVar[bool] = False
+    card: ClassVar = MethodCard(
+        "arXiv 2025", "2505.12245", "nothing: ridge regression on the frozen ViT", "Gram matrix, products with labels"
+    )
+    gamma: float = 1.0
+    """Absolute regularisation (its value is not published)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("gamma", self.gamma)
+
+    @override
+    def build_net(self, client: int, stream: StreamShape) -> Net:
+        return FoundationClassifier(self.foundation, stream.num_classes, head="linear")
+
+    @override
+    def solve(self) -> Payload:
+        weight, bias = ridge_solution(self.total, self.gamma, relative=False, bias=False)
+        return {"head.weight": weight, "head.bias": bias}
 
 
-def add_sums(sums: dict[str, Tensor], payloads: Iterable[Mapping[str, Tensor]], names: Sequence[str]) -> None:
-    """Add the tensors under ``names`` in the payloads to the server's sums, in the given order."""
-    for payload in payloads:
-        for name in names:
-            if name in payload:
-                value = payload[name].double()
-                sums[name] = sums[name] + value if name in sums else value
+class RandomFeatureHead(nn.Linear):
+    """A linear head on random features of the ViT's features; random features have unit norm."""
+
+    def __init__(self, num_classes: int, width: int, seed: int) -> None:
+        super().__init__(width, num_classes, bias=False)
+        self.seed = seed
+
+    def imprint(self, classes: Tensor, means: Tensor) -> None:
+        """Does nothing: the head is solved."""
+
+    @override
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(random_features(features, self.in_features, self.seed), self.weight)
+
+
+@dataclass(kw_only=True)
+class _RandomFeatures(_Moments):
+    """Moments of random features, without a constant."""
+
+    bias: ClassVar[bool] = False
+    width: int = 1250
+    """M: number of random features."""
+    feature_seed: int = 0
+    """Public seed of the random features, the same on all clients."""
+    ridge: float = 0.01
+    """Regularisation relative to the mean eigenvalue of the Gram matrix (ours; the released code of STSA adds 1e6 to
+    that of features without scaling)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("width", self.width)
+        positive("ridge", self.ridge)
+
+    @override
+    def build_net(self, client: int, stream: StreamShape) -> Net:
+        net = FoundationClassifier(self.foundation, stream.num_classes)
+        net.head = RandomFeatureHead(stream.num_classes, self.width, self.feature_seed)
+        return net
+
+    @override
+    def map(self, features: Tensor) -> Tensor:
+        return random_features(features, self.width, self.feature_seed)
+
+
+@dataclass(kw_only=True)
+class STSA(_RandomFeatures):
+    """STSA (Guan et al., WWW 2026, arXiv 2506.01327): sums of random features, and a ridge regression's cosine head.
+
+    Deviations: the ViT is not adapted in the first task, so that the result does not depend on the split; random
+    features have unit norm, and ``ridge`` is relative (all ours).
+    """
+
+    card: ClassVar = MethodCard(
+        "WWW 2026", "2506.01327", "nothing: ridge regression on random features", "Gram matrix, products with labels"
+    )
+
+    @override
+    def solve(self) -> Payload:
+        weight, _ = ridge_solution(self.total, self.ridge, bias=False)
+        return {"head.weight": unit_columns(weight)}
+
+
+@dataclass(kw_only=True)
+class STSAE(_RandomFeatures):
+    """STSA-E (arXiv 2506.01327): STSA with a Gram matrix that the server estimates from sums over groups of samples.
+
+    A client shuffles its samples and divides them into groups; it sends, for each of its classes, the sum and the
+    number of samples in each group. Deviations: those of `STSA`; empty groups do not count, which makes the estimate
+    unbiased; products follow from the sums and are not sent (all ours).
+    """
+
+    card: ClassVar = MethodCard(
+        "WWW 2026", "2506.01327", "nothing: ridge regression on random features", "sums of groups of samples"
+    )
+    groups: int = 5
+    """S: groups of each client."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("groups", self.groups)
+
+    @override
+    def statistics(self, client: Client) -> Payload:
+        """Sums (classes, groups, width) and counts (classes, groups) of the client's own classes."""
+        ids = client.train_ids[torch.randperm(len(client.train_ids))]
+        classes = client.data.class_counts(client.task).nonzero().flatten()
+        sums = torch.zeros(len(classes) * self.groups, self.width, dtype=torch.float64)
+        counts, start = torch.zeros(len(sums), dtype=torch.int64), 0
+        for batch, output in client.infer(ids):
+            group = torch.arange(start, start + len(batch.labels)) % self.groups
+            start += len(batch.labels)
+            row = torch.searchsorted(classes, batch.labels.cpu()) * self.groups + group
+            sums.index_add_(0, row, self.map(output.features).double().cpu())
+            counts += torch.bincount(row, minlength=len(counts))
+        shape = len(classes), self.groups
+        return {"sums": sums.view(*shape, -1).float(), "counts": counts.view(shape)}
+
+    @override
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
+        if not upload.payload:
+            return {}
+        shape = len(own_classes(upload)), self.groups
+        return {
+            "sums": torch.empty(*shape, self.width, device="meta"),
+            "counts": torch.empty(shape, dtype=torch.int64, device="meta"),
+        }
+
+    @override
+    def check_upload(self, upload: Upload) -> str:
+        if not upload.payload:
+            return ""
+        sums, counts = upload.payload["sums"], upload.payload["counts"]
+        if (counts < 0).any() or not counts.sum(1).equal(upload.class_counts[own_classes(upload)]):
+            return "counts must be those of the announced samples of each class"
+        return "sums are larger than those of unit features" if (sums.norm(dim=2) > 1.0001 * counts).any() else ""
+
+    @override
+    def absorb(self, upload: Upload) -> None:
+        """Keep the groups: their number in each class is known when all have arrived."""
+        counts = upload.payload["counts"]
+        labels = own_classes(upload)[:, None].expand_as(counts)
+        kept = counts > 0
+        for name, value in (("sums", upload.payload["sums"]), ("counts", counts), ("labels", labels)):
+            self.sums[name] = torch.cat([*([self.sums[name]] if name in self.sums else []), value[kept]])
+        self.sums["num_classes"] = torch.tensor(len(upload.class_counts))
+
+    @override
+    def solve(self) -> Payload:
+        sums, labels = self.sums["sums"].double(), self.sums["labels"]
+        gram = gram_of_groups(sums, self.sums["counts"], labels)
+        products = sums.mT @ F.one_hot(labels, int(self.sums["num_classes"])).double()
+        weight, _ = ridge_solution(MomentSums(gram, products), self.ridge, bias=False)
+        return {"head.weight": unit_columns(weight)}
+
+
+@dataclass(kw_only=True)
+class FedRAN(_RandomFeatures):
+    """FedRAN (Arockiaraj et al., arXiv 2606.11480): STSA's sums with a Gram matrix of low rank.
+
+    Each client sends the ``rank`` largest eigenpairs of its Gram matrix; the server merges them over clients and then
+    over tasks by QR and SVD, and truncates again. The regularisation is ``ridge`` plus the mean of what was dropped,
+    which the server knows, since the trace of the Gram of unit features is the number of samples (ours: products keep
+    all directions, and those outside of the low rank are divided by the regularisation alone). The semi-supervised
+    variant is not included.
+    """
+
+    card: ClassVar = MethodCard(
+        "arXiv 2026", "2606.11480", "nothing: ridge regression on random features", "low-rank Gram, products with labels"
+    )
+    width: int = 2048
+    """M: number of random features."""
+    rank: int = 512
+    """r: eigenpairs that are kept, of a client and at the server."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("rank", self.rank)
+
+    @override
+    def statistics(self, client: Client) -> Payload:
+        """F (width, at most rank) with F F^T near the Gram matrix, and the exact products of the client's classes."""
+        rows = [
+            (self.map(output.features).double().cpu(), batch.labels.cpu())
+            for batch, output in client.infer(client.train_ids)
+        ]
+        features, labels = (torch.cat(part) for part in zip(*rows, strict=True))
+        classes = client.data.class_counts(client.task).nonzero().flatten()
+        products = features.mT @ (labels[:, None] == classes).double()
+        return {"factor": low_rank(features.mT, self.rank).float(), "products": products.float()}
+
+    @override
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
+        if not upload.payload:
+            return {}
+        rank = min(self.rank, upload.num_samples, self.width)
+        return {
+            "factor": torch.empty(self.width, rank, device="meta"),
+            "products": torch.empty(self.width, len(own_classes(upload)), device="meta"),
+        }
+
+    @override
+    def check_upload(self, upload: Upload) -> str:
+        if not upload.payload:
+            return ""
+        counts = upload.class_counts[own_classes(upload)]
+        if (upload.payload["products"].norm(dim=0) > 1.0001 * counts).any():
+            return "products are larger than those of unit features"
+        size = float(upload.payload["factor"].double().square().sum())
+        return "factor is larger than that of unit features" if size > 1.0001 * upload.num_samples else ""
+
+    @override
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        """Merge over clients first, then over tasks, as published."""
+        factors = [upload.payload["factor"].double() for upload in uploads if upload.payload]
+        if factors:
+            merged = low_rank(torch.cat(factors, 1), self.rank)
+            past = [self.sums["factor"]] if "factor" in self.sums else []
+            self.sums["factor"] = low_rank(torch.cat([*past, merged], 1), self.rank)
+        return super().aggregate(uploads, progress)
+
+    @override
+    def absorb(self, upload: Upload) -> None:
+        products = torch.zeros(self.width, len(upload.class_counts), dtype=torch.float64)
+        products[:, own_classes(upload)] = upload.payload["products"].double()
+        self.add("products", products)
+        self.add("samples", torch.tensor(float(upload.num_samples), dtype=torch.float64))
+
+    @override
+    def solve(self) -> Payload:
+        factor, samples = self.sums["factor"], float(self.sums["samples"])
+        dropped = max(samples - float(factor.square().sum()), 0.0)
+        strength = (self.ridge * samples + dropped) / self.width
+        return {"head.weight": low_rank_ridge(factor, self.sums["products"], strength).mT.float().contiguous()}
+
+
+def own_classes(upload: Upload) -> Tensor:
+    """Classes of which the sender has samples, (C,)."""
+    return upload.class_counts.nonzero().flatten()
+
+
+def positive(name: str, value: float) -> None:
+    """Raise a ValueError unless an option is positive."""
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}.")
+
+
+def _sums(upload: Upload) -> MomentSums:
+    return unpack_sums(MomentSums(**upload.payload), own_classes(upload), len(upload.class_counts))
