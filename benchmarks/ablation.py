@@ -24,8 +24,6 @@ REPLACED = {
 OURS = {
     "full": {},
     "no_collaboration": {"collaborator__collaboration": False},
-    "no_frozen_head": {"collaborator__analytic_weight": 0},
-    "no_adapted_head": {"collaborator__adapted_weight": 0},
     "batch_statistics": {"freeze_norm": False},
     "no_imprinting": {"imprint": False},
     "linear_head": {"collaborator__head": "linear"},

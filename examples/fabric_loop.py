@@ -17,8 +17,6 @@ CONFIG = CollaboratorConfig(
     small_model="test_resnet",
     small_image_size=32,
     block=9,
-    analytic_weight=0,
-    adapted_weight=0,
 )
 
 

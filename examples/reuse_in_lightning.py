@@ -26,8 +26,6 @@ CONFIG = CollaboratorConfig(
     small_model="test_resnet",
     small_image_size=32,
     block=9,
-    analytic_weight=0,  # closed-form heads need a server
-    adapted_weight=0,
 )
 OLD, NEW = range(5), range(5, 10)
 

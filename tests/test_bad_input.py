@@ -53,6 +53,10 @@ def refused(tmp_path, capsys):
         ),
         ("--trainer.norm_factor 3", "trainer.norm_factor was renamed: use trainer.max_norm_ratio."),
         ("--method.num_tasks 3", "method.num_tasks was renamed: use data.num_tasks."),
+        (
+            "--method.collaborator.adapted_weight 0",
+            "method.collaborator.adapted_weight was renamed: use trainer.readouts.heads.",
+        ),
         ("positional", "positional is unknown: --help lists what there is."),
         ("--method FedProxx", "method='FedProxx' is unknown: did you mean FedProx?"),
         ("--method pilra", "method='pilra' is unknown: did you mean PILoRA?"),
@@ -77,7 +81,6 @@ def refused(tmp_path, capsys):
         ("--method.batch_size 0", "batch_size must be > 0, got 0."),
         ("--method.generator_lr -1", "generator_lr must be > 0, got -1.0."),
         ("--method.lambda_proximal 0", "lambda_proximal must be > 0, got 0.0."),
-        ("--method.shrinkage 2", "shrinkage must be in (0, 1], got 2.0."),
         ("--method.buffer_per_class -1", "buffer_per_class must be >= 0, got -1."),
         # Classes that do not add up.
         ("--data.private_classes 4", "4 private x 2 clients + 2 public = 10 classes, but the data set has 6"),

@@ -73,9 +73,9 @@ def another_class(name):
 SPOILT = [
     ("FedLSCL", moments_with_a_negative_eigenvalue, "moments are not positive semidefinite"),
     ("FedLSCL", times("moments", 50), "moments are larger than those of unit features"),
-    ("FedLSCL", asymmetric("analytic.gram"), "analytic.gram is not symmetric"),
-    ("FedLSCL", times("adapted.gram", 1.1), "adapted.gram is larger than that of unit features"),
-    ("FedLSCL", another_class("adapted.products"), "products count other samples"),
+    ("FedRidge", asymmetric("gram"), "gram is not symmetric"),
+    ("FedRidge", times("gram", 1.1), "gram is larger than that of unit features"),
+    ("FedRidge", another_class("products"), "products count other samples"),
     ("FedRidge", times("gram", -1), "gram is not symmetric"),
     ("FedRidge", times("products", 2), "products count other samples"),
     ("FedNCM", times("means", 1.5), "means are larger than those of unit features"),

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from fedlscl.callbacks import Callback
-from fedlscl.federated.method import Progress, StreamShape
-from fedlscl.functional.analytic import discriminant_solution, moment_sums, unpack_symmetric
+from fedlscl.federated.method import StreamShape
+from fedlscl.functional.analytic import unpack_symmetric
 from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
-from fedlscl.methods.fedlscl import draw_per_class, feature_moment, task_statistics
+from fedlscl.methods.fedlscl import draw_per_class, feature_moment, updated_buffer
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
@@ -20,10 +20,10 @@ M = 3
 
 @pytest.fixture(scope="module")
 def make_method(collaborator_config):
-    """The method without its analytic heads, which have tests of their own."""
+    """The method on tiny nets."""
 
     def make(collaborator=None, **options):
-        shape = replace(collaborator_config, **({"analytic_weight": 0.0, "adapted_weight": 0.0} | (collaborator or {})))
+        shape = replace(collaborator_config, **(collaborator or {}))
         return FedLSCL(collaborator=shape, **({"local_epochs": 1, "batch_size": 8, "buffer_per_class": M} | options))
 
     return make
@@ -38,7 +38,7 @@ class Watch(Callback):
 
         def watched_upload(client):
             payload = upload(client)
-            ids = task_statistics(client, method.buffer_per_class).buffer.ids
+            ids = updated_buffer(client, method.buffer_per_class).ids
             with torch.no_grad():
                 features = client.net.eval().generate(client.data.fetch(ids).images)[0]
             self.features.append(features)
@@ -97,27 +97,6 @@ def test_no_cnn_head_image_or_raw_feature_is_in_an_upload(watched):
         own = value.double().flatten()
         own = own[(own != 0) & (own != 1)]
         assert torch.isin(own, sent).sum() <= 1e-3 * len(own) + 1
-
-
-def test_a_class_with_one_sample_gives_its_vit_features_away(make_method, make_data, federate):
-    """Its columns of the sums are those features with unit norm, and the documentation says so."""
-    method = make_method({"analytic_weight": 2.0, "adapted_weight": 2.0})
-    watch = Sent(method)
-    trainer = federate(method, make_data(train_per_class=2), max_tasks=1)
-    found = 0
-    for client, payload in zip(trainer.clients, watch.uploads, strict=True):
-        labels = client.data.data.labels(client.train_ids)
-        for label in labels.unique()[labels.unique(return_counts=True)[1] == 1]:
-            images = client.data.fetch(client.train_ids[labels == label]).images
-            with torch.no_grad():
-                frozen = client.net.frozen_prefix(images)[:, -1]
-            sent = payload["analytic.products"][:-1, label].float()
-            torch.testing.assert_close(sent, torch.nn.functional.normalize(frozen)[0].float(), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(payload["adapted.products"][:-1, label].norm().item(), 1.0, rtol=1e-4, atol=0)
-            found += 1
-    assert found
-    assert "The ViT feature of a class with one sample" in FedLSCL.upload.__doc__
-    assert "sums of ViT features" in FedLSCL.card.uploads
 
 
 def test_moments_are_those_of_the_features_of_the_buffer_to_be(watched):
@@ -308,12 +287,11 @@ def test_it_runs_without_collaboration(make_method, federate, continual):
     ("collaborator", "options"),
     [
         ({"head": "linear"}, {"imprint": False, "replay_current": False, "balance": False}),
-        ({"analytic_weight": 2.0}, {"continual": "ewc", "shared_initialisation": False}),
-        ({"analytic_weight": 1.0}, {"continual": "lwf"}),
+        ({}, {"continual": "ewc", "shared_initialisation": False}),
         ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "block": 5, "rank": 1}, {}),
         ({}, {"buffer_per_class": 1, "replay_current": False}),
     ],
-    ids=["paper", "frozen-ewc", "adapted-lwf", "other-targets", "one-sample-per-class"],
+    ids=["paper", "ewc", "other-targets", "one-sample-per-class"],
 )
 def test_variants_run(make_method, federate, collaborator, options):
     trainer = federate(make_method(collaborator, **options))
@@ -360,66 +338,6 @@ def test_batch_norm_rests_from_the_start_or_from_the_second_task(make_method, fe
     federate(method)
     modes = [stage.module.freeze_norm for _, _, _, _, stage, _ in watch.stages if stage.name == "collaborative"]
     assert modes == [at_rest] * 2 + [True] * 2
-
-
-@pytest.mark.parametrize(("head", "reads", "round_"), [("analytic", "frozen", 0), ("adapted", "tokens", 1)])
-def test_an_analytic_head_is_that_of_the_pooled_features(make_method, federate, head, reads, round_):
-    """Of all clients and tasks, each sample once: adapted features as they were in the last round of their task."""
-    method, sent = make_method({f"{head}_weight": 2.0}), []
-    upload = method.upload
-
-    def watched(client):
-        batch = client.data.fetch(client.train_ids)
-        with torch.no_grad():
-            sent.append((client.round, getattr(client.net.eval()(batch.images), reads), batch.labels))
-        return upload(client)
-
-    method.upload = watched
-    trainer = federate(method, rounds_per_task=2)
-    features, labels = (torch.cat([part[i] for part in sent if part[0] == round_]) for i in (1, 2))
-    weight, bias = discriminant_solution(moment_sums(features, labels, 6), method.shrinkage)
-    for client in trainer.clients:
-        found = getattr(client.net, head)
-        torch.testing.assert_close(found.weight, weight, rtol=1e-2, atol=1e-2 * weight.abs().max().item())
-        torch.testing.assert_close(found.bias, bias, rtol=1e-2, atol=1e-2 * bias.abs().max().item())
-
-
-@pytest.mark.parametrize(
-    ("weights", "rounds"),
-    [
-        ({}, {}),
-        ({"analytic_weight": 2.0}, {"analytic": [0]}),
-        ({"adapted_weight": 2.0}, {"adapted": [0, 1]}),
-        ({"adapted_weight": 2.0, "collaboration": False}, {}),
-    ],
-)
-def test_sums_of_frozen_features_are_sent_once_per_task_and_of_adapted_ones_in_every_round(
-    make_method, federate, weights, rounds
-):
-    """Second moments of features, class by class sums, and no name beside those of Fed-LSCL."""
-    method = make_method(weights)
-    watch = Watch(method) if weights.get("collaboration", True) else Sent(method)
-    federate(method, rounds_per_task=2)
-    own = {"generator": (17, 1024), "moments": (153,)} if weights.get("collaboration", True) else {}
-    for number, payload in enumerate(watch.uploads):
-        extra = {
-            f"{head}.{name}": shape
-            for head, when in rounds.items()
-            for name, shape in {"gram": (65, 65), "products": (65, 6)}.items()
-            if number // 2 % 2 in when
-        }
-        assert {name: tuple(value.shape) for name, value in payload.items()} == {**own, **extra}
-
-
-def test_heads_before_the_last_round_do_not_touch_the_sums_that_stay(make_method, federate):
-    """Adapted features of a task count once, as its last round has them."""
-    method = make_method({"adapted_weight": 2.0, "analytic_weight": 2.0})
-    trainer = federate(method, rounds_per_task=2, max_tasks=1)
-    kept = {name: value.clone() for name, value in trainer.method.sums.items()}
-    uploads = [trainer.pool.runner.upload(client) for client in trainer.clients]
-    trainer.method.aggregate(uploads, Progress(0, 0))
-    assert set(kept) == {f"{head}.{name}" for head in ("analytic", "adapted") for name in ("gram", "products")}
-    assert all(torch.equal(kept[name], value) for name, value in trainer.method.sums.items())
 
 
 def test_permuting_clients_permutes_answers(watched):

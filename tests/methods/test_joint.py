@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from fedlscl.functional.analytic import discriminant_solution, moment_sums
 from fedlscl.methods.fedavg import Local
 from fedlscl.methods.joint import Joint, JointLSCL
 
@@ -82,19 +81,11 @@ def test_it_bounds_training_alone(federate, foundation_config, make_data, on_vit
     assert final[0] > 0.75 and final[0] > final[1]
 
 
-def test_the_collaborator_learns_the_pool_and_gets_its_heads(federate, collaborator_config):
+def test_the_collaborator_learns_the_pool_and_all_clients_get_it(federate, collaborator_config):
     method = JointLSCL(collaborator=collaborator_config, local_epochs=1, batch_size=8)
     trainer = federate(method)
-    batch = trainer.clients[0].data.fetch(trainer.method.pool["ids"])
-    first, *others = [client.net.eval() for client in trainer.clients]
-    with torch.no_grad():
-        output = first(batch.images)
+    first, *others = [client.net for client in trainer.clients]
     assert first.generator.weight[first.generator.shapes[0].down_size :].any()  # zeros before any training
-    for head, features in (("analytic", output.frozen), ("adapted", output.tokens)):
-        weight, bias = discriminant_solution(moment_sums(features, batch.labels, 6), method.shrinkage)
-        found = getattr(first, head)
-        torch.testing.assert_close(found.weight, weight, rtol=1e-2, atol=1e-2 * weight.abs().max().item())
-        torch.testing.assert_close(found.bias, bias, rtol=1e-2, atol=1e-2 * bias.abs().max().item())
     for other in others:
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in first.state_dict().items())
     assert (trainer.traffic["up"][0] > 0).all() and not trainer.traffic["up"][1:].any()

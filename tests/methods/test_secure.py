@@ -19,16 +19,11 @@ def make(cls=FedLSCL, **options):
 
 
 class KeysFirst(FedLSCL):
-    """The plain path with nothing fused in the run's first exchange; what was sent then counts in the second."""
+    """The plain path with nothing fused in the run's first exchange."""
 
     def aggregate(self, uploads, progress):
         if progress.position == (0, 0):
-            self.first = {upload.client: upload.payload for upload in uploads}
             return [{} for _ in uploads]
-        if progress.position == (0, 1):
-            for upload in uploads:
-                late = self.first[upload.client].items()
-                upload.payload.update({name: value for name, value in late if name.startswith("analytic.")})
         return super().aggregate(uploads, progress)
 
 
@@ -80,15 +75,13 @@ def test_only_keys_travel_first_and_only_masked_sums_later(run):
         assert {name: (value.dtype, value.shape) for name, value in upload.payload.items()} == {
             "public_keys": (torch.uint8, (32,))
         }
-    for number, upload in enumerate(run.uploads[2:], start=2):
-        names = {"adapted.gram", "adapted.products", "moments", "products"}
-        first = {"analytic.gram", "analytic.products"} if number // 2 in (1, 2) else set()
-        assert upload.payload.keys() == names | first
+    for upload in run.uploads[2:]:
+        assert upload.payload.keys() == {"moments", "products"}
         assert all(value.dtype == torch.int64 for value in upload.payload.values())
         data = b"".join(value.numpy().tobytes() for value in upload.payload.values())
         counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
         assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 255 + 4 * (2 * 255) ** 0.5
-    assert all(answer.keys() >= {"moments", "products"} for answers in run.answers[1:] for answer in answers)
+    assert all(answer.keys() == {"moments", "products"} for answers in run.answers[1:] for answer in answers)
 
 
 def test_private_keys_stay(run):
@@ -105,10 +98,28 @@ def test_promise(check, run):
     check(run, make)
 
 
-def test_without_distillation_the_heads_are_summed_alone():
+def test_without_distillation_keys_alone_travel():
     run = learn(make(distill=False))
-    assert run.uploads[-1].payload.keys() == {"adapted.gram", "adapted.products"}
-    assert run.answers[-1][0].keys() == {f"{h}.{part}" for h in ("analytic", "adapted") for part in ("weight", "bias")}
+    assert run.uploads[0].payload.keys() == {"public_keys"}
+    assert not any(upload.payload for upload in run.uploads[2:]) and not any(run.answers[-1])
+
+
+def test_sums_of_any_names_are_masked_and_add_up(run):
+    """Those of readouts, say: what one client sends is noise, and the total is exact."""
+    method = make()
+    method.members = run.method.members
+    sums = {"adapted.gram": torch.tensor([0.5, 3.0]), "adapted.products": torch.tensor([[7.0]])}
+    masked = {client.id: method.mask_sums(client, sums) for client in run.clients}
+    assert method.masks_sums and not make(secure_sum=False).masks_sums
+    assert all(value.dtype == torch.int64 for payload in masked.values() for value in payload.values())
+    assert (torch.cat([value.flatten() for value in masked[0].values()]).abs() > 2**50).all()
+    total = method.unmask_sums(masked)
+    assert all(torch.equal(total[name], 2 * value.double()) for name, value in sums.items())
+
+
+def test_sums_before_any_keys_are_refused():
+    with pytest.raises(ValueError, match="no keys yet: set rounds_per_task to 2"):
+        make().unmask_sums({})
 
 
 def test_a_client_without_samples_adds_zeros(run):

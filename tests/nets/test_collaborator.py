@@ -81,11 +81,9 @@ def test_every_sample_runs_through_a_vit_of_its_own(collaborator_config, images,
 
 @pytest.mark.parametrize("block", [0, 3, 5])
 @pytest.mark.parametrize("collaboration", [True, False])
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration, weight):
-    config = replace(collaborator_config, block=block, collaboration=collaboration, analytic_weight=weight)
+def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration):
+    config = replace(collaborator_config, block=block, collaboration=collaboration)
     net = awake(config) if collaboration else Collaborator(config, 5).eval()
-    net.analytic.set(torch.randn(5, 64), torch.randn(5))
     direct, cached = net(images), net(images, net.frozen_prefix(images))
     assert all(torch.equal(a, b) for a, b in zip(direct, cached, strict=True))
 
@@ -94,15 +92,14 @@ def test_prefixes_are_shared_exactly_when_they_are_equal(collaborator_config, fo
     def key(**changed):
         return Collaborator(replace(collaborator_config, **changed), 5).prefix_key
 
-    assert key() == key(rank=2, head="linear", small_image_size=20, analytic_weight=0.3)
+    assert key() == key(rank=2, head="linear", small_image_size=20)
     others = [
         key(block=2),
         key(collaboration=False),
-        key(analytic_weight=0.0),
         key(foundation=replace(foundation_config, image_size=48)),
         key(foundation=replace(foundation_config, name="test_vit2")),
     ]
-    assert len({key(), *others}) == 6
+    assert len({key(), *others}) == 5
 
 
 def test_gradients_reach_cnn_generator_and_head_and_never_the_vit(collaborator_config, images):
@@ -125,7 +122,7 @@ def test_the_first_step_already_moves_the_writing_factors(collaborator_config, i
 
 def test_the_state_is_what_the_client_owns(collaborator_config):
     net = Collaborator(collaborator_config, 5)
-    assert {name.split(".")[0] for name in net.state_dict()} == {*PARTS, "analytic", "adapted"}
+    assert {name.split(".")[0] for name in net.state_dict()} == PARTS
     assert not net.foundation.vit.state_dict().keys() & net.state_dict().keys()
     assert {name.split(".")[0] for name, _ in net.named_parameters()} == PARTS
 
@@ -170,42 +167,7 @@ def test_without_collaboration_the_frozen_vit_and_the_head_remain(collaborator_c
     output = net(images)
     torch.testing.assert_close(output.tokens, net.foundation.vit(entering), rtol=0, atol=1e-5)
     assert output.features.shape == output.lora.shape == (4, 0)
-    assert {name.split(".")[0] for name in net.state_dict()} == {"head", "analytic"}
-
-
-@pytest.mark.parametrize("collaboration", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_an_analytic_head_adds_to_the_trained_one_at_evaluation(
-    collaborator_config, images, entering, share, collaboration
-):
-    config = replace(collaborator_config, analytic_weight=share, collaboration=collaboration)
-    net = awake(config) if collaboration else Collaborator(config, 5).eval()
-    output = net(images)
-    assert torch.equal(output.logits, output.head_logits) and torch.equal(output.head_logits, net.head(output.tokens))
-    weight, bias = torch.randn(5, 64), torch.randn(5)
-    net.analytic.set(weight, bias)
-    solved = net(images)
-    assert torch.equal(solved.head_logits, output.head_logits)
-    frozen = net.foundation.vit(entering)
-    expected = output.head_logits + share * (torch.nn.functional.normalize(frozen) @ weight.T + bias)
-    torch.testing.assert_close(solved.logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(solved.logits, solved.head_logits) == (share == 0)
-    training = net.train()(images)
-    assert torch.equal(training.logits, training.head_logits)
-    assert not {"analytic.weight", "analytic.bias"} & {name for name, _ in net.named_parameters()}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_an_adapted_head_reads_the_adapted_features(collaborator_config, images, share):
-    net = awake(replace(collaborator_config, adapted_weight=share, analytic_weight=0.0))
-    weight, bias = torch.randn(5, 64), torch.randn(5)
-    net.adapted.set(weight, bias)
-    output = net(images)
-    expected = output.head_logits + share * (torch.nn.functional.normalize(output.tokens) @ weight.T + bias)
-    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(output.logits, output.head_logits) == (share == 0)
-    training = net.train()(images)
-    assert torch.equal(training.logits, training.head_logits)
+    assert {name.split(".")[0] for name in net.state_dict()} == {"head"}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ RENAMED = {
     "trainer.norm_factor": "trainer.max_norm_ratio",
     "method.num_tasks": "data.num_tasks",
     "method.num_clients": "data.num_clients",
+    "method.shrinkage": "trainer.readouts.shrinkage",
+    "method.collaborator.analytic_weight": "trainer.readouts.heads",
+    "method.collaborator.adapted_weight": "trainer.readouts.heads",
 }
 """Options of earlier versions, for the message that names the new one."""
 SIZED_BY_DATA = ("FedDualP", "FedMGP", "FedWeIT", "LoRM", "PILoRA")

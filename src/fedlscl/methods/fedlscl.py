@@ -3,13 +3,13 @@
 `FedLSCL` follows Algorithm 1 from top to bottom; the functions below it are its steps, in the order of their use.
 
 Deviations from the paper, most of them options: a cosine head with imprinted rows, the current task's samples beside
-the buffer in Stage 2, a balanced softmax, BatchNorm in eval mode, closed-form heads on the frozen and on the adapted
-features, second moments instead of raw features, Eq. 5 in closed form with a scale-free lambda, secure sums, noise.
+the buffer in Stage 2, a balanced softmax, BatchNorm in eval mode, second moments instead of raw features, Eq. 5 in
+closed form with a scale-free lambda, secure sums, noise.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,24 +18,15 @@ from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import (
-    MomentSums,
-    added,
-    discriminant_solution,
-    moment_sums,
-    packed_size,
-    sums_error,
-    unpack_symmetric,
-)
+from fedlscl.functional.analytic import packed_size, unpack_symmetric
 from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.methods.training_free import add_sums, empty_sums
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
 from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
-from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
+from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 
 KEPT = "buffer_features"
@@ -50,7 +41,7 @@ class FedLSCL(privacy.PrivateSums):
         "arXiv 2025",
         "2508.09489",
         trains="small CNN, LoRA generator, head; frozen ViT",
-        uploads="generator; second moments of features; sums of ViT features",
+        uploads="generator; second moments of features",
     )
 
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
@@ -67,8 +58,6 @@ class FedLSCL(privacy.PrivateSums):
     the first task updates the statistics of a CNN that is not pretrained."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
-    shrinkage: float = 0.2
-    """Shrinkage of the closed-form heads' covariance; 1 is nearest class mean (ours)."""
     imprint: bool = True
     """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
     continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
@@ -91,8 +80,6 @@ class FedLSCL(privacy.PrivateSums):
     """Penalty of continual 'ewc'."""
     lwf_alpha: float = 1.0
     """Weight of continual 'lwf'."""
-    sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    """``MomentSums`` behind the closed-form heads, by head and name."""
 
     def __post_init__(self) -> None:
         """Check options before a run depends on them."""
@@ -100,16 +87,8 @@ class FedLSCL(privacy.PrivateSums):
         for name in ("generator_lr", "head_lr", "lambda_proximal"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
-        if not 0 < self.shrinkage <= 1:
-            raise ValueError(f"shrinkage must be in (0, 1], got {self.shrinkage}.")
         if self.buffer_per_class < 0:
             raise ValueError(f"buffer_per_class must be >= 0, got {self.buffer_per_class}.")
-        shape = self.collaborator
-        if self.noise_multiplier and (shape.analytic_weight > 0 or shape.adapted_weight > 0):
-            raise ValueError(
-                f"noise_multiplier must be 0 with closed-form heads, whose sums get no noise, got "
-                f"{self.noise_multiplier}: set collaborator.analytic_weight and collaborator.adapted_weight to 0."
-            )
 
     def build_net(self, client: int, stream: StreamShape) -> Collaborator:
         """Build a collaborator with this client's small model."""
@@ -153,77 +132,48 @@ class FedLSCL(privacy.PrivateSums):
     def upload(self, client: Client) -> Payload:
         """phi_i and the second moment of FS_i, the features of the buffer as it would be now (M = 0: of the task).
 
-        With closed-form heads also second moments of ViT features: of the frozen ones once per task, of the adapted
-        ones in every round. CNN, head and images stay on the client. The ViT feature of a class with one sample does
-        not: it is a column of ``products``. With ``secure_sum``, a public key at first, and then masked inputs.
+        CNN, head and images stay on the client. With ``secure_sum``, a public key at first, and then masked inputs.
         """
         if self.secure_sum and not privacy.has_peer_keys(client):
             return privacy.advertise_keys(client, self.secrets)
-        is_first = privacy.is_first_sum(client) if self.secure_sum else not client.num_synced_rounds
-        heads = [head for head in self._heads(client.net) if head == "adapted" or is_first]
         payload: Payload = {}
-        if heads or self._federates(client.net):
-            found = task_statistics(client, self.buffer_per_class, heads)
-            for head in heads:
-                if head in found.sums:
-                    payload |= _named(head, found.sums[head])
-                elif self.secure_sum:  # a summand must have the same names and shapes at every member
-                    payload |= _named(head, MomentSums(*(torch.zeros(part.shape) for part in empty_sums(client.net))))
-            if self._federates(client.net):
-                payload |= self.release(client, feature_moment(client, found.buffer.ids))
-        payload = outgoing(payload)
+        if self._federates(client.net):
+            buffer = updated_buffer(client, self.buffer_per_class)
+            payload = outgoing(self.release(client, feature_moment(client, buffer.ids)))
         return privacy.masked_input(client, payload) if self.secure_sum else payload
 
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """As ``upload``: sums may be missing after a task's first answer and from a client without samples."""
+        """As ``upload``; nothing from a client that keeps its generator."""
         if self.secure_sum and self.members is None:
             return privacy.advertised_spec()
         expected: Payload = {}
-        for head in self._heads(net):
-            if f"{head}.gram" in upload.payload:
-                expected |= _named(head, empty_sums(net))
         if self._federates(net):
             matrix = net.generator.matrix
-            expected |= {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
+            expected = {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
         return privacy.masked_spec(expected) if self.secure_sum else expected
 
-    def check_upload(self, upload: Upload) -> str:
-        """Whether moments are valid, and the heads' sums are of as many samples of each class as announced."""
-        if self.secure_sum:
-            return ""
-        for head in HEADS:
-            if f"{head}.gram" in upload.payload:
-                error = sums_error(_sums(head, upload.payload), upload.class_counts)
-                if error:
-                    return f"{head}.{error}"
-        return super().check_upload(upload)
-
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Eq. 5 for every client in closed form, and the closed-form heads from all sums so far."""
+        """Eq. 5 for every client in closed form; with ``secure_sum`` the sums with which each client solves it."""
         if self.secure_sum:
-            return [self.secure_answer(uploads, progress, self._closed_form_heads)] * len(uploads)
-        common = self._closed_form_heads([upload.payload for upload in uploads], progress)
+            return [self.secure_answer(uploads, progress)] * len(uploads)
         if "generator" not in uploads[0].payload:
-            return [dict(common) for _ in uploads]
+            return [{} for _ in uploads]
         self.account(progress)
         generators = [upload.payload["generator"] for upload in uploads]
         moments = [unpack_symmetric(upload.payload["moments"], len(generators[0])) for upload in uploads]
         fused = one_by_one_distill(generators, moments, self.lambda_proximal)
-        return [{"generator": generator, **common} for generator in fused]
+        return [{"generator": generator} for generator in fused]
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Load the personalised generator and the closed-form heads; with secure sums, solve for the generator."""
+        """Load the personalised generator, or solve for it from secure sums."""
         if self.secure_sum:
             privacy.apply_secure_answer(client, payload, self.lambda_proximal)
         if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
-        for head in HEADS:
-            if f"{head}.weight" in payload:
-                getattr(client.net, head).set(payload[f"{head}.weight"], payload[f"{head}.bias"])
 
     def end_task(self, client: Client) -> None:
         """Save the buffer and theta^n, phi^n as they are after the last aggregation."""
-        client.buffer = task_statistics(client, self.buffer_per_class).buffer
+        client.buffer = updated_buffer(client, self.buffer_per_class)
         client.snapshot()
         if self.continual == "replay" and client.net.config.collaboration:
             client.memory[KEPT] = predecessor_features(client)
@@ -251,26 +201,8 @@ class FedLSCL(privacy.PrivateSums):
             return None
         return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
 
-    def _heads(self, net: Net) -> list[str]:
-        used = {"analytic": self.collaborator.analytic_weight > 0, "adapted": net.has_adapted_head}
-        return [head for head in HEADS if used[head]]
-
     def _federates(self, net: Net) -> bool:
         return self.distill and net.config.collaboration
-
-    def _closed_form_heads(self, payloads: Sequence[Payload], progress: Progress) -> Payload:
-        """Linear discriminants; sums of adapted features are kept from the task's last round only."""
-        add_sums(self.sums, payloads, _names("analytic"))
-        sums = dict(self.sums)
-        add_sums(sums, payloads, _names("adapted"))
-        if progress.last:
-            self.sums = sums
-        answer: Payload = {}
-        for head in HEADS:
-            if f"{head}.gram" in sums:
-                weight, bias = discriminant_solution(_sums(head, sums), self.shrinkage)
-                answer |= {f"{head}.weight": weight, f"{head}.bias": bias}
-        return answer
 
 
 def draw_per_class(client: Client, per_class: int) -> Tensor:
@@ -280,30 +212,17 @@ def draw_per_class(client: Client, per_class: int) -> Tensor:
     return torch.cat([ids[labels == label][:per_class] for label in client.classes])
 
 
-class TaskStatistics(NamedTuple):
-    """Results of one pass of the client's net over its task's samples."""
-
-    buffer: Buffer
-    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss."""
-    sums: dict[str, MomentSums]
-    """Behind each closed-form head asked for; empty without samples."""
-
-
 @torch.no_grad()
-def task_statistics(client: Client, per_class: int, heads: Sequence[str] = ()) -> TaskStatistics:
-    """Select the buffer by the samples' losses (Sec. 4.3), and sum up the inputs of the given heads."""
+def updated_buffer(client: Client, per_class: int) -> Buffer:
+    """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss (Sec. 4.3)."""
     ids, labels, losses = [], [], []
-    sums: dict[str, MomentSums] = {}
     for batch, output in client.infer(client.train_ids):
         ids.append(batch.ids.cpu())
         labels.append(batch.labels.cpu())
-        losses.append(sample_losses(output.head_logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
-        for head in heads:
-            part = moment_sums(getattr(output, HEADS[head]), batch.labels, output.logits.shape[1])
-            sums[head] = added(sums.get(head), part)
+        losses.append(sample_losses(output.logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
     if not ids:
-        return TaskStatistics(client.buffer, sums)
-    return TaskStatistics(client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class), sums)
+        return client.buffer
+    return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
 
 
 def feature_moment(client: Client, ids: Tensor) -> Tensor:
@@ -323,15 +242,3 @@ def predecessor_features(client: Client) -> Tensor:
     net = client.previous
     found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
     return torch.cat(found) if found else torch.empty(0, net.config.feature_dim)
-
-
-def _names(head: str) -> list[str]:
-    return [f"{head}.{name}" for name in MomentSums._fields]
-
-
-def _named(head: str, sums: MomentSums) -> Payload:
-    return dict(zip(_names(head), sums, strict=True))
-
-
-def _sums(head: str, payload: Payload) -> MomentSums:
-    return MomentSums(*(payload[name] for name in _names(head)))

@@ -15,12 +15,10 @@ from typing_extensions import override
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import discriminant_solution
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.methods.training_free import moments_of
 from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.learner import ClassificationModule, Learner
-from fedlscl.nets.collaborator import HEADS, Collaborator, CollaboratorConfig
+from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 
 TRAINER = 0
@@ -88,8 +86,6 @@ class JointLSCL(_Pool):
     """Learning rate of the generator."""
     head_lr: float = HEAD_LR
     """Learning rate of the head."""
-    shrinkage: float = 0.2
-    """Shrinkage of the closed-form heads' covariance."""
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
@@ -101,15 +97,3 @@ class JointLSCL(_Pool):
             client.net.head.imprint(*class_means(client, self.pool["ids"], pick="tokens"))
         rates = {"lr": self.lr, "generator_lr": self.generator_lr, "head_lr": self.head_lr, "freeze_norm": True}
         return CollaborativeModule(client.net, self.pool["classes"], **rates)
-
-    @override
-    def upload(self, client: Client) -> Payload:
-        """The trained net, with the closed-form heads of the pool."""
-        if client.id != TRAINER:
-            return {}
-        for head, reads in HEADS.items():
-            if hasattr(client.net, head):
-                sums = moments_of(client, self.pool["ids"], reads)
-                assert sums is not None
-                getattr(client.net, head).set(*discriminant_solution(sums, self.shrinkage))
-        return outgoing(client.net.state_dict())

@@ -5,11 +5,12 @@ all keys; every later upload is masked. Private keys stay in the client's memory
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress
@@ -32,8 +33,8 @@ MEMBERS, KEYS = "members", "public_keys"
 """Names in the answer to the first exchange."""
 MOMENTS, PRODUCTS = "moments", "products"
 """Names of the two sums of Eq. 5 in a message."""
-PRIVATE, OWN, SUMMED = "secure.private_key", "secure.own.", "secure.task"
-"""In a client's memory: its key; its summands of the current sums; the last task of which a sum came back."""
+PRIVATE, OWN = "secure.private_key", "secure.own."
+"""In a client's memory: its key; its summands of the current sums."""
 START = "noise.start"
 """In a client's memory: its generator before any training, which the public seed determines."""
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class PrivateSums(Method):
     first exchange agrees on keys and aggregates nothing; a round without one of the clients ends the run."""
     noise_multiplier: float = 0.0
     """Gaussian noise on moments and generator, in units of their clipping norm. 0 is NO noise: uploads are exact and
-    no epsilon holds. Closed-form heads have to be off, since their sums would be sent without noise."""
+    no epsilon holds. The sums of ``trainer.readouts`` get no noise."""
     clip_norm: float = 1.0
     """With noise, the norm to which the generator's distance from its public start is clipped."""
     noise_delta: float = 1e-5
@@ -94,20 +95,33 @@ class PrivateSums(Method):
         moment = unpack_symmetric(upload.payload[MOMENTS], len(upload.payload["generator"]))
         return moment_error(moment, noisy=self.noise_multiplier > 0)
 
-    def secure_answer(
-        self, uploads: list[Upload], progress: Progress, heads: Callable[[list[Payload], Progress], Payload]
-    ) -> Payload:
-        """All public keys at first; later the sums of Eq. 5 and what ``heads`` makes of the other sums."""
+    def secure_answer(self, uploads: list[Upload], progress: Progress) -> Payload:
+        """All public keys at first; later the sums of Eq. 5."""
         if self.members is None:
             answer = broadcast_keys(uploads, progress)
             self.members = answer[MEMBERS]
             return answer
-        total = unmasked_sum({upload.client: upload.payload for upload in uploads}, self.members.tolist())
-        common = heads([total], progress)
-        if PRODUCTS not in total:
-            return common
-        self.account(progress)
-        return {name: total[name] for name in (MOMENTS, PRODUCTS)} | common
+        total = self.unmask_sums({upload.client: upload.payload for upload in uploads})
+        if total:
+            self.account(progress)
+        return total
+
+    @property
+    @override
+    def masks_sums(self) -> bool:
+        return self.secure_sum
+
+    @override
+    def mask_sums(self, client: Client, sums: Payload) -> Payload:
+        return mask(client, sums, f"{client.task}/readout")
+
+    @override
+    def unmask_sums(self, summands: dict[int, Payload]) -> Payload:
+        if self.members is None:
+            raise ValueError(
+                "the clients of a secure sum have agreed on no keys yet: set rounds_per_task to 2 or more."
+            )
+        return unmasked_sum(summands, self.members.tolist())
 
     def account(self, progress: Progress) -> None:
         """Count a round's two noisy tensors, and log epsilon at the end of a task."""
@@ -159,21 +173,21 @@ def broadcast_keys(uploads: list[Upload], progress: Progress) -> Payload:
     }
 
 
-def is_first_sum(client: Client) -> bool:
-    """Whether no sum of the current task has come back to the client yet."""
-    return SUMMED not in client.memory or int(client.memory[SUMMED]) != client.task
-
-
 def masked_input(client: Client, payload: Payload) -> Payload:
-    """The client's summands of this round, masked: C Phi instead of Phi, all else unchanged."""
+    """The client's summands of this round, masked: C and C Phi instead of Phi."""
     terms = dict(payload)
     if "generator" in terms:
         generator = terms.pop("generator")
         own = client_terms(generator, unpack_symmetric(terms[MOMENTS], len(generator)))
         terms |= {MOMENTS: pack_symmetric(own.moments), PRODUCTS: own.products}
         client.memory |= {OWN + name: terms[name] for name in (MOMENTS, PRODUCTS)}
+    return mask(client, terms, f"{client.task}/{client.round}")
+
+
+def mask(client: Client, terms: Payload, context: str) -> Payload:
+    """Any summands of a client that has all public keys, masked (int64); ``context`` must name one sum only."""
     keys = dict(zip(client.memory[MEMBERS].tolist(), client.memory[KEYS], strict=True))
-    return masked(terms, client.id, client.memory[PRIVATE], keys, f"{client.task}/{client.round}")
+    return masked(terms, client.id, client.memory[PRIVATE], keys, context)
 
 
 def masked_spec(plain: Payload) -> Payload:
@@ -186,7 +200,6 @@ def apply_secure_answer(client: Client, payload: Payload, lambda_proximal: float
     if KEYS in payload:
         client.memory |= outgoing({name: payload[name] for name in (MEMBERS, KEYS)})
         return
-    client.memory[SUMMED] = torch.tensor(client.task)
     if PRODUCTS in payload:
         own = _unpacked({name: client.memory.pop(OWN + name) for name in (MOMENTS, PRODUCTS)})
         generator = client.net.generator

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.nets.cnn import SmallModel, UnitFeatures
-from fedlscl.nets.heads import AnalyticHead, make_head
+from fedlscl.nets.heads import make_head
 from fedlscl.nets.lora import LowRankShape, split_lora
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
-
-HEADS = {"analytic": "frozen", "adapted": "tokens"}
-"""Closed-form heads of a collaborator by attribute, with the output that each one reads."""
 
 
 class ParameterGenerator(nn.Linear):
@@ -59,12 +56,13 @@ class Collaboration(NamedTuple):
     """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
     tokens: Tensor
     """Features of the adapted foundation model, (B, width): input of the head."""
-    frozen: Tensor
-    """Features of the frozen ViT, (B, width), if the closed-form head on them is used."""
-    head_logits: Tensor
-    """Logits of the gradient-trained head (without closed-form heads), (B, num_classes)."""
     logits: Tensor
-    """(B, num_classes): the trained head's, in evaluation mode plus the closed-form heads'."""
+    """(B, num_classes)."""
+
+    @property
+    def head_logits(self) -> Tensor:
+        """The same: there is one head."""
+        return self.logits
 
     @property
     def head_input(self) -> Tensor:
@@ -96,11 +94,6 @@ class CollaboratorConfig:
     """LoRA scale numerator, applied as alpha / rank (ours; not in the paper)."""
     head: Literal["cosine", "linear"] = "cosine"
     """'linear' is the paper's; 'cosine' with imprinted rows forgets far less (ours)."""
-    analytic_weight: float = 2.0
-    """Weight of the closed-form head on the frozen ViT's features, added to the trained head's logits at evaluation; 0
-    is the paper's (ours)."""
-    adapted_weight: float = 2.0
-    """The same for a closed-form head on the adapted features (ours)."""
     collaboration: bool = True
     """If false, the net is the frozen ViT and the head (ablation)."""
 
@@ -122,35 +115,6 @@ class Collaborator(FrozenViTNet):
             self.unit = UnitFeatures(self.small.width, config.feature_dim)
             self.generator = ParameterGenerator(config.feature_dim, self.shapes)
         self.head = make_head(config.head, self.foundation.width, num_classes)
-        self.analytic = AnalyticHead(self.foundation.width, num_classes)
-        if config.collaboration:
-            self.adapted = AnalyticHead(self.foundation.width, num_classes)
-
-    @property
-    def has_adapted_head(self) -> bool:
-        """Whether the closed-form head on the adapted features is used."""
-        return self.config.collaboration and self.config.adapted_weight > 0
-
-    @property
-    def _keeps_frozen(self) -> bool:
-        return self.config.collaboration and self.config.analytic_weight > 0
-
-    @property
-    @override
-    def prefix_key(self) -> str:
-        return super().prefix_key + ("+frozen" if self._keeps_frozen else "")
-
-    @override
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, width) that enter the adapted block.
-
-        With a closed-form head on the frozen ViT's features, these follow as one more token, (B, N + 1, width).
-        """
-        tokens = super().frozen_prefix(images)
-        if not self._keeps_frozen:
-            return tokens
-        with torch.no_grad():
-            return torch.cat([tokens, self.foundation.features(tokens, self.entry)[:, None]], 1)
 
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """E = theta_i(x) and W = phi_i(E), Eq. 2: (B, feature_dim) and (B, lora_dim)."""
@@ -168,17 +132,8 @@ class Collaborator(FrozenViTNet):
         """Classify stored images (B, 3, h, w), each with its generated LoRA."""
         features, lora = self.generate(images)
         entering = self.frozen_prefix(images) if prefix is None else prefix
-        frozen = entering[:, -1] if self._keeps_frozen else entering
-        if self._keeps_frozen:
-            entering = entering[:, :-1]
         scale = self.config.alpha / self.config.rank
         factors = split_lora(lora, self.shapes, scale) if lora.shape[1] else []
         updates = dict(zip(self.config.targets, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self.entry, updates)
-        trained = logits = self.head(tokens)
-        if not self.training:
-            if self.config.analytic_weight > 0:
-                logits = logits + self.config.analytic_weight * self.analytic(frozen)
-            if self.has_adapted_head:
-                logits = logits + self.config.adapted_weight * self.adapted(tokens)
-        return Collaboration(features, lora, tokens, frozen, trained, logits)
+        return Collaboration(features, lora, tokens, self.head(tokens))

@@ -46,27 +46,6 @@ class CosineHead(nn.Module):
         self.weight[classes] = F.normalize(means.to(self.weight))
 
 
-class AnalyticHead(nn.Module):
-    """A linear map from unit features to class scores, solved in closed form and never trained; zero before that."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(num_classes, width))
-        self.register_buffer("bias", torch.zeros(num_classes))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, width) to (B, num_classes)."""
-        return F.linear(F.normalize(features.float()), self.weight, self.bias)
-
-    def set(self, weight: Tensor, bias: Tensor) -> None:
-        """Load a solution: weight (num_classes, width) and bias (num_classes,)."""
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
-
-
 def make_head(kind: str, width: int, num_classes: int) -> nn.Module:
     """A head by its name in the configuration: linear, cosine or unit."""
     heads = {"linear": LinearHead, "cosine": CosineHead, "unit": UnitLinearHead}
