@@ -27,11 +27,13 @@ from fedlscl.functional.analytic import (
     moment_sums,
     ncm_solution,
     pack_sums,
+    pack_symmetric,
     packed_size,
     random_features,
     ridge_solution,
     sums_error,
     unpack_sums,
+    unpack_symmetric,
 )
 from fedlscl.nets.net import Net
 
@@ -132,8 +134,8 @@ def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> P
     Args:
         client: its net computes the features.
         config: which features.
-        whole: send the columns of all classes, not of the client's own classes alone, and zeros without samples: masked
-            summands must have equal shapes.
+        whole: send the Gram matrix itself and the columns of all classes, in float64, and zeros without samples: masked
+            summands must have equal shapes and add up.
     """
     num_classes = client.data.data.num_classes
     total: dict[str, MomentSums] = {}
@@ -145,10 +147,10 @@ def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> P
     if whole:
         for name, width in config.widths(client.net).items():
             total.setdefault(name, empty_sums(width, num_classes))
-    classes = torch.arange(num_classes) if whole else client.data.class_counts(client.task).nonzero().flatten()
+    counts = client.data.class_counts(client.task)
     payload: Payload = {}
     for name, sums in total.items():
-        packed = pack_sums(sums, classes)
+        packed = MomentSums(pack_symmetric(sums.gram), sums.products) if whole else pack_sums(sums, counts)
         payload |= {f"{name}.gram": packed.gram, f"{name}.products": packed.products}
     return outgoing(payload)
 
@@ -201,9 +203,8 @@ class Readouts:
         """Whether sums are of as many samples of each class as announced; masked ones cannot be checked."""
         if self.method.masks_sums or not upload.payload:
             return ""
-        classes = upload.class_counts.nonzero().flatten()
         for name in self.widths:
-            sums = _unpacked(name, upload.payload, classes, len(upload.class_counts))
+            sums = unpack_sums(_named(name, upload.payload), upload.class_counts)
             if error := sums_error(sums, upload.class_counts):
                 return f"{name}.{error}"
         return ""
@@ -212,21 +213,22 @@ class Readouts:
         """Add the clients' sums and solve all heads: ``VIEW/HEAD.weight`` and ``.bias`` for all clients."""
         for upload in uploads:
             self.traffic["up"][upload.client, progress.task] += num_bytes(upload.payload)
-        for payload, classes, num_classes in self._summands(uploads):
-            for name in self.widths if payload else ():
-                self.sums[name] = added(self.sums.get(name), _unpacked(name, payload, classes, num_classes))
+        for name in self.widths:
+            for sums in self._summands(name, uploads):
+                self.sums[name] = added(self.sums.get(name), sums)
         answer: Payload = {}
         for name, sums in self.sums.items():
             for head, (weight, bias) in self.config.solve(sums).items():
                 answer |= {f"{name}/{head}.weight": weight, f"{name}/{head}.bias": bias}
         return answer
 
-    def _summands(self, uploads: list[Upload]) -> list[tuple[Payload, Tensor, int]]:
+    def _summands(self, name: str, uploads: list[Upload]) -> list[MomentSums]:
         if not self.method.masks_sums:
-            return [(u.payload, u.class_counts.nonzero().flatten(), len(u.class_counts)) for u in uploads]
-        num_classes = len(uploads[0].class_counts) if uploads else 0
-        total = self.method.unmask_sums({upload.client: upload.payload for upload in uploads})
-        return [(total, torch.arange(num_classes), num_classes)]
+            return [unpack_sums(_named(name, u.payload), u.class_counts) for u in uploads if u.payload]
+        parts = (f"{name}.gram", f"{name}.products")
+        masked = {upload.client: {part: upload.payload[part] for part in parts} for upload in uploads}
+        gram, products = (self.method.unmask_sums(masked)[part] for part in parts)
+        return [MomentSums(unpack_symmetric(gram, len(products)), products)]
 
     def record(self, name: str, client: int, after_task: int, rows: Tensor) -> None:
         """Set accuracies (masks, tasks so far) of one client's readout."""
@@ -268,6 +270,5 @@ def readout_logits(views: Mapping[str, Tensor], heads: Mapping[str, Mapping[str,
     }
 
 
-def _unpacked(name: str, payload: Payload, classes: Tensor, num_classes: int) -> MomentSums:
-    packed = MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])
-    return unpack_sums(packed, classes, num_classes)
+def _named(name: str, payload: Payload) -> MomentSums:
+    return MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])

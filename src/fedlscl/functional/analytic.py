@@ -101,16 +101,28 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     return matrix
 
 
-def pack_sums(sums: MomentSums, classes: Tensor) -> MomentSums:
-    """The message form of sums: the packed Gram and the columns of ``classes`` (C,) only, in float32."""
-    return MomentSums(pack_symmetric(sums.gram).float(), sums.products[:, classes].float())
+def pack_sums(sums: MomentSums, counts: Tensor) -> MomentSums:
+    """The message form of sums over samples with these ``counts`` by class (num_classes,), in float32.
+
+    Instead of the Gram matrix it has the packed scatter within classes, G - sum_c P_c P_c^T / n_c: where features of a
+    class are alike, rounding G itself would be larger than their differences. Of the products it has the columns of
+    classes with samples.
+    """
+    products = sums.products[:, counts > 0]
+    return MomentSums(pack_symmetric(sums.gram - _between(products, counts)).float(), products.float())
 
 
-def unpack_sums(packed: MomentSums, classes: Tensor, num_classes: int) -> MomentSums:
-    """Sums over all classes, in float64, from their message form with the columns of ``classes`` (C,)."""
-    products = packed.products.new_zeros(len(packed.products), num_classes, dtype=torch.float64)
-    products[:, classes] = packed.products.double()
-    return MomentSums(unpack_symmetric(packed.gram.double(), len(products)), products)
+def unpack_sums(packed: MomentSums, counts: Tensor) -> MomentSums:
+    """Sums over all classes, in float64, from their message form."""
+    products = packed.products.new_zeros(len(packed.products), len(counts), dtype=torch.float64)
+    products[:, counts > 0] = packed.products.double()
+    within = unpack_symmetric(packed.gram.double(), len(products))
+    return MomentSums(within + _between(packed.products, counts), products)
+
+
+def _between(products: Tensor, counts: Tensor) -> Tensor:
+    """Sum of P_c P_c^T / n_c over the classes with samples, (size, size) in float64."""
+    return (products.double() / counts[counts > 0]) @ products.double().mT
 
 
 def low_rank(factor: Tensor, rank: int) -> Tensor:

@@ -119,18 +119,16 @@ class FedNCM(_Statistics):
 
     @override
     def check_upload(self, upload: Upload) -> str:
-        sizes = upload.payload["means"].norm(dim=1) if upload.payload else torch.zeros(())
-        counts = upload.class_counts[own_classes(upload)]
-        is_longer = bool(upload.payload) and bool((sizes > (1 + 1e-4) * counts).any())
-        return "means are larger than those of unit features" if is_longer else ""
+        if not upload.payload:
+            return ""
+        is_longer = upload.payload["means"].norm(dim=1) > (1 + 1e-4) * upload.class_counts[own_classes(upload)]
+        return "means are larger than those of unit features" if is_longer.any() else ""
 
     @override
     def absorb(self, upload: Upload) -> None:
-        sums = upload.payload["means"].new_zeros(
-            len(upload.class_counts), upload.payload["means"].shape[1], dtype=torch.float64
-        )
-        sums[own_classes(upload)] = upload.payload["means"].double()
-        self.add("means", sums)
+        means = upload.payload["means"].double()
+        empty = means.new_zeros(len(upload.class_counts), means.shape[1])
+        self.add("means", empty.index_copy(0, own_classes(upload), means))
 
     @override
     def solve(self) -> Payload:
@@ -140,7 +138,7 @@ class FedNCM(_Statistics):
 
 @dataclass(kw_only=True)
 class _Moments(_Statistics):
-    """Sums of x x^T and x onehot(y)^T; see ``MomentSums``. Sent as packed Gram and the client's own classes' columns."""
+    """Sums of x x^T and x onehot(y)^T, sent as a packed Gram matrix and the columns of the client's own classes."""
 
     unit: ClassVar[bool] = True
     """Whether x is scaled to unit norm."""
@@ -152,7 +150,7 @@ class _Moments(_Statistics):
         return FoundationClassifier(self.foundation, stream.num_classes, head="unit")
 
     def map(self, features: Tensor) -> Tensor:
-        """x before scaling and constant, (B, width of x), from the ViT's features (B, width)."""
+        """The map of the ViT's features (B, width) to x before scaling and constant, (B, width of x)."""
         return features
 
     def moments(self, client: Client) -> MomentSums:
@@ -166,8 +164,7 @@ class _Moments(_Statistics):
 
     @override
     def statistics(self, client: Client) -> Payload:
-        classes = client.data.class_counts(client.task).nonzero().flatten()
-        return pack_sums(self.moments(client), classes)._asdict()
+        return pack_sums(self.moments(client), client.data.class_counts(client.task))._asdict()
 
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
@@ -216,7 +213,7 @@ class FedRidge(_Moments):
 
 @dataclass(kw_only=True)
 class FrozenLDA(_Moments):
-    """Linear discriminant analysis with equal priors, from FedRidge's sums: what adapted features have to beat (ours)."""
+    """Linear discriminant analysis with equal priors from FedRidge's sums: the control of adapted features (ours)."""
 
     card: ClassVar = MethodCard(
         "baseline", trains="nothing: a discriminant on the frozen ViT", uploads="Gram matrix, products with labels"
@@ -412,7 +409,10 @@ class FedRAN(_RandomFeatures):
     """
 
     card: ClassVar = MethodCard(
-        "arXiv 2026", "2606.11480", "nothing: ridge regression on random features", "low-rank Gram, products with labels"
+        "arXiv 2026",
+        "2606.11480",
+        "nothing: ridge regression on random features",
+        "low-rank Gram, label products",
     )
     width: int = 2048
     """M: number of random features."""
@@ -492,4 +492,4 @@ def positive(name: str, value: float) -> None:
 
 
 def _sums(upload: Upload) -> MomentSums:
-    return unpack_sums(MomentSums(**upload.payload), own_classes(upload), len(upload.class_counts))
+    return unpack_sums(MomentSums(**upload.payload), upload.class_counts)
