@@ -213,7 +213,7 @@ class FedRidge(_Moments):
 
 @dataclass(kw_only=True)
 class FrozenLDA(_Moments):
-    """Linear discriminant analysis with equal priors from FedRidge's sums: the control of adapted features (ours)."""
+    """Linear discriminant analysis with equal priors from FedRidge's sums, to compare adapted features with (ours)."""
 
     card: ClassVar = MethodCard(
         "baseline", trains="nothing: a discriminant on the frozen ViT", uploads="Gram matrix, products with labels"
