@@ -239,8 +239,8 @@ def assign(work: Sequence[int], num_ranks: int) -> list[int]:
 class ClientRunner:
     """Calls a method's client-side hooks, each from its own seed; the same in a simulation and on a Flower node."""
 
-    def __init__(self, method: Method, engine: Engine, seed: int, readouts: ReadoutConfig) -> None:
-        self.method, self.engine, self.seed, self.readouts = method, engine, seed, readouts
+    def __init__(self, method: Method, engine: Engine, seed: int, readouts: ReadoutConfig | None = None) -> None:
+        self.method, self.engine, self.seed, self.readouts = method, engine, seed, readouts or ReadoutConfig()
 
     def build(self, index: int, stream: StreamShape) -> Net:
         """The net of a client; all clients are seeded alike."""
@@ -317,7 +317,7 @@ class ClientRunner:
         """Accuracies (masks, tasks so far) of each of the ``logits`` of the net's outputs, or of ``views``, by name."""
         rows: dict[str, Tensor] = {}
         for task in range(client.task + 1):
-            ids = client.data.test_ids(task)
+            ids = client.data.evaluation_ids(task)
             for batch, output in self.engine.infer(client.net, client.data, ids, views=views):
                 for name, scores in logits(output).items():
                     row = rows.setdefault(name, torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64))
@@ -377,5 +377,6 @@ def describe_data(data: SpatialTemporalDataModule, num_tasks: int) -> dict[str, 
         "num_tasks": num_tasks,
         "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
         "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
-        "test_samples": [[len(stream.test_ids(task)) for task in tasks] for stream in streams],
+        "test_samples": [[len(stream.evaluation_ids(task)) for task in tasks] for stream in streams],
+        **({} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}),
     }
