@@ -53,7 +53,7 @@ def test_both_trainers_clip_unscaled_gradients(engine, net, batches, max_norm):
         assert 0.02 < min(ours.norms) and max(ours.norms) < 100
         return
     assert ours.norms == pytest.approx([max_norm] * len(batches), rel=1e-3)
-    plugin = StockMixedPrecision("16-mixed", "cpu", scaler())
+    plugin = StockMixedPrecision("16-mixed", "cpu", scaler(INITIAL_SCALE))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
     lightning.Trainer(accelerator="cpu", plugins=plugin, enable_model_summary=False, **options).fit(theirs, batches)
     assert theirs.norms == pytest.approx(ours.norms, rel=1e-3)
