@@ -14,7 +14,7 @@ def test_auto_takes_bf16_where_a_processor_has_instructions_for_it(fast, expecte
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_auto_asks_the_gpu_where_there_is_one(supported, expected, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: supported)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: supported or including_emulation)
     monkeypatch.setattr(device, "fast_bf16", lambda: not supported)
     assert chosen_precision("auto", "auto") == chosen_precision("auto", "cuda") == expected
     assert chosen_precision("auto", "cpu") != expected

@@ -140,7 +140,7 @@ def test_batches_come_with_the_cached_prefix(data, collaborator_config, batches)
     engine = Engine(Fabric(accelerator="cpu"), PrefixCache(data, 2**30, torch.float32))
     module = Spy(Collaborator(collaborator_config, 6))
     engine.train(Stage("train", module, batches, 1))
-    assert all(prefix.shape == (len(ids), 5 + 1, 64) for _, ids, _, prefix in module.seen)
+    assert all(prefix.shape == (len(ids), 5, 64) for _, ids, _, prefix in module.seen)
 
 
 def test_an_error_in_a_turn_leaves_the_device_in_order(engine, net, data):

@@ -238,7 +238,7 @@ def flops_per_image(net: Net) -> Flops:
     mode, device = net.training, next(iter(net.state_dict().values())).device
     images = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
     net.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         prefix, frozen = None, 0
         with torch.no_grad():
             if net.prefix_key is not None:

@@ -69,7 +69,7 @@ class Predictor:
         self.prepared = preparation(manifest)
         self.num_reshaped = 0
         self.names = [manifest.class_names[label] for label in classes]
-        self.fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
+        self.fabric = connect(trainer.accelerator, 1, trainer.precision, trainer.deterministic)
         net.load_state_dict(state["clients"][client]["net"])
         self.net = self.fabric.to_device(net).eval()
         self.classes = torch.tensor(classes, device=self.fabric.device)
@@ -198,10 +198,11 @@ class Commands:
         """
         checkpoint = self._trained(model, ckpt_path)
         identity = learned_part(self._identity(datamodule))
+        self.trainer.devices = 1  # several processes would print the table several times
         self.trainer.setup(model, datamodule, self.seed)
         task = self.trainer.restore(checkpoint, identity).last_trained_task
         run, rows = self.trainer.run, []
-        runner = ClientRunner(run.method, run.engine, run.seed)
+        runner = ClientRunner(run.method, run.engine, run.seed, run.readout_config)
         for client in run.clients:
             client.task = task
             rows.append(runner.evaluate(client))

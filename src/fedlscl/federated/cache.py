@@ -14,6 +14,7 @@ import fedlscl.nets
 from fedlscl.data import Batch, SpatialTemporalDataModule
 from fedlscl.nets.net import Net
 
+HOST = torch.device("cpu")
 CHUNK = 64
 """Images per forward pass that fills the cache."""
 DIGEST = 16
@@ -51,16 +52,24 @@ class PrefixCache:
             self.row[chunk] = torch.arange(end - len(chunk), end)
         self.stores: dict[str, MemoryRows | FileRows] = {}
 
-    def attach(self, batch: Batch, net: Net, precision: Callable[[], AbstractContextManager[None]]) -> Batch:
-        """Add the output of the net's frozen part (``net.prefix_key``) to a batch on the device, if it is cached."""
-        ids = batch.ids.cpu()
+    def attach(
+        self,
+        batch: Batch,
+        net: Net,
+        precision: Callable[[], AbstractContextManager[None]],
+        device: torch.device = HOST,
+    ) -> Batch:
+        """Add the output of the net's frozen part (``net.prefix_key``) to a batch on the host, if it is cached.
+
+        ``device`` computes it and gets it. With a warm cache it is not waited for.
+        """
+        ids = batch.ids
         if batch.prefix is not None or batch.augmented or (ids < 0).any():
             return batch
         chunks = self.chunk_of[ids].unique().tolist()
-        if not all(chunk >= 0 and self._fill(chunk, net, batch.images.device, precision) for chunk in chunks):
+        if not all(chunk >= 0 and self._fill(chunk, net, device, precision) for chunk in chunks):
             return batch
-        rows = self.stores[str(net.prefix_key)].take(self.row[ids])
-        return batch._replace(prefix=rows.to(batch.images.device, non_blocking=True))
+        return batch._replace(prefix=self.stores[str(net.prefix_key)].take(self.row[ids], device))
 
     @torch.no_grad()
     def _fill(
@@ -147,9 +156,12 @@ class MemoryRows:
         self.values[rows] = values
         self.filled.add(chunk)
 
-    def take(self, rows: Tensor) -> Tensor:
-        """Rows by index (n,)."""
-        return self.values[rows.to(self.values.device)]
+    def take(self, rows: Tensor, device: torch.device = HOST) -> Tensor:
+        """Rows by index (n,), on a device."""
+        if device.type != "cuda" or self.values.device.type == "cuda":
+            return self.values[rows.to(self.values.device, non_blocking=True)].to(device, non_blocking=True)
+        pinned = torch.empty(len(rows), *self.values.shape[1:], dtype=self.values.dtype, pin_memory=True)
+        return torch.index_select(self.values, 0, rows, out=pinned).to(device, non_blocking=True)
 
 
 class FileRows(MemoryRows):

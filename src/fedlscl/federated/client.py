@@ -182,9 +182,9 @@ def class_means(client: Client, ids: Tensor, pick: str = "features", unit: bool 
     num_classes, width = client.net.head.weight.shape
     sums, counts = torch.zeros(num_classes, width, dtype=torch.float64), torch.zeros(num_classes, dtype=torch.int64)
     for batch, output in client.infer(ids):
-        rows, labels = getattr(output, pick).double(), batch.labels.cpu()
+        rows, labels = getattr(output, pick).cpu().double(), batch.labels.cpu()
         sums = sums if counts.any() else sums.new_zeros(num_classes, rows.shape[1])
-        sums.index_add_(0, labels, (torch.nn.functional.normalize(rows) if unit else rows).cpu())
+        sums.index_add_(0, labels, torch.nn.functional.normalize(rows) if unit else rows)
         counts += torch.bincount(labels, minlength=num_classes)
     classes = counts.nonzero().flatten()
     return classes, (sums[classes] / counts[classes, None]).float()

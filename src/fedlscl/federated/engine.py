@@ -1,9 +1,11 @@
 """Engine, the package's only training loop and only inference loop on Lightning Fabric; its device and processes."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -22,6 +24,10 @@ T = TypeVar("T")
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt."""
+INITIAL_SCALE = 2.0**12
+"""Of the loss in 16-mixed (ours; 2^16 in torch, whose first steps often overflow and are skipped)."""
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others (30 minutes in torch, which the training at a server can exceed)."""
 
 
 class Engine:
@@ -45,31 +51,40 @@ class Engine:
         self.cache = cache
         self.infer_batch_size = infer_batch_size
         self.offloader = offloader or ClientOffloader(float("inf"))
+        self.visitor: Client | None = None
+        """The client whose nets are on the device."""
 
     def train(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
-        """Train a stage; returns the mean of each loss term over the last epoch."""
+        """Train a stage; returns the mean of each loss term over the last epoch.
+
+        On a device no step waits for its results. In 16-mixed every stage starts with a new gradient scaler, so that
+        stages do not depend on each other, and gradients are unscaled before ``on_before_optimizer_step``.
+        """
         module = stage.module
         self.fabric.to_device(module)
         optimizer: Any = self.fabric.setup_optimizers(module.configure_optimizers())
+        scaler = self._new_scaler()
         module.train()
-        means: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
+        steps = 0
         for _ in range(stage.epochs):
-            sums: dict[str, Tensor] = {}
-            steps = 0
+            sums = {}
             for steps, batch in enumerate(stage.batches, start=1):
                 prepared = self.prepare(batch, module.net)
-                with self.fabric.autocast():
+                with self.precision(module.net):
                     terms = module.training_step(prepared, steps - 1)
                 self.fabric.backward(terms["loss"])
+                if scaler is not None:
+                    scaler.unscale_(optimizer.optimizer)
                 module.on_before_optimizer_step(optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach()
                 on_batch(len(batch.labels))
-            means = {name: float(value) / steps for name, value in sums.items()}
         module.eval()
-        return means
+        totals = torch.stack([value.float() for value in sums.values()]).tolist() if sums else []
+        return {name: total / steps for name, total in zip(sums, totals, strict=True)}
 
     @torch.no_grad()
     def infer(
@@ -92,7 +107,7 @@ class Engine:
         net.eval()
         for batch in stream.loader(ids, self.infer_batch_size, shuffle=False):
             batch = self.fabric.to_device(batch) if part else self.prepare(batch, net)
-            with self.fabric.autocast():
+            with self.precision(net):
                 if part is not None:
                     output = part(batch.images)
                 else:
@@ -100,21 +115,43 @@ class Engine:
             yield batch, output
 
     def prepare(self, batch: Batch, net: Net) -> Batch:
-        """Move a batch to the device and attach the cached output of the net's frozen part."""
-        batch = self.fabric.to_device(batch)
-        if self.cache is None or net.prefix_key is None:
-            return batch
-        return self.cache.attach(batch, net, self.fabric.autocast)
+        """Attach the cached output of the net's frozen part to a batch on the host, and move both to the device."""
+        if self.cache is not None and net.prefix_key is not None:
+            batch = self.cache.attach(batch, net, lambda: self.precision(net), self.fabric.device)
+        return self.fabric.to_device(batch)
+
+    @contextmanager
+    def precision(self, net: Net) -> Iterator[None]:
+        """Fabric's autocast, with the frozen ViT's matrices in its half precision already: the same bits."""
+        with ExitStack() as contexts:
+            contexts.enter_context(self.fabric.autocast())
+            device = self.fabric.device.type
+            if net.foundation is not None and torch.is_autocast_enabled(device):
+                model = net.foundation.to(self.fabric.device)
+                contexts.enter_context(model.cast(torch.get_autocast_dtype(device)))
+            yield
+
+    def _new_scaler(self) -> torch.amp.GradScaler | None:
+        plugin: Any = self.fabric.strategy.precision
+        if getattr(plugin, "scaler", None) is None:
+            return None
+        plugin.scaler = torch.amp.GradScaler(plugin.device, init_scale=INITIAL_SCALE)
+        return plugin.scaler
 
     @contextmanager
     def on_device(self, client: Client) -> Iterator[None]:
-        """Keep a client's nets on the device during its turn."""
+        """Keep a client's nets on the device during its turn, or during several of its turns around which it is."""
+        if self.visitor is client:
+            yield
+            return
         self.offloader.acquire(client)
         for net in filter(None, (client.net, client.previous)):
             self.fabric.to_device(net)
+        self.visitor = client
         try:
             yield
         finally:
+            self.visitor = None
             if self.fabric.device.type != "cpu":
                 for net in filter(None, (client.net, client.previous)):
                     net.cpu()
@@ -125,29 +162,39 @@ class Ranks:
     """The processes of a run; with one process, gathering is the identity.
 
     Modules are not wrapped for data parallelism: each client trains in one process, so that the result does not depend
-    on the number of processes (bit for bit if all have the same number of threads).
+    on the number of processes (bit for bit if all have the same number of threads). Objects go through the hosts'
+    memory (gloo), also between GPUs.
     """
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
         self.is_first = self.rank == 0
-        """Whether this process writes files and calls callbacks."""
+        """Whether this process writes files, calls callbacks and computes the server's part."""
+        self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """Items of all processes, in the order of ranks."""
         if self.size == 1:
             return list(items)
         gathered: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(gathered, list(items))
+        torch.distributed.all_gather_object(gathered, list(items), group=self.group)
         return [item for part in gathered for item in part]
 
     def from_first(self, value: T) -> T:
         """The value of the first process."""
-        return value if self.size == 1 else self.fabric.broadcast(value, src=0)
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
 
-def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:
+def connect(accelerator: str, devices: int, precision: Precision, deterministic: bool = False) -> Fabric:
     """Launch Fabric; with several devices the program is started again for each further one.
+
+    On a GPU 32-true means float32 in convolutions, too (torch's default is TF32 there), and cuDNN tries its algorithms
+    for each new shape. With ``deterministic`` it takes one that repeats to the bit, as other operations do where they
+    can; a warning names those that cannot. Results on a CPU always repeat.
 
     Raises:
         ValueError: if this machine lacks the accelerator or does not support the precision.
@@ -166,11 +213,29 @@ def connect(accelerator: str, devices: int, precision: Precision) -> Fabric:
         reason = " ".join(str(error).split())
         raise ValueError(f"accelerator must be available, got {accelerator!r} ({reason}): use cpu or auto.") from error
     fabric.launch()
-    if precision == "bf16-mixed" and fabric.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if precision == "bf16-mixed" and fabric.device.type == "cuda" and not has_bf16():
         raise ValueError("precision must be 16-mixed or 32-true on a GPU without bfloat16, got 'bf16-mixed'.")
     if fabric.device.type == "cpu":
         keep_freed_memory()
+    else:
+        configure_gpu(precision, deterministic)
     return fabric
+
+
+def configure_gpu(precision: Precision, deterministic: bool) -> None:
+    """Set torch's process-wide options for GPUs, and forget the memory peak of earlier runs."""
+    torch.backends.cudnn.allow_tf32 = precision != "32-true"
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def has_bf16() -> bool:
+    """Whether the GPU has bfloat16 itself; torch also emulates it on older ones, where it is slower than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def chosen_precision(precision: Precision, accelerator: str) -> Precision:
@@ -178,7 +243,7 @@ def chosen_precision(precision: Precision, accelerator: str) -> Precision:
     if precision != "auto":
         return precision
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return "bf16-mixed" if has_bf16() else "32-true"
     return "bf16-mixed" if accelerator in ("auto", "cpu") and fast_bf16() else "32-true"
 
 

@@ -142,19 +142,22 @@ class LocalPool(ClientPool):
         for client in run.clients:
             client.round = progress.round
         present, start = [run.clients[index] for index in participants], len(run.history)
+        own: list[Upload] = []
         for client in self._own(present):
             self.call("on_client_start", client)
-            self.runner.train(client, self.train_stage)
-            if progress.last:
-                self._evaluate(client, "before")
+            with run.engine.on_device(client):
+                self.runner.train(client, self.train_stage)
+                if progress.last:
+                    self._evaluate(client, "before")
+                if with_uploads:
+                    own.append(self.runner.upload(client))
         if self.ranks.size > 1:
             run.history[start:] = sorted(self.ranks.gather(run.history[start:]), key=lambda entry: entry["client"])
         if progress.last:
             self._gather_accuracies("before", progress.task, present)
         if not with_uploads:
             return Uploads([], {})
-        uploads = self.ranks.gather([self.runner.upload(client) for client in self._own(present)])
-        return Uploads(sorted(uploads, key=lambda upload: upload.client), {})
+        return Uploads(sorted(self.ranks.gather(own), key=lambda upload: upload.client), {})
 
     @override
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
@@ -165,8 +168,9 @@ class LocalPool(ClientPool):
     @override
     def end_task(self, progress: Progress) -> None:
         for client in self._own(self.run.clients):
-            self.runner.end_task(client)
-            self._evaluate(client, "after")
+            with self.run.engine.on_device(client):
+                self.runner.end_task(client)
+                self._evaluate(client, "after")
         self._gather_accuracies("after", progress.task, self.run.clients)
 
     @override
@@ -317,12 +321,17 @@ class ClientRunner:
         """Accuracies (masks, tasks so far) of each of the ``logits`` of the net's outputs, or of ``views``, by name."""
         rows: dict[str, Tensor] = {}
         for task in range(client.task + 1):
-            ids = client.data.evaluation_ids(task)
+            ids, device = client.data.evaluation_ids(task), self.engine.fabric.device
+            masks = [classes.to(device) for classes in (client.data.classes(task), client.seen)]
+            counts: dict[str, list[Tensor]] = {}  # of each batch, on the device until the end
             for batch, output in self.engine.infer(client.net, client.data, ids, views=views):
                 for name, scores in logits(output).items():
-                    row = rows.setdefault(name, torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64))
-                    for mask, classes in enumerate((client.data.classes(task), client.seen)):
-                        row[mask, task] += correct(scores, batch.labels, classes).sum().item() / len(ids)
+                    hits = [correct(scores, batch.labels, classes).sum() for classes in masks]
+                    counts.setdefault(name, []).append(torch.stack(hits))
+            for name, hits in counts.items():
+                row = rows.setdefault(name, torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64))
+                for count in torch.stack(hits).cpu():
+                    row[:, task] += count.double() / len(ids)
         return rows
 
     def _seed(self, kind: "Turn", client: Client, number: int = 0) -> None:

@@ -35,6 +35,7 @@ class FederatedTrainer:
         accelerator: hardware to train on, as in Fabric: auto, cpu, gpu, cuda, mps.
         devices: number of processes that the clients are distributed over, one device (or share of a CPU) each.
         precision: 32-true, bf16-mixed, or 16-mixed on CUDA; auto is bf16-mixed where the hardware has it.
+        deterministic: on a GPU, use operations whose results repeat to the bit, where torch has them; slower.
         cache_gb: memory for frozen ViT tokens, which are computed once per image; 0 disables the cache.
         clients_gb: memory for idle clients; beyond it the least recently used ones are offloaded to disk.
         checkpoint_every: rounds between two checkpoints; the end of a task always writes one.
@@ -59,6 +60,7 @@ class FederatedTrainer:
         accelerator: str = "auto",
         devices: int = 1,
         precision: Precision = "32-true",
+        deterministic: bool = False,
         cache_gb: float = 4.0,
         clients_gb: float = 16.0,
         checkpoint_every: int = 1,
@@ -93,6 +95,7 @@ class FederatedTrainer:
         self.accelerator = accelerator
         self.devices = devices
         self.precision: Precision = chosen_precision(precision, accelerator)
+        self.deterministic = deterministic
         self.cache_gb = cache_gb
         self.clients_gb = clients_gb
         self.checkpoint_every = checkpoint_every
@@ -152,7 +155,7 @@ class FederatedTrainer:
         datamodule.run_seed = seed
         if pool is None:
             datamodule.setup()
-        self.fabric = connect(self.accelerator, self.devices, self.precision)
+        self.fabric = connect(self.accelerator, self.devices, self.precision, self.deterministic)
         self.ranks = Ranks(self.fabric)
         cache = None
         if pool is None:
@@ -257,13 +260,25 @@ class FederatedTrainer:
         self.sampling.check_quorum(len(uploads), run.num_clients, progress)
         if not any(upload.num_samples for upload in uploads):
             return
-        train_server(run.method, run.seed, uploads, progress, self._train)
-        started = time.perf_counter()
-        answers = aggregate(run.method, run.seed, uploads, progress)
-        self._call("on_server_end", time.perf_counter() - started)
+        answers = self._aggregate(uploads)
         for client, answer in answers.items():
             count(run.traffic, "down", client, progress, answer)
         self.pool.download(progress, answers)
+
+    def _aggregate(self, uploads: list[Upload]) -> dict[int, Payload]:
+        """The server's responses, by client; the first process computes them and its method's state for all."""
+        run, start = self.run, len(self.run.history)
+        answers: dict[int, Payload] = {}
+        if self.ranks.is_first:
+            train_server(run.method, run.seed, uploads, run.progress, self._train)
+            started = time.perf_counter()
+            answers = aggregate(run.method, run.seed, uploads, run.progress)
+            self._call("on_server_end", time.perf_counter() - started)
+        if self.ranks.size > 1:
+            result = (answers, run.method.state_dict(), run.history[start:])
+            answers, state, run.history[start:] = self.ranks.from_first(result)
+            run.method.load_state_dict(state)
+        return answers
 
     def _solve_readouts(self) -> None:
         """Collect the clients' sums of features, solve the readouts' heads and evaluate them."""

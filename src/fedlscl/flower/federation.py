@@ -56,7 +56,7 @@ class Federation:
         trainer = self.trainer
         dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
         cache = PrefixCache(self.datamodule, trainer.cache_gb * 2**30, dtype, folder)
-        fabric = connect(trainer.accelerator, trainer.devices, trainer.precision)
+        fabric = connect(trainer.accelerator, trainer.devices, trainer.precision, trainer.deterministic)
         return ClientRunner(deepcopy(self.method), Engine(fabric, cache), self.seed, trainer.readouts)
 
 

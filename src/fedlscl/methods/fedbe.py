@@ -83,7 +83,7 @@ def identity_copy(block: Block) -> Block:
     """
     if not is_plain(block):
         raise ValueError(f"foundation must have plain pre-norm blocks, got {type(block).__name__}: choose another ViT.")
-    copy = deepcopy(block).requires_grad_(True)
+    copy = deepcopy(block).cpu().requires_grad_(True)  # the process's ViT may be on a GPU already
     for layer in (copy.attn.proj, copy.mlp.fc2):
         for parameter in layer.parameters():
             parameter.zero_()

@@ -231,7 +231,7 @@ def feature_moment(client: Client, ids: Tensor) -> Tensor:
     if not len(ids):
         size = len(client.net.generator.matrix)
         return torch.zeros(size, size, dtype=torch.float64)
-    return second_moment(torch.cat([e for _, (e, _) in client.infer(ids, part=client.net.generate)]))
+    return second_moment(torch.cat([e.cpu() for _, (e, _) in client.infer(ids, part=client.net.generate)]))
 
 
 def predecessor_features(client: Client) -> Tensor:

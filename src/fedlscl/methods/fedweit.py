@@ -118,12 +118,14 @@ class DecomposedClassifier(Net):
         _decompose(self.small.cnn, num_tasks, num_clients, threshold)
         self.head = LinearHead(self.small.width, num_classes)
         self.register_buffer("task_of", torch.full((num_classes,), -1))
+        self.last_task = -1
+        self.register_load_state_dict_post_hook(DecomposedClassifier._update_last_task)
         self.set_trainable()
 
     @property
     def task(self) -> int:
         """The current task."""
-        return max(int(self.task_of.max()), 0)
+        return max(self.last_task, 0)
 
     @property
     def convolutions(self) -> dict[str, DecomposedConv]:
@@ -141,6 +143,7 @@ class DecomposedClassifier(Net):
                     part.fold()
                 part.anchor.copy_(part.conv.weight.detach())
         self.task_of[classes] = task
+        self._update_last_task()
         self.set_trainable()
 
     def set_trainable(self) -> None:
@@ -162,7 +165,7 @@ class DecomposedClassifier(Net):
         self._select(self.task)
         features = self.small(images)
         logits = self.head(features)
-        if self.training or self.task_of.max() < 0:
+        if self.training or self.last_task < 0:
             return Classification(features, logits)
         log_probabilities = torch.full_like(logits, UNKNOWN, dtype=torch.float32)
         for task in range(self.task, -1, -1):
@@ -173,6 +176,9 @@ class DecomposedClassifier(Net):
             log_probabilities[:, classes] = logits[:, classes].float().log_softmax(1)
         self._select(self.task)
         return Classification(features, log_probabilities)
+
+    def _update_last_task(self, incompatible: object = None) -> None:
+        self.last_task = int(self.task_of.max())  # known to the host, so that no step waits for a device
 
     def _select(self, task: int) -> None:
         current = self.task

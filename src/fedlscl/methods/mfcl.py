@@ -105,7 +105,9 @@ class MimickingModule(ClassificationModule):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """L_CE + w_ft L_FT + w_kd L_KD, from one forward pass of real and synthetic images."""
-        noise = torch.randn(self.replay_size, self.synthesizer.net.noise_dim).to(self.old_classes.device)
+        noise = torch.randn(self.replay_size, self.synthesizer.net.noise_dim).to(
+            self.old_classes.device, non_blocking=True
+        )
         parts = (batch.images, self.synthesizer(noise))
         images = torch.cat([fit(part, self.net.small.image_size) for part in parts])
         now, before = self.net(images), self.previous(images)

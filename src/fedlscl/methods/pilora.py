@@ -230,7 +230,7 @@ def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
     """Sorted classes (n,) of the task's training samples and their mean features (n, width), not normalised."""
     sums = torch.zeros(client.net.head.weight.shape, dtype=torch.float64)
     for batch, output in client.infer(client.train_ids):
-        sums.index_add_(0, batch.labels.cpu(), output.features.double().cpu())
+        sums.index_add_(0, batch.labels.cpu(), output.features.cpu().double())
     counts = client.data.class_counts(client.task)
     classes = counts.nonzero().flatten()
     return classes, (sums[classes] / counts[classes, None]).float()

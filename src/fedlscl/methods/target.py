@@ -9,7 +9,7 @@ others and new to it.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -79,13 +79,17 @@ def start_size(channels: Sequence[int], size: int) -> int:
 class Denormalize(nn.Module):
     """Images (B, 3, h, w) as pixels in 0..1, so that the classifier's normalisation restores them."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.mean, self.std = mean, std
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = self.mean.to(images.dtype), self.std.to(images.dtype)
         return (images * std + mean).clamp(0, 1)
 
 
@@ -246,21 +250,24 @@ Averages = Sequence[tuple[Tensor, Tensor]]
 class InversionModule(Learner):
     """Train noise and a copy of the synthesizer towards images of given classes on which teacher and student disagree.
 
-    Gradients add up in ``slow``, the synthesizer that remains (FOMAML); ``best`` is the batch of the lowest objective
-    so far. ``classes`` are the columns of teacher and student; ``averages`` those of earlier batches.
+    ``gradients`` are the copy's, summed over the steps, for the synthesizer that remains (FOMAML). ``best`` is the
+    batch of the lowest objective so far. ``classes`` are the columns of teacher and student; ``averages`` those of
+    earlier batches.
     """
 
+    lowest: Tensor
+
     def __init__(
-        self, net: GeneratorWithTeacher, student: Net, slow: nn.Module, classes: Tensor, averages: Averages,
+        self, net: GeneratorWithTeacher, student: Net, classes: Tensor, averages: Averages,
         lambda_label: float, lambda_norm: float, lambda_adversarial: float, lr_noise: float, **optimisation: Any,
     ) -> None:  # fmt: skip
         super().__init__(net, lr_of={"shift": lr_noise}, **optimisation)
         self.student, self.averages = Frozen(student), averages
-        self.slow: Iterable[Tensor] = list(slow.parameters())
         self.lambda_label, self.lambda_norm, self.lambda_adversarial = lambda_label, lambda_norm, lambda_adversarial
         self.register_buffer("classes", classes, persistent=False)
         self.best: Tensor | None = None
-        self.lowest = torch.tensor(torch.inf)
+        self.register_buffer("lowest", torch.tensor(torch.inf), persistent=False)
+        self.gradients: list[Tensor] = []
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Oh CE(f(x), y) + bn L_BN + adv L_adv for noise ``batch.images`` (B, noise_dim)."""
@@ -278,15 +285,16 @@ class InversionModule(Learner):
         return terms
 
     def _keep(self, images: Tensor, loss: Tensor) -> None:
-        is_better = loss < self.lowest.to(loss.device)
+        is_better = loss < self.lowest
         self.best = images if self.best is None else torch.where(is_better, images, self.best)
-        self.lowest = torch.where(is_better, loss, self.lowest.to(loss.device))
+        self.lowest = torch.where(is_better, loss, self.lowest)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the copy's gradients to those of the synthesizer."""
-        for slow, fast in zip(self.slow, self.net.synthesizer.parameters(), strict=True):
-            gradient = fast.grad.to(slow.device)
-            slow.grad = gradient.clone() if slow.grad is None else slow.grad + gradient
+        """Add the copy's gradients to ``gradients``, unless they overflowed, as some do in 16-mixed."""
+        gradients = [fast.grad for fast in self.net.synthesizer.parameters()]
+        is_finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        finite = [torch.where(is_finite, gradient, 0) for gradient in gradients]
+        self.gradients = [a + b for a, b in zip(self.gradients, finite, strict=True)] if self.gradients else finite
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with TARGET's betas."""
@@ -378,7 +386,7 @@ class SyntheticDistillationModule(ClassificationModule):
     def _draw(self) -> Tensor:
         if not self.waiting:
             self.waiting = list(torch.randperm(len(self.synthetic)).tensor_split(self.num_batches))
-        return self.synthetic[self.waiting.pop().to(self.synthetic.device)]
+        return self.synthetic[self.waiting.pop().to(self.synthetic.device, non_blocking=True)]
 
 
 @dataclass(kw_only=True)
@@ -443,11 +451,13 @@ class TARGET(DataFree):
         for number in range(self.synthesis_rounds):
             is_warm = number >= self.warmup_rounds
             module = InversionModule(
-                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING), student, slow, classes,
+                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING), student, classes,
                 averages, self.lambda_label, self.lambda_norm, self.lambda_adversarial * is_warm,
                 self.noise_lr, lr=self.synthesis_lr,
             )  # fmt: skip
             yield Stage("synthesis", module, [self._sample_batch(classes)] * self.synthesis_steps, 1)
+            for parameter, gradient in zip(slow.parameters(), module.gradients, strict=True):
+                parameter.grad = gradient.to(parameter.device)
             meta.step()
             meta.zero_grad()
             assert module.best is not None

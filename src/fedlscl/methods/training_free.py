@@ -158,7 +158,7 @@ class _Moments(_Statistics):
         total: MomentSums | None = None
         for batch, output in client.infer(client.train_ids):
             x = self.map(output.features)
-            total = added(total, moment_sums(x, batch.labels, output.logits.shape[1], self.unit, self.bias))
+            total = added(total, moment_sums(x.cpu(), batch.labels.cpu(), output.logits.shape[1], self.unit, self.bias))
         assert total is not None
         return total
 
@@ -354,7 +354,7 @@ class STSAE(_RandomFeatures):
             group = torch.arange(start, start + len(batch.labels)) % self.groups
             start += len(batch.labels)
             row = torch.searchsorted(classes, batch.labels.cpu()) * self.groups + group
-            sums.index_add_(0, row, self.map(output.features).double().cpu())
+            sums.index_add_(0, row, self.map(output.features).cpu().double())
             counts += torch.bincount(row, minlength=len(counts))
         shape = len(classes), self.groups
         return {"sums": sums.view(*shape, -1).float(), "counts": counts.view(shape)}
@@ -427,7 +427,7 @@ class FedRAN(_RandomFeatures):
     def statistics(self, client: Client) -> Payload:
         """F (width, at most rank) with F F^T near the Gram matrix, and the exact products of the client's classes."""
         rows = [
-            (self.map(output.features).double().cpu(), batch.labels.cpu())
+            (self.map(output.features).cpu().double(), batch.labels.cpu())
             for batch, output in client.infer(client.train_ids)
         ]
         features, labels = (torch.cat(part) for part in zip(*rows, strict=True))

@@ -75,8 +75,14 @@ class Learner(L.LightningModule, ABC):
         self.log_dict(terms, batch_size=len(as_batch(batch).labels))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient's norm to ``max_norm``; both trainers call this hook."""
+        """Clip the gradient's norm to ``max_norm``; both trainers call this hook.
+
+        In 16-mixed ``lightning.Trainer`` leaves gradients of a fused optimizer scaled, so they are unscaled here.
+        """
         if self.max_norm is not None:
+            scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.max_norm)
 
     @override

@@ -170,6 +170,7 @@ class Foundation:
         self.fingerprint = fingerprint(self.vit)
         cfg = self.vit.pretrained_cfg
         self.mean, self.std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
+        self._copies: tuple[Any, list[tuple[dict[str, Any], dict[str, Any]]]] = None, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Foundation":
         return self
@@ -183,6 +184,26 @@ class Foundation:
             self.vit.to(device)
             self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
+
+    @contextmanager
+    def cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Keep weights of linear layers and convolutions in ``dtype`` where autocast would cast them in every pass.
+
+        The results are the same bits. The layers are as before at the end; copies are made once per device and type.
+        """
+        if self._copies[0] != (self.mean.device, dtype):
+            layers = [layer for layer in self.vit.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+            kinds = [(layer._parameters, dict(layer.named_parameters(recurse=False))) for layer in layers]
+            copies = [(own, {n: nn.Parameter(p.to(dtype), False) for n, p in of.items()}) for own, of in kinds]
+            self._copies = (self.mean.device, dtype), copies
+        kept = [(own, {name: own[name] for name in copies}) for own, copies in self._copies[1]]
+        for own, copies in self._copies[1]:
+            own.update(copies)
+        try:
+            yield
+        finally:
+            for own, weights in kept:
+                own.update(weights)
 
     def block(self, index: int) -> nn.Module:
         """Block ``index``, counted from 0."""

@@ -15,7 +15,10 @@ from fedlscl.report.runs import Run
 NOT_A_SETTING = {
     "seed_everything",
     "method.class_path",
-    *(f"trainer.{name}" for name in ("accelerator", "devices", "cache_gb", "clients_gb", "cache_dir", "compile")),
+    *(
+        f"trainer.{name}"
+        for name in ("accelerator", "devices", "deterministic", "cache_gb", "clients_gb", "cache_dir", "compile")
+    ),
     *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks", "loggers", "precision", "max_tasks")),
     *(f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")),
 }
