@@ -277,4 +277,8 @@ def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool =
         return "products are larger than those of unit features"
     if unit and sums.gram.trace() > slack * size * counts.sum():
         return "gram is larger than that of unit features"
-    return "" if is_semidefinite(sums.gram) else "gram is not symmetric and positive semidefinite"
+    if not is_semidefinite(sums.gram):
+        return "gram is not symmetric and positive semidefinite"
+    within = sums.gram - _between(sums.products[:, counts > 0], counts)
+    lifted = within + TOLERANCE * sums.gram.trace() * torch.eye(len(within), dtype=within.dtype)
+    return "" if is_semidefinite(lifted) else "gram is smaller than that of the class means"
