@@ -388,3 +388,80 @@ def test_the_predecessors_features_are_computed_once_a_task_and_the_run_stays_th
         expected = one.previous.embed(one.data.fetch(one.buffer.ids).images)
         assert len(expected) == len(one.buffer) > 0
         torch.testing.assert_close(one.memory[fedlscl.KEPT], expected)
+
+
+def test_without_a_small_model_a_static_lora_is_fused(make_method, federate):
+    """W = b for every image; Eq. 5 with C = [1] is a weighted mean of the clients' b."""
+    trainer = federate(make_method({"small_model": "none"}), rounds_per_task=2)
+    net = trainer.clients[0].net
+    images = trainer.clients[0].data.fetch(trainer.clients[0].train_ids[:3]).images
+    features, lora = net.generate(images)
+    assert features.shape == (3, 0) and torch.equal(lora, net.generator.bias.expand(3, -1))
+    assert net.generator.matrix.shape[0] == 1 and not hasattr(net, "small")
+    up = trainer.traffic["up_values"][0, 0, 0]
+    assert up == net.generator.matrix.shape[1] + 1
+    fused = one_by_one_distill([torch.tensor([[0.0]]), torch.tensor([[1.0]])], [torch.ones(1, 1).double()] * 2, 1.0)
+    assert [round(float(value), 6) for value in fused] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_cnn_stays_as_it_is(make_method, federate, frozen):
+    method = make_method({"freeze_small": frozen, "feature_dim": 24})
+    trainer = federate(method, max_tasks=1)
+    torch.manual_seed(0)
+    client = trainer.clients[0]
+    start = trainer.pool.runner.build(0, trainer.pool.stream)
+    same = all(torch.equal(a, b) for a, b in zip(start.small.state_dict().values(),
+                                                client.net.small.state_dict().values(), strict=True))  # fmt: skip
+    assert same == frozen
+    assert not torch.equal(start.unit.project.weight, client.net.unit.project.weight)
+
+
+def test_calibrated_norms_have_the_statistics_of_the_first_task(make_method, federate):
+    """Means over the batches, once; weights and later statistics are not touched by it."""
+    trainer = federate(make_method({"freeze_small": True}, calibrate_norm=True), rounds_per_task=2)
+    client = trainer.clients[0]
+    fresh = trainer.pool.runner.build(0, trainer.pool.stream).small.train()
+    first = next(part for part in fresh.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    seen = []
+    first.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]))
+    fresh(client.data.fetch(client.data.train_ids(0)).images)
+    norm = next(part for part in client.net.small.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.1
+
+
+def test_a_constant_small_model_is_reported(make_method, federate, caplog):
+    constant = make_method({"feature_dim": 16})
+    build = constant.build_net
+
+    def dead(client, stream):
+        net = build(client, stream)
+        torch.nn.init.zeros_(net.unit.project.weight)
+        return net
+
+    federate(constant, max_tasks=1)
+    alive = [record.getMessage() for record in caplog.records if "works as a constant" in record.getMessage()]
+    caplog.clear()
+    constant.build_net = dead
+    federate(constant, max_tasks=1)
+    dead_lines = [record.getMessage() for record in caplog.records if "works as a constant" in record.getMessage()]
+    assert len(dead_lines) == 2 >= len(alive) and "client 1: the small model's features E differ by" in dead_lines[1]
+
+
+@pytest.mark.parametrize(("replay_current", "columns"), [(True, [0, 1]), (False, [0])])
+def test_a_buffer_alone_is_replayed_over_old_columns(make_method, federate, replay_current, columns):
+    method = make_method({}, replay_current=replay_current)
+    watch = []
+    stages = method.stages
+
+    def watched(client):
+        for stage in stages(client):
+            if stage.name == "continual":
+                watch.append((stage.module.classes, client.data))
+            yield stage
+
+    method.stages = watched
+    federate(method)
+    for classes, data in watch:
+        assert torch.equal(classes, torch.cat([data.classes(task) for task in columns]).unique())

@@ -62,7 +62,7 @@ def test_a_checkpoint_holds_no_foundation_weights(collaborator, data, stock, tmp
     trainer.fit(CollaborativeModule(collaborator), datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert {name.split(".")[1] for name in state} == {"small", "unit", "generator", "head", "analytic", "adapted"}
+    assert {name.split(".")[1] for name in state} == {"small", "unit", "generator", "head"}
 
 
 def test_a_net_is_described_by_plain_values(collaborator):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
@@ -352,3 +353,60 @@ def test_a_failed_download_is_refused_with_the_name_and_the_ways_out(monkeypatch
         "small_model 'resnet18' could not be created (Cannot reach the hub): choose a name from "
         "timm.list_models(pretrained=True), connect to the network, or set pretrained to false."
     )
+
+
+EFFICIENTNET = Path(__file__).parents[3] / "shared/data/tf_efficientnet_lite0.safetensors"
+
+
+@pytest.mark.skipif(not EFFICIENTNET.is_file(), reason="needs the pretrained EfficientNet-Lite0 in ../shared/data")
+def test_a_pretrained_file_is_loaded_with_its_own_normalisation():
+    """float16, with a head, without num_batches_tracked."""
+    small = SmallModel("tf_efficientnet_lite0", 32, weights=str(EFFICIENTNET))
+    stored = load_file(EFFICIENTNET)
+    assert small.normalisation == {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    for name, value in small.cnn.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert value.dtype == torch.float32 and torch.equal(value, stored[name].float())
+
+
+def saved(folder, state):
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "cnn.safetensors")
+    return str(folder / "cnn.safetensors")
+
+
+def test_weights_of_a_file_replace_the_start(tmp_path):
+    torch.manual_seed(1)
+    other = SmallModel("test_resnet", 16)
+    path = saved(tmp_path, {**other.cnn.state_dict(), "fc.weight": torch.zeros(3, 3)})
+    torch.manual_seed(2)
+    small = SmallModel("test_resnet", 16, weights=path)
+    assert all(torch.equal(value, other.cnn.state_dict()[name]) for name, value in small.cnn.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state, name: state.pop(name), "small_weights must be of test_resnet, got .* without"),
+        (lambda state, name: state.update({name: torch.ones(1)}), r"of shape \(1,\)"),
+        (lambda state, name: state[name].fill_(torch.nan), "values that are not finite"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, spoil, message):
+    state = {name: value.clone() for name, value in SmallModel("test_resnet", 16).cnn.state_dict().items()}
+    spoil(state, next(iter(state)))
+    with pytest.raises(ValueError, match=message):
+        SmallModel("test_resnet", 16, weights=saved(tmp_path, state))
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "cnn.pt").write_bytes(b"PK")
+    for path, message in ((tmp_path / "cnn.pt", "convert it"), (tmp_path / "none", "give the path of one")):
+        with pytest.raises(ValueError, match=f"small_weights must be a safetensors file, got .*{message}"):
+            SmallModel("test_resnet", 16, weights=str(path))
+    with pytest.raises(ValueError, match="pretrained must be false with small_weights"):
+        SmallModel("test_resnet", 16, pretrained=True, weights="x")
+
+
+def test_options_reach_timm():
+    small = SmallModel("resnet18", 32, options={"norm_layer": "groupnorm"})
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in small.modules())

@@ -92,7 +92,7 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
         tensor([[1, 2],
                 [2, 3]])
     """
-    if len(packed) == size:
+    if len(packed) == size > 1:
         return packed
     matrix = packed.new_zeros(size, size)
     rows, columns = torch.triu_indices(size, size)

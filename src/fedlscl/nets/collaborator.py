@@ -1,8 +1,8 @@
 """Collaborator: small model, parameter generator and frozen ViT (Sec. 4.1, Eq. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +91,18 @@ class CollaboratorConfig:
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT, shared by all clients."""
     small_model: str = "resnet18"
-    """The client's CNN, any timm name with feature maps; it is never uploaded."""
+    """The client's CNN, any timm name with feature maps; it is never uploaded. 'none' leaves the static LoRA b alone: a
+    control of what the CNN contributes (ours)."""
     small_image_size: int = 224
     """Input size of the CNN in pixels, apart from the ViT's (ours; the paper has one size of 224)."""
     pretrained: bool = False
     """Start the CNN from timm's weights instead of from scratch."""
+    small_weights: str = ""
+    """Start the CNN from a safetensors file in timm's names; its images are normalised as timm states for the name."""
+    small_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model for the CNN, such as norm_layer: groupnorm for ResNets."""
+    freeze_small: bool = False
+    """Do not train the CNN; the projection of its features is trained (ours)."""
     feature_dim: int = 512
     """Dimension of E, common to all small models (ours; not in the paper)."""
     unit_features: bool = True
@@ -136,10 +143,15 @@ class Collaborator(FrozenViTNet):
         super().__init__(model, blocks[0] if config.collaboration else None)
         self.config, self.num_classes = config, num_classes
         self.shapes = [LowRankShape(layer.in_features, layer.out_features, config.rank) for layer in layers]
-        if config.collaboration:
-            self.small = SmallModel(config.small_model, config.small_image_size, config.pretrained)
+        self.has_small_model = config.collaboration and config.small_model != "none"
+        self.feature_dim = config.feature_dim if self.has_small_model else 0
+        if self.has_small_model:
+            pretraining = config.pretrained, config.small_weights, config.small_options
+            self.small = SmallModel(config.small_model, config.small_image_size, *pretraining)
+            self.small.requires_grad_(not config.freeze_small)
             self.unit = ProjectedFeatures(self.small.width, config.feature_dim, config.unit_features)
-            self.generator = ParameterGenerator(config.feature_dim, self.shapes, config.generator_start)
+        if config.collaboration:
+            self.generator = ParameterGenerator(self.feature_dim, self.shapes, config.generator_start)
         self.head = make_head(config.head, self.foundation.width, num_classes)
 
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +165,9 @@ class Collaborator(FrozenViTNet):
             return features, self.generator(features)
 
     def embed(self, images: Tensor) -> Tensor:
-        """E = theta_i(x), (B, feature_dim)."""
+        """E = theta_i(x), (B, feature_dim); (B, 0) without a small model."""
+        if not self.has_small_model:
+            return images.new_zeros((len(images), 0), dtype=torch.float32)
         return self.unit(self.small(images))
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Collaboration:
