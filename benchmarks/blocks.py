@@ -15,7 +15,7 @@ BLOCKS = (0, 3, 6, 9, 11)
 
 def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
     """A row for each block."""
-    return {"blocks": [variant(f"block{value}", options, collaborator__block=value) for value in BLOCKS]}
+    return {"blocks": [variant(f"block{value}", options, collaborator__blocks=[value]) for value in BLOCKS]}
 
 
 if __name__ == "__main__":

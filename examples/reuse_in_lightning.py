@@ -25,7 +25,7 @@ CONFIG = CollaboratorConfig(
     foundation=FoundationConfig(name="vit_glyph_patch4_32", weights="bundled"),
     small_model="test_resnet",
     small_image_size=32,
-    block=9,
+    blocks=[9],
 )
 OLD, NEW = range(5), range(5, 10)
 

@@ -25,9 +25,9 @@ def foundation_config():
 
 @pytest.fixture(scope="session")
 def collaborator_config(foundation_config):
-    """The same ViT with a small CNN at 16 pixels."""
+    """The same ViT with a small CNN at 16 pixels and one adapted block."""
     return CollaboratorConfig(
-        foundation=foundation_config, small_model="test_resnet", small_image_size=16, feature_dim=16
+        foundation=foundation_config, small_model="test_resnet", small_image_size=16, feature_dim=16, blocks=(3,)
     )
 
 

@@ -44,11 +44,11 @@ def refused(tmp_path, capsys):
         ("--method.local_epoch 3", "method.local_epoch is unknown to FedLSCL: did you mean method.local_epochs?"),
         (
             "--method.collaborator.blok 3",
-            "method.collaborator.blok is unknown to FedLSCL: did you mean method.collaborator.block?",
+            "method.collaborator.blok is unknown to FedLSCL: did you mean method.collaborator.blocks?",
         ),
         ("--method.collaborator.foundation.nam x", "did you mean method.collaborator.foundation.name?"),
         (
-            "--method FedProx --method.collaborator.block 3",
+            "--method FedProx --method.collaborator.blocks all",
             "method.collaborator.foundation.name is unknown to FedProx: ",
         ),
         ("--trainer.norm_factor 3", "trainer.norm_factor was renamed: use trainer.max_norm_ratio."),
@@ -57,6 +57,7 @@ def refused(tmp_path, capsys):
             "--method.collaborator.adapted_weight 0",
             "method.collaborator.adapted_weight was renamed: use trainer.readouts.heads.",
         ),
+        ("--method.collaborator.block 3", "method.collaborator.block was renamed: use method.collaborator.blocks."),
         ("positional", "positional is unknown: --help lists what there is."),
         ("--method FedProxx", "method='FedProxx' is unknown: did you mean FedProx?"),
         ("--method pilra", "method='pilra' is unknown: did you mean PILoRA?"),
@@ -65,7 +66,7 @@ def refused(tmp_path, capsys):
         ("--trainer.rounds_per_task three", "trainer.rounds_per_task must be int, got 'three'."),
         ("--data.num_clients 1.5", "data.num_clients must be int, got '1.5'."),
         ("--method.local_epochs x", "method.local_epochs must be int, got 'x'."),
-        ("--method.collaborator.block x", "method.collaborator.block must be int, got 'x'."),
+        ("--method.collaborator.blocks x", "method.collaborator.blocks must be "),
         ("--method.head_aggregation x", "method.head_aggregation must be 'classwise' or 'average', got 'x'."),
         (
             "--trainer.precision 8",
@@ -99,7 +100,7 @@ def refused(tmp_path, capsys):
             "--method.collaborator.foundation.name resnet18",
             "'resnet18' does not support image_size: choose a name such as vit_*",
         ),
-        ("--method.collaborator.block 12", "block must be 0 to 5 for test_vit, got 12."),
+        ("--method.collaborator.blocks [12]", "block must be 0 to 5 for test_vit, got 12."),
         ("--method.collaborator.rank 0", "rank must be >= 1, got 0."),
         (
             "--method.collaborator.foundation.image_size 33",
@@ -178,7 +179,7 @@ def test_configuration_file_is_refused(text, said, refused, tmp_path):
 
 
 def test_nothing_else_is_said_by_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "fedlscl", "fit", *tiny.FEDLSCL, "--method.collaborator.block", "12"]
+    command = [sys.executable, "-m", "fedlscl", "fit", *tiny.FEDLSCL, "--method.collaborator.blocks", "[12]"]
     done = subprocess.run([*command, *tiny.inside(tmp_path)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fedlscl: error: block must be 0 to 5 for test_vit, got 12.\n"

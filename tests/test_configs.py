@@ -122,7 +122,7 @@ def test_the_papers_setting_is_stated(name):
     assert options["method.lr"] == 1e-3
     assert options["method.buffer_per_class"] == 20
     assert options["method.collaborator.foundation.name"] == "vit_base_patch16_224.augreg_in21k"
-    assert (options["method.collaborator.small_model"], options["method.collaborator.block"]) == ("resnet18", 3)
+    assert (options["method.collaborator.small_model"], options["method.collaborator.blocks"]) == ("resnet18", "all")
     assert (options["data.num_clients"], options["data.num_tasks"]) == (5, 5)
     assert options["data.private_classes"] + options["data.public_classes"] == 40
     assert all(seed in text for seed in ("42", "1999", "2024"))

@@ -29,7 +29,7 @@ def shrunk(words):
     if any("digits/" in word for word in words):
         return [*options, *tiny.options("method", tiny.SMALL)]
     collaborator = tiny.options("method.collaborator", tiny.SMALL | {"feature_dim": 16})
-    block = [] if "--method.collaborator.block" in words else ["--method.collaborator.block", "3"]
+    block = [] if "--method.collaborator.blocks" in words else ["--method.collaborator.blocks", "[3]"]
     vit = {"name": "vit_glyph_patch4_32", "weights": "random", "image_size": 32}
     return [*options, *collaborator, *block, *tiny.options("method.collaborator.foundation", vit)]
 

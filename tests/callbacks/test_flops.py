@@ -31,7 +31,7 @@ def test_the_frozen_part_and_the_head_are_what_the_formula_says(collaborator_con
 
 
 def test_a_later_block_leaves_more_to_the_cache(collaborator_config):
-    early, late = (flops_per_image(Collaborator(replace(collaborator_config, block=index), 6)) for index in (1, 4))
+    early, late = (flops_per_image(Collaborator(replace(collaborator_config, blocks=(index,)), 6)) for index in (1, 4))
     assert late.frozen > early.frozen and late.inference < early.inference and late.training < early.training
     assert early.training > 2 * early.inference
 

@@ -69,7 +69,7 @@ def test_methods_options_and_values(complete):
     assert complete("report", "--o") == ["--out"]
     assert complete("doctor", "--d") == ["--data_root"]
     assert "--method.mu" in complete("fit", "--method", "FedProx", "--method.m")
-    assert "--method.collaborator.block" in complete("fit", "--method.collaborator.bl")
+    assert "--method.collaborator.blocks" in complete("fit", "--method.collaborator.bl")
     assert "bf16-mixed" in complete("fit", "--trainer.precision", "")
 
 

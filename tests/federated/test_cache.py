@@ -142,7 +142,7 @@ def test_nets_of_one_frozen_part_share_what_is_kept(data, net, collaborator_conf
 
 def test_nets_of_another_frozen_part_get_their_own(data, net, collaborator_config):
     cache = make(data)
-    other = Collaborator(replace(collaborator_config, block=1), 3)
+    other = Collaborator(replace(collaborator_config, blocks=(1,)), 3)
     images = data.fetch(cache.chunks[0]).images
     for each in (net, other, net):
         assert torch.equal(attach(cache, cache.chunks[0], each), each.frozen_prefix(images))
@@ -195,7 +195,7 @@ def test_a_file_is_for_one_set_of_weights_block_resolution_dtype_split_and_code(
     variants = [
         (data, net, torch.float32),
         (data, net, torch.bfloat16),
-        (data, Collaborator(replace(collaborator_config, block=1), 8), torch.float32),
+        (data, Collaborator(replace(collaborator_config, blocks=(1,)), 8), torch.float32),
         (data, Collaborator(replace(collaborator_config, foundation=foundation), 8), torch.float32),
         (make_data(fake_classes=8, seed=7), net, torch.float32),
     ]

@@ -288,7 +288,7 @@ def test_it_runs_without_collaboration(make_method, federate, continual):
     [
         ({"head": "linear"}, {"imprint": False, "replay_current": False, "balance": False}),
         ({}, {"continual": "ewc", "shared_initialisation": False}),
-        ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "block": 5, "rank": 1}, {}),
+        ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "blocks": (5, 0), "rank": 1}, {}),
         ({}, {"buffer_per_class": 1, "replay_current": False}),
     ],
     ids=["paper", "ewc", "other-targets", "one-sample-per-class"],

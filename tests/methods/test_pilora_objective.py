@@ -51,6 +51,19 @@ def test_overlap_moves_the_current_factor_only():
     assert earlier.grad is None and current.grad.abs().sum() > 0
 
 
+def test_earlier_prototypes_compete_and_get_no_gradient(net, batch):
+    """All classes met so far are columns; the prototypes of other tasks stay as they are."""
+    seen = torch.tensor([0, 1, 2, 3, 4])
+    module = PrototypeModule(net, 2, seen, CLASSES)
+    terms = module.loss(batch)
+    distances = (net(batch.images).features[:, None] - net.head.weight).square().mean(2).sqrt()
+    expected = nn.functional.cross_entropy(-distances[:, seen] / 0.5, batch.labels)
+    assert terms["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
+    sum(terms.values()).backward()
+    moved = net.head.weight.grad.abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == CLASSES.tolist()
+
+
 def test_terms_are_those_of_the_paper(net, batch):
     module = PrototypeModule(net, 2, CLASSES, lambda_prototype=0.3, gamma_orthogonal=0.5, lambda_sparse=0.7)
     terms = module.loss(batch)

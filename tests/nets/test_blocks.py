@@ -3,6 +3,7 @@ import torch
 from timm.models.vision_transformer import Block
 
 from fedlscl.nets import vit as blocks
+from fedlscl.nets.lora import LowRank, low_rank_hook
 from fedlscl.nets.vit import first_token_only, is_plain, run_block
 
 OPTIONS = [
@@ -33,6 +34,22 @@ def tokens():
 
 def test_first_token_of_a_block_needs_only_its_own_row(block, tokens):
     torch.testing.assert_close(first_token_only(block, tokens), block(tokens)[:, :1], rtol=1e-5, atol=1e-5)
+
+
+def test_first_token_of_an_adapted_block_is_that_of_the_whole_block_with_its_hook(block, tokens):
+    """Outputs, and the gradients of both factors."""
+    torch.manual_seed(2)
+    factors = [torch.randn(3, 2, 32).requires_grad_(), torch.randn(3, 96, 2).requires_grad_()]
+    update = LowRank(*factors, 0.1)
+    found = first_token_only(block, tokens, update)
+    hook = block.attn.qkv.register_forward_hook(low_rank_hook(update))
+    expected = block(tokens)[:, :1]
+    hook.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - first_token_only(block, tokens)).abs().max() > 1e-3
+    gradients = [torch.autograd.grad(output.square().sum(), factors) for output in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
 
 
 @pytest.fixture(params=["fused", "written out"])

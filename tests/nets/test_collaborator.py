@@ -41,12 +41,13 @@ def entering(foundation_config, images):
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)
-@pytest.mark.parametrize("block", [0, 3, 5])
-def test_a_new_collaborator_is_the_frozen_vit_bit_for_bit(collaborator_config, images, entering, targets, block):
-    net = Collaborator(replace(collaborator_config, targets=targets, block=block), 5).eval()
+@pytest.mark.parametrize("blocks", [[0], [3], [5], [1, 4], "all"])
+def test_a_new_collaborator_is_the_frozen_vit_bit_for_bit(collaborator_config, images, entering, targets, blocks):
+    net = Collaborator(replace(collaborator_config, targets=targets, blocks=blocks), 5).eval()
     model = net.foundation
     output = net(images)
-    assert torch.equal(output.tokens, model.features(model.tokens(entering, block), block))
+    assert net.entry == (0 if blocks == "all" else blocks[0])
+    assert torch.equal(output.tokens, model.features(model.tokens(entering, net.entry), net.entry))
     torch.testing.assert_close(output.tokens, model.vit(entering), rtol=0, atol=1e-5)
     assert torch.equal(output.logits, net.head(output.tokens))
 
@@ -65,24 +66,25 @@ def test_loaded_writing_factors_of_zero_give_the_frozen_vit_bit_for_bit(collabor
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)
-def test_every_sample_runs_through_a_vit_of_its_own(collaborator_config, images, entering, targets):
+@pytest.mark.parametrize("blocks", [[2], [4, 1], "all"], ids=str)
+def test_every_sample_runs_through_a_vit_of_its_own(collaborator_config, images, entering, targets, blocks):
     """W0 + alpha / rank * up @ down of W = phi(theta(x)), one sample at a time through timm's own forward pass."""
-    config = replace(collaborator_config, targets=targets, block=2, rank=3, alpha=1.5)
+    config = replace(collaborator_config, targets=targets, blocks=blocks, rank=3, alpha=1.5)
     net = awake(config)
     output = net(images)
     assert torch.equal(output.lora, net.generator(output.features))
-    updates = dict(zip(targets, split_lora(output.lora, net.shapes, scale=0.5), strict=True))
-    named = {f"blocks.2.{target}": update for target, update in updates.items()}
+    layers = [f"blocks.{i}.{t}" for i in (range(6) if blocks == "all" else sorted(blocks)) for t in targets]
+    named = dict(zip(layers, split_lora(output.lora, net.shapes, scale=0.5), strict=True))
     torch.testing.assert_close(
         output.tokens, literal.adapted(net.foundation.vit, entering, named), rtol=1e-4, atol=1e-4
     )
     assert (output.tokens - net.foundation.vit(entering)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("block", [0, 3, 5])
+@pytest.mark.parametrize("blocks", [[0], [3], [5], [5, 2], "all"])
 @pytest.mark.parametrize("collaboration", [True, False])
-def test_cached_prefixes_change_no_bit(collaborator_config, images, block, collaboration):
-    config = replace(collaborator_config, block=block, collaboration=collaboration)
+def test_cached_prefixes_change_no_bit(collaborator_config, images, blocks, collaboration):
+    config = replace(collaborator_config, blocks=blocks, collaboration=collaboration)
     net = awake(config) if collaboration else Collaborator(config, 5).eval()
     direct, cached = net(images), net(images, net.frozen_prefix(images))
     assert all(torch.equal(a, b) for a, b in zip(direct, cached, strict=True))
@@ -92,9 +94,9 @@ def test_prefixes_are_shared_exactly_when_they_are_equal(collaborator_config, fo
     def key(**changed):
         return Collaborator(replace(collaborator_config, **changed), 5).prefix_key
 
-    assert key() == key(rank=2, head="linear", small_image_size=20)
+    assert key() == key(blocks=(5, 3)) == key(rank=2, head="linear", small_image_size=20)
     others = [
-        key(block=2),
+        key(blocks=(2,)),
         key(collaboration=False),
         key(foundation=replace(foundation_config, image_size=48)),
         key(foundation=replace(foundation_config, name="test_vit2")),
@@ -174,7 +176,8 @@ def test_without_collaboration_the_frozen_vit_and_the_head_remain(collaborator_c
     ("changed", "message"),
     [
         ({"rank": 0}, "rank must be >= 1, got 0"),
-        ({"block": 6}, "block must be 0 to 5 for test_vit, got 6"),
+        ({"blocks": (3, 6)}, "block must be 0 to 5 for test_vit, got 6"),
+        ({"blocks": ()}, "blocks and targets must name what is adapted"),
         ({"targets": ("attn.q",)}, "target must be one of attn.qkv.* got 'attn.q'"),
         ({"head": "mlp"}, "head must be one of linear, cosine, unit, got 'mlp'"),
         ({"small_model": "resnet81"}, "small_model 'resnet81' is unknown"),

@@ -113,24 +113,24 @@ def test_a_subclass_with_other_features_is_refused(monkeypatch):
         build(Doubled, monkeypatch)
 
 
-@pytest.mark.parametrize("block", [0, 3, 5])
-@pytest.mark.parametrize("targets", [["attn.qkv"], ["attn.proj", "mlp.fc1"], ["mlp.fc2"]])
-def test_adapted_features_equal_timms_forward_pass_of_each_sample_with_its_own_weights(model, images, block, targets):
+@pytest.mark.parametrize("blocks", [[0], [3], [5], [1, 5], range(6)])
+@pytest.mark.parametrize("targets", [["attn.qkv"], ["attn.proj", "mlp.fc1"], ["attn.qkv", "mlp.fc2"]])
+def test_adapted_features_equal_timms_forward_pass_of_each_sample_with_its_own_weights(model, images, blocks, targets):
     torch.manual_seed(0)
-    layers = {target: model.linear(block, target) for target in targets}
+    layers = {(block, target): model.linear(block, target) for block in blocks for target in targets}
     updates = {
-        target: LowRank(torch.randn(3, 2, layer.in_features), 0.1 * torch.randn(3, layer.out_features, 2), 0.5)
-        for target, layer in layers.items()
+        name: LowRank(torch.randn(3, 2, layer.in_features), 0.1 * torch.randn(3, layer.out_features, 2), 0.5)
+        for name, layer in layers.items()
     }
-    found = model.features(model.tokens(images, block), block, updates)
-    named = {f"blocks.{block}.{target}": update for target, update in updates.items()}
+    found = model.features(model.tokens(images, blocks[0]), blocks[0], updates)
+    named = {f"blocks.{block}.{target}": update for (block, target), update in updates.items()}
     torch.testing.assert_close(found, literal.adapted(model.vit, images, named), rtol=1e-4, atol=1e-5)
     assert (found - model.vit(images)).abs().max() > 1e-3
     assert not any(module._forward_hooks for module in model.vit.modules())
 
 
 def test_hooks_are_removed_when_the_block_fails(model, images):
-    bad = {"attn.qkv": LowRank(torch.randn(3, 2, 7), torch.randn(3, 7, 2), 1.0)}
+    bad = {(3, "attn.qkv"): LowRank(torch.randn(3, 2, 7), torch.randn(3, 7, 2), 1.0)}
     with pytest.raises(RuntimeError):
         model.features(model.tokens(images, 3), 3, bad)
     assert not any(module._forward_hooks for module in model.vit.modules())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlscl.callbacks.results import describe_foundation, parameter_counts, results
 from fedlscl.federated.engine import fast_bf16
-from fedlscl.federated.metrics import MASKS
+from fedlscl.federated.metrics import MASKS, average_after
 from fedlscl.federated.state import RunState
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ MASK_NAMES = {"task_il": "task-IL", "class_il": "class-IL"}
 """In tables."""
 MASK_TITLES = {"class_il": "class-incremental", "task_il": "task-incremental"}
 """In titles and sentences."""
+READOUT_LEGEND = "own: the method's head; others: the same closed-form classifier for every method, on its features."
 LEGEND = "class-incremental: all classes seen so far compete; task-incremental: only the classes of the image's task."
 COLUMNS = {
     "current": "current",
@@ -151,6 +152,8 @@ def print_table(run: RunState, console: "Console | None" = None) -> None:
     method, dataset, clients = done["method"]["name"], done["data"]["dataset"], done["data"]["num_clients"]
     title = f"{method} on {dataset}: accuracy in percent, mean over {clients} clients"
     lines = [*aligned(results_table(done)), "", LEGEND, ""]
+    if "readouts" in done:
+        lines += [*aligned(readout_table(done)), "", READOUT_LEGEND, ""]
     lines += [f"{name:<12}{text}" for name, text in facts.items()]
     console.print()
     console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
@@ -167,6 +170,17 @@ def results_table(results: dict[str, Any]) -> list[list[str]]:
     for mask in MASKS:
         for task, figures in enumerate(results["summary"], start=1):
             rows.append([MASK_NAMES[mask], str(task), *(percent(figures[f"{mask}/{name}"]) for name in COLUMNS)])
+    return rows
+
+
+def readout_table(results: dict[str, Any]) -> list[list[str]]:
+    """Rows of text, the header first: average accuracies of the own head and of each readout, by task."""
+    names = list(results["readouts"])
+    rows = [["average", "task", "own", *names]]
+    for mask in MASKS:
+        for task, figures in enumerate(results["summary"]):
+            found = [average_after(results["readouts"][name][mask], task) for name in names]
+            rows.append([MASK_NAMES[mask], str(task + 1), *map(percent, [figures[f"{mask}/average"], *found])])
     return rows
 
 

@@ -140,13 +140,26 @@ def results(run: RunState) -> dict[str, Any]:
         "accuracy": plain({phase: {mask: run.matrix.of(mask, phase).tolist() for mask in MASKS} for phase in PHASES}),
         "summary": [plain(summary(run.matrix, task)) for task in range(done)],
         "clients": {mask: _clients(run.matrix.of(mask), done) for mask in MASKS},
+        **({"readouts": plain(readout_accuracies(run))} if run.readouts.names else {}),
         "quarantined": [rejected._asdict() for rejected in run.rejected],
         "traffic": {
             "up_bytes": int(values["up"].sum()),
             "down_bytes": int(values["down"].sum()),
+            **(
+                {f"readout_{name}_bytes": int(sent.sum()) for name, sent in run.readouts.traffic.items()}
+                if run.readouts.names
+                else {}
+            ),
             **{name: amounts.tolist() for name, amounts in values.items()},
         },
     }
+
+
+def readout_accuracies(run: RunState) -> dict[str, dict[str, Any]]:
+    """Accuracies (clients, after task, on task) of each readout by mask, NaN where not measured."""
+    empty = run.matrix.values[0] * torch.nan
+    found = {name: run.readouts.values.get(name, empty) for name in run.readouts.names}
+    return {name: {mask: v[i].tolist() for i, mask in enumerate(MASKS)} for name, v in found.items()}
 
 
 def tasks_done(run: RunState) -> int:

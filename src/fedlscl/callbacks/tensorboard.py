@@ -168,7 +168,7 @@ class FeatureProjector(Callback):
     def on_fit_start(self, run: RunState) -> None:
         client = run.clients[0]
         with run.engine.on_device(client):
-            _, output = next(iter(client.infer(client.data.test_ids(0)[:1])))
+            _, output = next(iter(client.infer(client.data.evaluation_ids(0)[:1])))
         if self.pick not in output._fields:
             raise ValueError(f"pick must be one of {', '.join(output._fields)}, got {self.pick!r}.")
 
@@ -180,7 +180,7 @@ class FeatureProjector(Callback):
         rows, labels = [], ["class\tclient\ttask"]
         for client in run.clients:
             for task in range(run.num_tasks):
-                ids = client.data.test_ids(task)
+                ids = client.data.evaluation_ids(task)
                 classes = client.data.data.labels(ids)
                 chosen = torch.cat([ids[classes == label][: self.per_class] for label in client.data.classes(task)])
                 with run.engine.on_device(client):

@@ -41,6 +41,7 @@ RENAMED = {
     "method.num_tasks": "data.num_tasks",
     "method.num_clients": "data.num_clients",
     "method.shrinkage": "trainer.readouts.shrinkage",
+    "method.collaborator.block": "method.collaborator.blocks",
     "method.collaborator.analytic_weight": "trainer.readouts.heads",
     "method.collaborator.adapted_weight": "trainer.readouts.heads",
 }

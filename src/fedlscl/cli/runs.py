@@ -41,8 +41,9 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         splits: one per client.
     """
     trainer, configuration = config["trainer"], decisive_options(config)
-    if config["data"].get("augment", "none") != "none":
-        configuration["augment"] = config["data"]["augment"]
+    for name, default in (("augment", "none"), ("evaluate_on", "test"), ("validation_per_class", 0)):
+        if (value := config["data"].get(name, default)) != default:
+            configuration[name] = value
     precision = chosen_precision(trainer["precision"], trainer["accelerator"])
     return f"{hash_of(configuration)}-{identify_data(fingerprint, splits)}-{hash_of(precision)}"
 

@@ -1,9 +1,10 @@
 """SpatialTemporalDataModule: every client's stream of tasks as a LightningDataModule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,12 +18,14 @@ from fedlscl.data.split import (
     check_integers,
     check_split,
     dirichlet_split,
+    held_out,
     load_manifest,
     save_manifest,
     spatial_temporal_split,
 )
 
 Protocol = Literal["local", "global"]
+EvaluateOn = Literal["test", "validation"]
 MAX_WORKERS = 256
 """More processes than this would exhaust most machines (ours)."""
 
@@ -62,6 +65,10 @@ class SpatialTemporalDataModule(L.LightningDataModule):
     """Keep at most so many train samples of each class."""
     test_per_class: int | None = None
     """Keep at most so many test samples of each class."""
+    validation_per_class: int = 0
+    """Hold so many train samples of each class out of all clients' training, to choose hyper-parameters with."""
+    evaluate_on: EvaluateOn = "test"
+    """Samples on which a run evaluates its clients: 'validation' to choose hyper-parameters, 'test' afterwards."""
     seed: int | None = None
     """Of the split; the seed of the run if left out."""
     manifest: str | None = None
@@ -91,15 +98,23 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         check_integers(1, batch_size=self.batch_size)
         check_integers(0, MAX_WORKERS, num_workers=self.num_workers)
         check_sizes(self.image_size, self.train_per_class, self.test_per_class, self.fake_classes)
-        for option, value, kind in (("protocol", self.protocol, Protocol), ("augment", self.augment, Augment)):
+        check_integers(0, validation_per_class=self.validation_per_class)
+        for option, value, kind in (
+            ("protocol", self.protocol, Protocol),
+            ("augment", self.augment, Augment),
+            ("evaluate_on", self.evaluate_on, EvaluateOn),
+        ):
             if value not in get_args(kind):
                 raise ValueError(f"{option} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}.")
+        if self.evaluate_on == "validation" and not self.validation_per_class:
+            raise ValueError("validation_per_class must be >= 1 to evaluate on validation samples, got 0.")
         self.source = self.dataset
         # From here on its name in results and manifests.
         self.dataset = self.source if isinstance(self.source, str) else self.source.name
         self._run_seed = 42
         self._data: ImageData | None = None
         self._splits: list[ClientSplit] | None = None
+        self._held_out = np.zeros(0, dtype=bool)
 
     @property
     def run_seed(self) -> int:
@@ -131,7 +146,10 @@ class SpatialTemporalDataModule(L.LightningDataModule):
     def splits(self) -> list[ClientSplit]:
         """One split per client, drawn or read at first use."""
         if self._splits is None:
-            self._splits = self._draw() if self.manifest is None else self._load(self.manifest)
+            seed = self.run_seed if self.seed is None else self.seed
+            labels = self.data.train_labels.numpy()
+            self._held_out = held_out(labels, self.validation_per_class, seed, self.class_names)
+            self._splits = self._draw(seed) if self.manifest is None else self._load(self.manifest)
         return self._splits
 
     @property
@@ -155,7 +173,9 @@ class SpatialTemporalDataModule(L.LightningDataModule):
     def stream(self, client: int) -> "ClientStream":
         """The tasks of one client."""
         check_integers(0, self.num_clients - 1, client=client)
-        return ClientStream(client, self.splits[client], self.data, self.num_workers, self.augment)
+        split = self.splits[client]
+        held = torch.from_numpy(self._held_out.nonzero()[0])
+        return ClientStream(client, split, self.data, self.num_workers, self.augment, held, self.evaluate_on)
 
     def fetch(self, ids: Tensor) -> Batch:
         """The samples of ids (B,), in that order."""
@@ -177,7 +197,14 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         ids = [stream.test_ids(n) for stream, n in self._streams_at(client, task)]
         return batches(self.data, torch.cat(ids).unique(), self.batch_size, False, None, self.num_workers)
 
-    val_dataloader = test_dataloader
+    @override
+    def val_dataloader(self, client: int | None = None, task: int | None = None) -> DataLoader:
+        """Validation samples of a client and a task; the test samples without ``validation_per_class``."""
+        if not self.validation_per_class:
+            return self.test_dataloader(client, task)
+        ids = [stream.validation_ids(n) for stream, n in self._streams_at(client, task)]
+        return batches(self.data, torch.cat(ids).unique(), self.batch_size, False, None, self.num_workers)
+
     predict_dataloader = test_dataloader
 
     def _streams_at(self, client: int | None, task: int | None) -> list[tuple["ClientStream", int]]:
@@ -186,14 +213,14 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         tasks = range(self.num_tasks) if task is None else [task]
         return [(self.stream(i), n) for i in clients for n in tasks]
 
-    def _draw(self) -> list[ClientSplit]:
+    def _draw(self, seed: int) -> list[ClientSplit]:
         options: dict[str, Any] = {
-            "train_labels": self.data.train_labels.numpy(),
+            "train_labels": np.where(self._held_out, -1, self.data.train_labels.numpy()),
             "test_labels": self.data.test_labels.numpy(),
             "num_clients": self.num_clients,
             "num_tasks": self.num_tasks,
             "dirichlet_alpha": self.dirichlet_alpha,
-            "seed": self.run_seed if self.seed is None else self.seed,
+            "seed": seed,
         }
         if self.protocol == "local":
             options |= {"private_classes": self.private_classes, "public_classes": self.public_classes}
@@ -214,7 +241,9 @@ class SpatialTemporalDataModule(L.LightningDataModule):
                 f"clients x {' or '.join(map(str, tasks))} tasks: set num_clients and num_tasks to those of the "
                 "manifest."
             )
-        return splits
+        if not self.validation_per_class:
+            return splits
+        return [replace(split, train=tuple(ids[~self._held_out[ids]] for ids in split.train)) for split in splits]
 
     def save_manifest(self, path: str) -> None:
         """Save the split, so that any project can run the very same one."""
@@ -247,6 +276,9 @@ class ClientStream:
     num_workers: int = 0
     augment: Augment = "none"
     """Random changes of the shuffled images, which are those that a net is trained on."""
+    held_out: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Ids (n,) of the train samples that are kept for validation, of all classes."""
+    evaluate_on: EvaluateOn = "test"
 
     @property
     def num_tasks(self) -> int:
@@ -273,6 +305,14 @@ class ClientStream:
     def test_ids(self, task: int) -> Tensor:
         """Ids (n,) of all test samples of the task's classes."""
         return torch.from_numpy(self.split.test[task])
+
+    def validation_ids(self, task: int) -> Tensor:
+        """Ids (n,) of all validation samples of the task's classes; no client trains on them."""
+        return self.held_out[torch.isin(self.data.labels(self.held_out), self.classes(task))]
+
+    def evaluation_ids(self, task: int) -> Tensor:
+        """Ids (n,) of the samples on which a run evaluates: ``test_ids``, or ``validation_ids``."""
+        return self.test_ids(task) if self.evaluate_on == "test" else self.validation_ids(task)
 
     def class_counts(self, task: int) -> Tensor:
         """Train samples per class, (num_classes,) int64."""
@@ -309,5 +349,8 @@ class ClientTaskDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.streams.test_dataloader(self.client, self.task)
 
-    val_dataloader = test_dataloader
+    @override
+    def val_dataloader(self) -> DataLoader:
+        return self.streams.val_dataloader(self.client, self.task)
+
     predict_dataloader = test_dataloader

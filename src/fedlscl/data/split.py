@@ -14,7 +14,7 @@ import numpy as np
 from fedlscl.data.images import plain_name
 
 # One independent random stream per purpose: changing one draw leaves the others as they were.
-CLASS_ORDER, TASK_ORDER, SAMPLES = range(3)
+CLASS_ORDER, TASK_ORDER, SAMPLES, VALIDATION = range(4)
 MAX_CLIENTS = 100_000
 """More than this would exhaust memory (ours)."""
 MAX_DIRICHLET_ALPHA = 1e9
@@ -52,7 +52,7 @@ def spatial_temporal_split(
     """Give each client its private classes and a Dirichlet share of the public ones, in an order of its own.
 
     Args:
-        train_labels: (N,) integers.
+        train_labels: (N,) integers; samples with a negative one are given to no client.
         test_labels: (M,) integers.
         num_clients: clients K.
         num_tasks: tasks T per client, of equally many classes.
@@ -146,8 +146,30 @@ def dirichlet_split(
     ]
 
 
+def held_out(train_labels: np.ndarray, per_class: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
+    """Which train samples are kept for validation, (N,) bool: ``per_class`` random ones of each class.
+
+    Raises:
+        ValueError: if a class would have no other train sample.
+
+    Example:
+        >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2, 42, ["a", "b"]).sum()
+        np.int64(4)
+    """
+    mask = np.zeros(len(train_labels), dtype=bool)
+    for label in np.unique(train_labels).tolist() if per_class else ():
+        ids = np.flatnonzero(train_labels == label)
+        if len(ids) <= per_class:
+            raise ValueError(
+                f"validation_per_class must be less than the {len(ids)} train samples of class {class_names[label]!r}, "
+                f"got {per_class}: lower it or raise train_per_class."
+            )
+        mask[np.random.default_rng((seed, VALIDATION, label)).permutation(ids)[:per_class]] = True
+    return mask
+
+
 def _class_order(train_labels: np.ndarray, seed: int) -> np.ndarray:
-    return np.random.default_rng((seed, CLASS_ORDER)).permutation(np.unique(train_labels))
+    return np.random.default_rng((seed, CLASS_ORDER)).permutation(np.unique(train_labels[train_labels >= 0]))
 
 
 def _share(

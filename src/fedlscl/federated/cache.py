@@ -127,7 +127,7 @@ def _chunks(datamodule: SpatialTemporalDataModule) -> list[Tensor]:
     chunks: list[Tensor] = []
     for task in range(datamodule.num_tasks):
         for stream in streams:
-            for ids in (stream.train_ids(task), stream.test_ids(task)):
+            for ids in (stream.train_ids(task), stream.evaluation_ids(task)):
                 fresh = ids[~seen[ids]]
                 seen[fresh] = True
                 chunks += [chunk for chunk in fresh.split(CHUNK) if len(chunk)]

@@ -164,6 +164,9 @@ def task_scalars(run: RunState) -> dict[str, float]:
     """Accuracies after the current task, by tag."""
     task = run.progress.task
     scalars = {f"accuracy_{name}": value for name, value in summary(run.matrix, task).items()}
+    for name, values in run.readouts.values.items():
+        for mask, accuracies in zip(MASKS, values, strict=True):
+            scalars[f"readout_{mask}/{name}"] = float(accuracies[:, task].nanmean(1).nanmean())
     for mask in MASKS:
         for client, average in enumerate(average_accuracy(run.matrix.of(mask))[:, task].tolist()):
             scalars[f"accuracy_{mask}/client_{client}"] = average

@@ -109,6 +109,18 @@ def summary(matrix: AccuracyMatrix, task: int) -> dict[str, float]:
     return figures
 
 
+def average_after(matrix: list[list[list[float | None]]], task: int) -> float | None:
+    """Mean over clients and tasks so far of accuracies (clients, after task, on task); None if one was not measured.
+
+    Example:
+        >>> average_after([[[0.5, None], [0.25, 0.75]]], 1), average_after([[[0.5, None], [None, None]]], 1)
+        (0.5, None)
+    """
+    values = [value for client in matrix for value in client[task][: task + 1]]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
 def plain(value: Any) -> Any:
     """JSON values: dataclasses become dicts of their ``init`` fields, numbers that are not finite become None.
 

@@ -243,8 +243,8 @@ def assign(work: Sequence[int], num_ranks: int) -> list[int]:
 class ClientRunner:
     """Calls a method's client-side hooks, each from its own seed; the same in a simulation and on a Flower node."""
 
-    def __init__(self, method: Method, engine: Engine, seed: int, readouts: ReadoutConfig) -> None:
-        self.method, self.engine, self.seed, self.readouts = method, engine, seed, readouts
+    def __init__(self, method: Method, engine: Engine, seed: int, readouts: ReadoutConfig | None = None) -> None:
+        self.method, self.engine, self.seed, self.readouts = method, engine, seed, readouts or ReadoutConfig()
 
     def build(self, index: int, stream: StreamShape) -> Net:
         """The net of a client; all clients are seeded alike."""
@@ -321,7 +321,7 @@ class ClientRunner:
         """Accuracies (masks, tasks so far) of each of the ``logits`` of the net's outputs, or of ``views``, by name."""
         rows: dict[str, Tensor] = {}
         for task in range(client.task + 1):
-            ids, device = client.data.test_ids(task), self.engine.fabric.device
+            ids, device = client.data.evaluation_ids(task), self.engine.fabric.device
             masks = [classes.to(device) for classes in (client.data.classes(task), client.seen)]
             counts: dict[str, list[Tensor]] = {}  # of each batch, on the device until the end
             for batch, output in self.engine.infer(client.net, client.data, ids, views=views):
@@ -386,5 +386,6 @@ def describe_data(data: SpatialTemporalDataModule, num_tasks: int) -> dict[str, 
         "num_tasks": num_tasks,
         "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
         "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
-        "test_samples": [[len(stream.test_ids(task)) for task in tasks] for stream in streams],
+        "test_samples": [[len(stream.evaluation_ids(task)) for task in tasks] for stream in streams],
+        **({} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}),
     }

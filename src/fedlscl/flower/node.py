@@ -142,7 +142,7 @@ class Node:
             "class_names": names_hash(data.class_names),
             "classes": client.classes.tolist(),
             "train_samples": len(client.train_ids),
-            "test_samples": len(client.data.test_ids(client.task)),
+            "test_samples": len(client.data.evaluation_ids(client.task)),
         }
 
 

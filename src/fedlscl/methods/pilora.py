@@ -4,13 +4,14 @@ Deviations from the released code:
 - training and evaluation use the sum of all tasks' modules (the released evaluation leaves out all but the first);
 - class means come from one pass in evaluation mode after local training, not from the training steps;
 - prototypes of a class are re-weighted among the clients that have it (``head_aggregation: average``: among all);
+- prototypes of classes that the client has not met do not compete: the released code has them as random negatives;
 - equal closeness gives uniform weights (0 / 0 there), and a class that no client has keeps its prototype;
 - fresh Adam, no cosine schedule over rounds.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +63,30 @@ class PrototypeModule(Learner):
     """Distance-based cross-entropy and prototype loss, orthogonality to earlier modules and sparsity of this one."""
 
     def __init__(
-        self, net: LoraViT, task: int, classes: Tensor | None = None, lambda_prototype: float = 1e-3,
-        gamma_orthogonal: float = 0.5, lambda_sparse: float = 0.01, **optimisation: Any,
+        self, net: LoraViT, task: int, classes: Tensor | None = None, trained: Tensor | None = None,
+        lambda_prototype: float = 1e-3, gamma_orthogonal: float = 0.5, lambda_sparse: float = 0.01, **optimisation: Any,
     ) -> None:  # fmt: skip
-        """``net`` has a PrototypeHead; ``classes`` are the columns of the cross-entropy, all if None."""
+        """``net`` has a PrototypeHead.
+
+        ``classes`` are the columns of the cross-entropy, ``trained`` the classes whose prototypes get a gradient; all
+        if None.
+        """
         super().__init__(net, **optimisation)
         self.task, self.lambda_prototype = task, lambda_prototype
         self.gamma_orthogonal, self.lambda_sparse = gamma_orthogonal, lambda_sparse
         self.register_buffer("classes", classes, persistent=False)
+        rows = torch.ones(len(net.head.weight), 1, dtype=torch.bool)
+        if trained is not None:
+            rows = torch.zeros_like(rows).index_fill(0, trained, True)
+        self.register_buffer("trained", rows, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """DCE, lambda_pl mean d_y, gamma_ort sum_{s<t} ||A_s A_t^T||_1, and lambda_1 ||A_t||_1; norms entry-wise."""
-        logits = self.net(batch.images, batch.prefix).logits
-        own = -self.net.head.temperature * logits.gather(1, batch.labels[:, None]).mean()
+        head = self.net.head
+        prototypes = torch.where(self.trained, head.weight, head.weight.detach())
+        distances = prototype_distances(self.net(batch.images, batch.prefix).features, prototypes)
+        logits = -distances / head.temperature
+        own = distances.gather(1, batch.labels[:, None]).mean()
         overlaps = [overlap(layer.down[self.task], list(layer.down)[: self.task]) for layer in self.net.lora]
         sizes = [layer.down[self.task].abs().sum() for layer in self.net.lora]
         return {
@@ -136,6 +148,9 @@ class PILoRA(Method):
     """Adapted linear layers of a block."""
     lora_lr: float = 1e-4
     """Learning rate of LoRA (1e-5 in the released code); ``lr`` is that of the prototypes (2e-3 there)."""
+    competing: Literal["seen", "task"] = "seen"
+    """Prototypes in the cross-entropy: of all classes that the client has met so far (the released code: of all classes
+    of the data set), or of its current task alone. Only those of the task are trained."""
     lambda_prototype: float = 1e-3
     """Weight of the prototype loss, the mean distance to the prototype of the label."""
     gamma_orthogonal: float = 0.5
@@ -146,6 +161,12 @@ class PILoRA(Method):
     """tau_d: distances are divided by it in the cross-entropy."""
     server_temperature: float = 0.2
     """Temperature of the prototype weights at the server."""
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.competing not in ("seen", "task"):
+            raise ValueError(f"competing must be seen or task, got {self.competing!r}.")
 
     def build_net(self, client: int, stream: StreamShape) -> LoraViT:
         """A LoRA of each task on the frozen ViT, and prototypes."""
@@ -158,7 +179,8 @@ class PILoRA(Method):
         client.net.set_trainable(client.task)
         weights = self.lambda_prototype, self.gamma_orthogonal, self.lambda_sparse
         rates = {"lr": self.lr, "lr_of": {"lora": self.lora_lr}}
-        module = PrototypeModule(client.net, client.task, client.classes, *weights, **rates)
+        competing = client.seen if self.competing == "seen" else client.classes
+        module = PrototypeModule(client.net, client.task, competing, client.classes, *weights, **rates)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fedlscl.nets.net import Net
 from fedlscl.nets.prompts import PrefixedViT, Prefixes, Prompted, PromptedViT, PromptPool, cosine, run_blocks, uniform
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
 
+PrefixOf = Literal["nearest", "another", "label"]
+"""Whose prefix an image gets in FedMGP's fine training."""
+
 
 class PromptingModule(ClassificationModule):
     """Cross-entropy - lambda * mean over the batch of cos(query, key), summed over each image's prompts.
@@ -27,16 +30,23 @@ class PromptingModule(ClassificationModule):
 
     def __init__(
         self, net: Net, lambda_pull: float, classes: Tensor | None = None, slot_of_class: Tensor | None = None,
-        **optimisation: Any,
+        prefix_of: PrefixOf = "label", **optimisation: Any,
     ) -> None:  # fmt: skip
-        """``slot_of_class`` (num_classes,) is the prompt that each class trains; if None, the net selects by keys."""
+        """``slot_of_class`` (num_classes,) is the prompt that each class trains; if None, the net selects by keys.
+
+        ``prefix_of`` other than 'label': the image's label chooses the key that is pulled, but not its prompt.
+        """
         super().__init__(net, classes, **optimisation)
-        self.lambda_pull = lambda_pull
+        self.lambda_pull, self.prefix_of = lambda_pull, prefix_of
         self.register_buffer("slot_of_class", slot_of_class, persistent=False)
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        slots = () if self.slot_of_class is None else (self.slot_of_class[batch.labels],)
+        slots: tuple[Tensor | None, ...] = ()
+        if self.slot_of_class is not None:
+            own = self.slot_of_class[batch.labels]
+            prefixes = {"label": (own,), "nearest": (None, own), "another": (own.roll(1), own)}
+            slots = prefixes[self.prefix_of]
         output = self.net(batch.images, batch.prefix, *slots)
         return {
             "cross_entropy": cross_entropy(output.logits, batch.labels, self.classes),
@@ -58,10 +68,11 @@ class PromptMethod(Method):
     """Images per step; the official rates are 0.03 * batch_size / 256, ours Adam's `lr`."""
 
     def _stage(
-        self, name: str, client: Client, net: Net, slots: Tensor | None = None, lr_of: dict[str, float] | None = None
-    ) -> Stage:
+        self, name: str, client: Client, net: Net, slots: Tensor | None = None, lr_of: dict[str, float] | None = None,
+        prefix_of: PrefixOf = "label",
+    ) -> Stage:  # fmt: skip
         options: dict[str, Any] = {"lr": self.lr, "lr_of": lr_of, "max_norm": self.max_norm}
-        module = PromptingModule(net, self.lambda_pull, client.classes, slots, **options)
+        module = PromptingModule(net, self.lambda_pull, client.classes, slots, prefix_of, **options)
         return Stage(name, module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
 
@@ -146,8 +157,8 @@ class FedDualP(PromptMethod):
 class MultiGranularityViT(FrozenViTNet):
     """FedMGP's net: a shared coarse prompted ViT (P_g, its keys and h_g), and private fine prefixes, keys and heads.
 
-    The fine pass keeps the coarse prompt at the input, without gradient. The prefix is that of the image's class:
-    given in training, otherwise that of the key nearest to the coarse features, among the classes of tasks so far.
+    The fine pass keeps the coarse prompt at the input, without gradient. The prefix is that of the key nearest to the
+    coarse features, among the classes of tasks so far (in training, of the newest task), unless it is given.
     """
 
     def __init__(
@@ -171,10 +182,13 @@ class MultiGranularityViT(FrozenViTNet):
         """h_g, the shared head."""
         return self.coarse.head
 
-    def forward(self, images: Tensor, prefix: Tensor | None = None, slots: Tensor | None = None) -> Prompted:
+    def forward(
+        self, images: Tensor, prefix: Tensor | None = None, slots: Tensor | None = None, keys: Tensor | None = None
+    ) -> Prompted:
         """Classify stored images (B, 3, h, w) with the prefixes of classes ``slots`` (B,), or of the nearest keys.
 
-        The logit of a class comes from the head of its task.
+        The logit of a class comes from the head of its task. ``match`` is of the keys ``keys`` (B,), of the prefixes'
+        classes if None.
         """
         model, first = self.foundation, min(self.fine.blocks)
         with torch.no_grad():
@@ -182,12 +196,13 @@ class MultiGranularityViT(FrozenViTNet):
             query = self.coarse.prompt_features(run_blocks(model, shared, first, model.depth, {}))
         similarity = cosine(query, self.fine_keys)
         if slots is None:
-            slots = similarity.masked_fill(self.task_of_class < 0, -2).argmax(1)
+            first_task = self.task_of_class.max() if self.training else 0
+            slots = similarity.masked_fill(self.task_of_class < first_task, -2).argmax(1)
         features = self.coarse.prompt_features(run_blocks(model, shared, first, model.depth, self.fine(slots)))
         by_task = torch.stack([head(features) for head in self.fine_heads], 1)  # (B, tasks, num_classes)
         tasks = self.task_of_class.clamp(min=0).expand(len(features), 1, -1)
-        chosen = slots[:, None]
-        return Prompted(features, by_task.gather(1, tasks)[:, 0], similarity.gather(1, chosen)[:, 0], chosen)
+        matched = (slots if keys is None else keys)[:, None]
+        return Prompted(features, by_task.gather(1, tasks)[:, 0], similarity.gather(1, matched)[:, 0], slots[:, None])
 
 
 @dataclass(kw_only=True)
@@ -199,6 +214,9 @@ class FedMGP(PromptMethod):
       labelled surrogate set and training on the server, which no other baseline has; it is not implemented.
     - No weight decay (1e-3 officially): coupled with Adam it moves every prompt without a gradient by about the
       learning rate in each step, and the prompts of earlier tasks' classes would be lost.
+    - In fine training the prefix of an image is that of the nearest key, as at test time (``prefix_of``). In the paper
+      it is that of the image's class: the fine head then reads the label off the prefix, and fails where the keys do.
+      The released code mixes the prefixes of a batch by a wrong reshape, so that they do not show the label.
     - An image is matched on its own, and with keys of the client's classes so far (release: the batch, all keys).
     - Private modules are never exchanged (release: clients pass heads to each other).
     """
@@ -224,6 +242,15 @@ class FedMGP(PromptMethod):
     """Units between features and logits, in the shared head and in each private one."""
     key_lr: float = 0.01
     """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
+    prefix_of: PrefixOf = "nearest"
+    """Prefix of an image in fine training: of the nearest key (ours), of another image's class in the batch (in effect
+    the released code's), or of its own class, which shows the label to the head (the paper's)."""
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        super().__post_init__()
+        if self.prefix_of not in get_args(PrefixOf):
+            raise ValueError(f"prefix_of must be one of {', '.join(get_args(PrefixOf))}, got {self.prefix_of!r}.")
 
     def build_net(self, client: int, stream: StreamShape) -> Net:
         """A coarse and a fine part over one ViT."""
@@ -237,10 +264,10 @@ class FedMGP(PromptMethod):
         client.net.task_of_class[client.classes] = client.task
 
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Phase 1 trains the coarse part; phase 2 the fine one, each image with the prefix of its class."""
+        """Phase 1 trains the coarse part; phase 2 the fine one."""
         yield self._stage("coarse", client, client.net.coarse)
         classes = torch.arange(len(client.net.head.weight))
-        yield self._stage("fine", client, client.net, classes, {"fine_keys": self.key_lr})
+        yield self._stage("fine", client, client.net, classes, {"fine_keys": self.key_lr}, self.prefix_of)
 
     def upload(self, client: Client) -> Payload:
         """P_g, its keys and h_g; no private module."""

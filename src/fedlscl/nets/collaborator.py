@@ -84,10 +84,10 @@ class CollaboratorConfig:
     """Start the CNN from timm's weights instead of from scratch."""
     feature_dim: int = 512
     """Dimension of E, common to all small models (ours; not in the paper)."""
-    block: int = 3
-    """The adapted ViT block, counted from 0 (Fig. 3)."""
+    blocks: Sequence[int] | Literal["all"] = "all"
+    """The adapted ViT blocks, counted from 0; 'all' is ours, the paper adapts one (Fig. 3)."""
     targets: Sequence[str] = ("attn.qkv",)
-    """Its adapted linear layers (ours; not in the paper)."""
+    """Their adapted linear layers (ours; not in the paper)."""
     rank: int = 4
     """LoRA rank (ours; not in the paper)."""
     alpha: float = 4.0
@@ -105,10 +105,17 @@ class Collaborator(FrozenViTNet):
         for name in ("rank", "feature_dim"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}.")
-        super().__init__(foundation(config.foundation), config.block if config.collaboration else None)
+        model = foundation(config.foundation)
+        blocks = range(model.depth) if config.blocks == "all" else sorted(set(config.blocks))
+        if not blocks or not config.targets:
+            raise ValueError(
+                f"blocks and targets must name what is adapted, got {config.blocks} and {config.targets}: name both, or "
+                "set collaboration to false."
+            )
+        self.adapted = [(block, target) for block in blocks for target in config.targets]
+        layers = [model.linear(block, target) for block, target in self.adapted]
+        super().__init__(model, blocks[0] if config.collaboration else None)
         self.config, self.num_classes = config, num_classes
-        self.foundation.block(config.block)
-        layers = [self.foundation.linear(config.block, target) for target in config.targets]
         self.shapes = [LowRankShape(layer.in_features, layer.out_features, config.rank) for layer in layers]
         if config.collaboration:
             self.small = SmallModel(config.small_model, config.small_image_size, config.pretrained)
@@ -122,7 +129,9 @@ class Collaborator(FrozenViTNet):
             empty = images.new_zeros((len(images), 0), dtype=self.head.weight.dtype)
             return empty, empty
         features = self.embed(images)
-        return features, self.generator(features)
+        # Casting Phi to bfloat16 and its gradient back takes longer than the product in float32.
+        with torch.autocast(features.device.type, enabled=False):
+            return features, self.generator(features)
 
     def embed(self, images: Tensor) -> Tensor:
         """E = theta_i(x), (B, feature_dim)."""
@@ -133,7 +142,7 @@ class Collaborator(FrozenViTNet):
         features, lora = self.generate(images)
         entering = self.frozen_prefix(images) if prefix is None else prefix
         scale = self.config.alpha / self.config.rank
-        factors = split_lora(lora, self.shapes, scale) if lora.shape[1] else []
-        updates = dict(zip(self.config.targets, factors, strict=False))
+        factors = split_lora(lora, self.shapes, scale) if self.config.collaboration else []
+        updates = dict(zip(self.adapted, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self.entry, updates)
         return Collaboration(features, lora, tokens, self.head(tokens))

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from fedlscl.nets.lora import LowRank, low_rank_hook
+from fedlscl.nets.lora import LowRank, low_rank_hook, low_rank_update
 from fedlscl.nets.net import Net, prepare
 
 GLYPH_WEIGHTS = Path(__file__).with_name("glyph_vit.safetensors")
@@ -106,8 +106,11 @@ def attend(attention: Attention, h: Tensor, prefix: Tensor | None = None, is_exp
     return attention.proj(attention.norm(out.transpose(1, 2).flatten(-2)))
 
 
-def first_token_only(block: Block, x: Tensor) -> Tensor:
-    """The first token's output (B, 1, width) of a plain block: its query, projection and MLP row suffice."""
+def first_token_only(block: Block, x: Tensor, qkv: LowRank | None = None) -> Tensor:
+    """The first token's output (B, 1, width) of a plain block: its query, projection and MLP row suffice.
+
+    ``qkv`` is an update of attn.qkv, which is not called; forward hooks of the other linear layers are.
+    """
     attention = block.attn
     heads, size = attention.num_heads, attention.head_dim
     h = block.norm1(x)
@@ -115,6 +118,9 @@ def first_token_only(block: Block, x: Tensor) -> Tensor:
     inner = heads * size
     q = F.linear(h[:, :1], weight[:inner], None if bias is None else bias[:inner])
     kv = F.linear(h, weight[inner:], None if bias is None else bias[inner:])
+    if qkv is not None:
+        q = q + low_rank_update(h[:, :1], qkv._replace(up=qkv.up[:, :inner]))
+        kv = kv + low_rank_update(h, qkv._replace(up=qkv.up[:, inner:]))
     q = attention.q_norm(q.unflatten(-1, (heads, size)).transpose(1, 2))  # (B, heads, 1, size)
     k, v = kv.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)  # (B, heads, N, size) each
     out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
@@ -221,18 +227,25 @@ class Foundation:
             x = layer(x)
         return x if block < self.depth else vit.forward_head(vit.norm(x))
 
-    def features(self, tokens: Tensor, block: int, updates: dict[str, LowRank] | None = None) -> Tensor:
-        """Features (B, width) from the tokens that enter ``block``, whose linear layers get low-rank ``updates``."""
-        if block == self.depth:
+    def features(self, tokens: Tensor, entry: int, updates: Mapping[tuple[int, str], LowRank] | None = None) -> Tensor:
+        """Features (B, width) from the tokens that enter block ``entry``.
+
+        ``updates`` are of linear layers from that block on, by block and name, such as (3, 'attn.qkv').
+        """
+        if entry == self.depth:
             return tokens
-        with self._adapted(block, updates or {}):
-            x = run_block(self.vit.blocks[block], tokens)
-        rest = self.vit.blocks[block + 1 :]
-        if not len(rest):
-            return self.vit.forward_head(self.vit.norm(x))
-        for layer in rest[:-1]:
-            x = run_block(layer, x)
-        x = first_token_only(rest[-1], x) if is_plain(rest[-1]) and _reads_first_token(self.vit) else rest[-1](x)
+        found: list[dict[str, LowRank]] = [{} for _ in range(self.depth)]
+        for (index, target), update in (updates or {}).items():
+            self.block(index)
+            found[index][target] = update
+        x, last = tokens, self.depth - 1
+        for index in range(entry, self.depth):
+            block = self.vit.blocks[index]
+            with self._adapted(index, found[index]):
+                if index == last and is_plain(block) and _reads_first_token(self.vit):
+                    x = first_token_only(block, x, found[index].get("attn.qkv"))
+                else:
+                    x = run_block(block, x)
         return self.vit.forward_head(self.vit.norm(x))
 
     @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedlscl.federated.metrics import average_after
 from fedlscl.report.runs import Run
 
 NOT_A_SETTING = {
@@ -27,11 +28,15 @@ Some are options of earlier versions, which configurations of old runs still hav
 """
 MAX_NAMED = 3
 """Maximum number of differing options in a group's name."""
-TRAINING_FREE = ("FedNCM", "FedRidge")
+TRAINING_FREE = ("AFCL", "STSA", "STSAE", "FedNCM", "FedRAN", "FedRidge", "FrozenLDA")
 """Methods whose only head is in closed form."""
 CENTRALISED = ("Joint", "JointLSCL")
 """Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
 CENTRALISED_NOTE, UNFINISHED = "all data (centralised), not ranked", "unfinished runs, not ranked"
+
+
+READOUTS = "readouts/"
+"""Begins the figure of a readout's accuracy, readouts/NAME/MASK."""
 
 
 class Spread(NamedTuple):
@@ -116,11 +121,20 @@ class Group:
 
 def final(run: Run, figure: str) -> float | None:
     """A figure of one run after its last task: of the summary, bytes, seconds, or images."""
-    if figure in ("up_bytes", "down_bytes"):
-        return run.results["traffic"][figure]
+    if figure.endswith("_bytes"):
+        return run.results["traffic"].get(figure)
+    if figure.startswith(READOUTS):
+        name, _, mask = figure.removeprefix(READOUTS).rpartition("/")
+        matrices = run.results.get("readouts", {}).get(name)
+        return None if matrices is None else average_after(matrices[mask], run.tasks - 1)
     if figure in ("total_seconds", "images"):
         return None if run.costs is None else run.costs.get(figure)
     return run.results["summary"][-1].get(figure)
+
+
+def readouts(groups: Sequence[Group]) -> list[str]:
+    """Names of the readouts that any run has, in the order of the runs."""
+    return list(dict.fromkeys(n for group in groups for run in group.runs for n in run.results.get("readouts", {})))
 
 
 def spread(values: np.ndarray) -> Spread:

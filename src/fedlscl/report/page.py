@@ -11,10 +11,10 @@ from urllib.parse import quote
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, in_hours, parameter_line, percent
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import to_csv
-from fedlscl.report.groups import Group, classifier, grouped, inequalities
+from fedlscl.report.groups import Group, classifier, grouped, inequalities, readouts
 from fedlscl.report.plots import Picture, against_cost, clients, for_page, looks, matrices, over_tasks
 from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Run, left_out, read_runs
-from fedlscl.report.table import COLUMNS, cell, per_task_rows, table_latex, table_markdown, table_rows
+from fedlscl.report.table import cell, columns, per_task_rows, table_latex, table_markdown, table_rows
 from fedlscl.report.table import sections as table_sections
 
 PAGE = "index.html"
@@ -90,6 +90,15 @@ def figures(groups: Sequence[Group]) -> list[Section]:
             "is a dashed line.",
             partial(against_cost, groups, "up_bytes"),
         ),
+        *(
+            (
+                f"Accuracy of {name} against uploaded bytes",
+                "The same classifier on the features of every method that has them. Bytes are those of the method; the "
+                "sums of the readout come on top.",
+                partial(against_cost, groups, "up_bytes", readout=name),
+            )
+            for name in readouts(groups)
+        ),
         (
             "Accuracy against seconds",
             "Seconds of the whole run on its device, evaluation included, on a logarithmic axis. Compare only runs "
@@ -102,7 +111,9 @@ def figures(groups: Sequence[Group]) -> list[Section]:
             partial(matrices, groups),
         ),
     )
-    sections = [Section(title, text, [p for p in map(draw, MASK_TITLES) if p]) for title, text, draw in drawn]
+    sections = [
+        Section(title, text, [p for mask in MASK_TITLES if (p := draw(mask=mask))]) for title, text, draw in drawn
+    ]
     return [section for section in sections if section.pictures]
 
 
@@ -122,7 +133,7 @@ def page(
         findings=_findings(groups),
         unshown=unshown,
         inequalities=inequalities(groups),
-        columns=COLUMNS,
+        columns=columns(groups),
         tables=table_sections(groups),
         cell=cell,
         colours={name: look.colour for name, look in looks(groups).items()},

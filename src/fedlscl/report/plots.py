@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, percent
-from fedlscl.report.groups import Group
+from fedlscl.report.groups import READOUTS, Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,13 +118,16 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
     return chart(f"{file}_{mask}", title, alt, list(values), draw)
 
 
-def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | None:
+def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "") -> Picture | None:
     """Final accuracy by the cost of the whole run, on a logarithmic axis; None if no run has such a cost.
+
+    The accuracy is that of the own heads, or of a readout.
 
     A run whose cost is zero is a dashed line at its accuracy.
     """
     file, what, unit = COSTS[cost]
-    found = {group.name: (group.final(cost), group.final(f"{mask}/average")) for group in groups}
+    figure = f"{READOUTS}{readout}/{mask}" if readout else f"{mask}/average"
+    found = {group.name: (group.final(cost), group.final(figure)) for group in groups}
     known = {name: (spent, reached) for name, (spent, reached) in found.items() if spent and reached}
     positive = [spent.mean for spent, _ in known.values() if spent.mean > 0]
     names = [name if spent.mean > 0 else f"{name} (none)" for name, (spent, _) in known.items()]
@@ -155,9 +158,11 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str) -> Picture | Non
         return handles
 
     points = ", ".join(f"{name} {percent(y.mean)} % at {unit(x.mean)}" for name, (x, y) in known.items())
-    title = f"Final accuracy, {MASK_TITLES[mask]}, against {what}"
-    alt = f"Scatter plot of final accuracy, {MASK_TITLES[mask]}, against {what}: {points}."
-    return chart(f"{file}_{mask}", title, alt, names, draw)
+    whose = f"Final accuracy of {readout}" if readout else "Final accuracy"
+    title = f"{whose}, {MASK_TITLES[mask]}, against {what}"
+    alt = f"Scatter plot of {title[0].lower()}{title[1:]}: {points}."
+    suffix = "".join(f"_{part}" for part in re.findall(r"\w+", readout))
+    return chart(f"{file}{suffix}_{mask}", title, alt, names, draw)
 
 
 def matrices(groups: Sequence[Group], mask: str) -> Picture:

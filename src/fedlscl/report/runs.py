@@ -178,6 +178,7 @@ SHAPE: dict[str, Any] = {
     "traffic": {"up_bytes": int, "down_bytes": int, "up": [[[int]]]},
     # Files of the first versions have neither.
     "parameters?": {"foundation": int, "trainable": [int], "total": [int]},
+    "readouts?": dict,
     "quarantined?": [{"client": object, "task": int, "round": int, "reason": object}],
 }
 """What a report reads of results.json: float is any finite number, a tuple may be null, a name with '?' be absent."""
@@ -292,6 +293,14 @@ def _wrong_sizes(results: dict[str, Any]) -> Iterator[str]:
             shape = ()
         if len(shape) != 3 or shape[0] != clients or min(shape[1:]) < done:
             yield f"accuracy.{phase}.{mask} must be (clients, tasks, tasks) for {clients} clients, got shape {shape}"
+    for name, matrices in results.get("readouts", {}).items():
+        for mask in MASKS:
+            try:
+                shape = np.array(matrices[mask], dtype=float).shape
+            except (ValueError, TypeError, KeyError):
+                shape = ()
+            if len(shape) != 3 or shape[0] != clients or min(shape[1:]) < done:
+                yield f"readouts.{name}.{mask} must be (clients, tasks, tasks) for {clients} clients, got shape {shape}"
     if len(sent) != clients or any(len(client) < done for client in sent):
         yield f"traffic.up must have lists for {done} tasks of each of {clients} clients, got {_short(sent)}"
     counts = results.get("parameters", {"trainable": [0], "total": [0]})

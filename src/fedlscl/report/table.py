@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlscl.federated.metrics import MASKS
-from fedlscl.report.groups import Group, Spread, grouped, inequalities
+from fedlscl.report.groups import READOUTS, Group, Spread, grouped, inequalities, readouts
 from fedlscl.report.runs import PER_TASK, left_out, read_runs
 
 
@@ -36,7 +36,24 @@ TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\tex
 TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 
 
-HEADER = ["run", "n", *(column.title for column in COLUMNS)]
+def columns(groups: Sequence[Group]) -> list[Column]:
+    """`COLUMNS`, with the accuracies of each readout beside those of the own heads, and the bytes of readouts."""
+    found: list[Column] = []
+    names = readouts(groups)
+    for column in COLUMNS:
+        mask, _, name = column.figure.partition("/")
+        titles = {"class_il": "class-IL %", "task_il": "task-IL %"}
+        found.append(column._replace(title=f"own {column.title}") if names and name == "average" else column)
+        if name == "average":
+            found += [Column(f"{READOUTS}{readout}/{mask}", f"{readout} {titles[mask]}", 100, 1) for readout in names]
+        if names and column.figure == "up_bytes":
+            found.append(Column("readout_up_bytes", "readouts up MB", 1e-6, 2))
+    return found
+
+
+def header(groups: Sequence[Group]) -> list[str]:
+    """Titles of all columns."""
+    return ["run", "n", *(column.title for column in columns(groups))]
 
 
 def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
@@ -46,10 +63,11 @@ def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
 
 def table_markdown(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """One row per group; mean ± standard deviation over n seeds; a row in italics begins a section with a heading."""
-    rows = [HEADER]
+    shown, titles = columns(groups), header(groups)
+    rows = [titles]
     for title, found in sections(groups):
-        rows += [[f"*{title}*", *[""] * (len(HEADER) - 1)]] if title else []
-        rows += [[group.name.replace("\\", "\\\\").replace("|", "\\|"), *cells(group)] for group in found]
+        rows += [[f"*{title}*", *[""] * (len(titles) - 1)]] if title else []
+        rows += [[group.name.replace("\\", "\\\\").replace("|", "\\|"), *cells(group, shown)] for group in found]
     return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"
 
 
@@ -69,11 +87,12 @@ def markdown(rows: list[list[str]], rule: str = "---:") -> str:
 
 def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """The same for CSV, unrounded, accuracies as fractions; the deviation of one seed is empty."""
+    shown = columns(groups)
     for group in groups:
         row: dict[str, Any] = {"run": group.name, "method": group.runs[0].results["method"]["name"]}
         row |= {"n": len(group.runs), "seeds": " ".join(map(str, group.seeds)), "tasks": group.tasks}
         row |= {"tasks of data": group.runs[0].planned, "section": group.section}
-        for figure in (*(column.figure for column in COLUMNS), "images"):
+        for figure in (*(column.figure for column in shown), "images"):
             found = group.final(figure)
             row[f"{figure} mean"], row[f"{figure} std"] = (None, None) if found is None else found
         yield row
@@ -81,19 +100,19 @@ def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """The same in LaTeX; needs the package booktabs."""
-    rows = []
+    rows, shown, titles = [], columns(groups), header(groups)
     for number, (title, found) in enumerate(sections(groups)):
         rows += ["\\midrule"] if number else []
-        rows += [f"\\multicolumn{{{len(HEADER)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
+        rows += [f"\\multicolumn{{{len(titles)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
         for group in found:
-            texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in cells(group)]
+            texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in cells(group, shown)]
             rows.append(" & ".join([tex(group.name), *texts]) + " \\\\")
     lines = [
         "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
         *(f"% {' '.join(note.split())}" for note in notes),
-        f"\\begin{{tabular}}{{l{'r' * (len(HEADER) - 1)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
         "\\toprule",
-        " & ".join(map(tex, HEADER)) + " \\\\",
+        " & ".join(map(tex, titles)) + " \\\\",
         "\\midrule",
         *rows,
         "\\bottomrule",
@@ -102,9 +121,9 @@ def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(group: Group) -> list[str]:
+def cells(group: Group, shown: Sequence[Column]) -> list[str]:
     """Number of seeds, and the figures as text."""
-    return [str(len(group.runs)), *(cell(column, group.final(column.figure)) for column in COLUMNS)]
+    return [str(len(group.runs)), *(cell(column, group.final(column.figure)) for column in shown)]
 
 
 def cell(column: Column, found: Spread | None) -> str:
@@ -160,13 +179,14 @@ def print_comparison(paths: Sequence[Path]) -> None:
     from rich.text import Text
 
     table = Table(title="After the last finished task: all tasks, mean over clients, mean ± deviation over n seeds")
-    for title in HEADER:
+    shown, titles = columns(groups), header(groups)
+    for title in titles:
         table.add_column(title, justify="left" if title == "run" else "right")
     for title, found in sections(groups):
         if title:
-            table.add_row(Text(title, style="italic"), *[""] * (len(HEADER) - 1))
+            table.add_row(Text(title, style="italic"), *[""] * (len(titles) - 1))
         for group in found:
-            table.add_row(Text(group.name), *cells(group))
+            table.add_row(Text(group.name), *cells(group, shown))
         table.add_section()
     console = Console()
     console.print(table)
