@@ -182,7 +182,7 @@ class LoRM(Method):
             payload[f"lora.{n}.{factor}.{client.task}"] = getattr(layer, factor)[client.task]
             if factor == "up":
                 payload[f"energy.{n}"] = diagonal(gram)
-                gram = project(gram, layer.down[client.task].detach())
+                gram = project(gram.cpu(), layer.down[client.task].detach().cpu())
             payload[f"gram.{n}"] = pack_symmetric(gram)
         return outgoing(payload)
 
