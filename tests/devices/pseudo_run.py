@@ -142,8 +142,8 @@ def steps(precision):
     found = {}
     for name in ("FedLSCL", "FedAvg", "EWC", "LwF", "TARGET", "MFCL", "FedWeIT", "GLFC", "LoRM"):
         method, counter = tiny_methods.METHODS[name](), Steps()
-        method.local_epochs = 3
-        learn(method, precision=precision, callbacks=[counter])
+        method.local_epochs = 2
+        learn(method, precision=precision, callbacks=[counter], **RUN)
         for stage, waits in counter.found.items():
             total = sum((Counter(step) for step in waits), Counter())
             found[f"{name} {stage}"] = {what: n / len(waits) for what, n in total.items()}

@@ -376,7 +376,7 @@ def test_the_predecessors_features_are_computed_once_a_task_and_the_run_stays_th
     monkeypatch.setattr(
         ContinualFineTuningModule,
         "_predecessor",
-        torch.no_grad()(lambda module, batch, needed: module.previous.net.generate(batch.images)),
+        torch.no_grad()(lambda module, batch: module.previous.net.generate(batch.images)),
     )
     literal = federate(make_method(), rounds_per_task=2)
     for one, other in zip(fast.clients, literal.clients, strict=True):
@@ -385,3 +385,15 @@ def test_the_predecessors_features_are_computed_once_a_task_and_the_run_stays_th
         expected = one.previous.embed(one.data.fetch(one.buffer.ids).images)
         assert len(expected) == len(one.buffer) > 0
         torch.testing.assert_close(one.memory[fedlscl.KEPT], expected)
+
+
+def test_kept_features_are_used_if_the_buffer_has_all_old_samples():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    data = SimpleNamespace(data=SimpleNamespace(labels=lambda ids: labels[ids]))
+    client = SimpleNamespace(data=data, old=torch.tensor([0, 1]), memory={fedlscl.KEPT: torch.rand(2, 3)})
+    client.buffer = SimpleNamespace(ids=torch.tensor([3, 0]))
+    ids, features = fedlscl.kept_features(client, torch.tensor([0, 3, 4, 5]))
+    assert ids is client.buffer.ids and features is client.memory[fedlscl.KEPT]
+    assert fedlscl.kept_features(client, torch.tensor([0, 3, 2])) is None
+    client.memory.clear()
+    assert fedlscl.kept_features(client, torch.tensor([0, 3])) is None

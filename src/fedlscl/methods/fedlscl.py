@@ -125,7 +125,7 @@ class FedLSCL(privacy.PrivateSums):
                 lr=self.lr,
                 generator_lr=self.generator_lr,
                 head_lr=self.head_lr,
-                kept=(client.buffer.ids, client.memory[KEPT]) if KEPT in client.memory else None,
+                kept=kept_features(client, ids),
             )
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
 
@@ -232,6 +232,14 @@ def feature_moment(client: Client, ids: Tensor) -> Tensor:
         size = len(client.net.generator.matrix)
         return torch.zeros(size, size, dtype=torch.float64)
     return second_moment(torch.cat([e.cpu() for _, (e, _) in client.infer(ids, part=client.net.generate)]))
+
+
+def kept_features(client: Client, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Ids and predecessor's features of the buffer, if it has all samples of old classes among ``ids`` (n,)."""
+    old = ids[torch.isin(client.data.data.labels(ids), client.old)]
+    if KEPT not in client.memory or not torch.isin(old, client.buffer.ids).all():
+        return None
+    return client.buffer.ids, client.memory[KEPT]
 
 
 def predecessor_features(client: Client) -> Tensor:
