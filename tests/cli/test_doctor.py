@@ -23,7 +23,7 @@ def lines(capsys):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(doctor, "SIDE", 32)
+    monkeypatch.setattr(doctor, "SIDES", {"cpu": 32})
 
 
 def test_it_says_what_this_machine_has(capsys):

@@ -66,3 +66,10 @@ def test_workers_change_nothing(data):
 def test_batch_size_must_be_positive(data):
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         batches(data, torch.arange(3), 0, shuffle=False)
+
+
+@pytest.mark.parametrize("is_in_use", [True, False])
+def test_batches_are_pinned_where_cuda_is_in_use(make_data, monkeypatch, is_in_use):
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: is_in_use)
+    data = make_data()
+    assert data.stream(0).loader(data.stream(0).train_ids(0), 4, shuffle=True).pin_memory is is_in_use

@@ -119,7 +119,7 @@ def predict():
 
 
 class Steps(Callback):
-    """By stage, the waits of each step, without those of the first epoch, in which the cache is filled."""
+    """By stage, the waits of each step, after the first epoch, which fills the cache, or after the first step."""
 
     def __init__(self):
         self.found, self.before = {}, Counter()
@@ -131,7 +131,7 @@ class Steps(Callback):
 
     def on_batch_end(self, run, client, num_images):
         self.seen += 1
-        if self.seen > len(self.stage.batches) or self.stage.epochs == 1:
+        if self.seen > (len(self.stage.batches) if self.stage.epochs > 1 else 1):
             steps = self.found.setdefault(self.name, [])
             steps.append(dict(pseudo.WAITS - self.before))
         self.before = Counter(pseudo.WAITS)
@@ -142,8 +142,8 @@ def steps(precision):
     found = {}
     for name in ("FedLSCL", "FedAvg", "EWC", "LwF", "TARGET", "MFCL", "FedWeIT", "GLFC", "LoRM"):
         method, counter = tiny_methods.METHODS[name](), Steps()
-        method.local_epochs = 3
-        learn(method, precision=precision, callbacks=[counter])
+        method.local_epochs = 2
+        learn(method, precision=precision, callbacks=[counter], **RUN)
         for stage, waits in counter.found.items():
             total = sum((Counter(step) for step in waits), Counter())
             found[f"{name} {stage}"] = {what: n / len(waits) for what, n in total.items()}

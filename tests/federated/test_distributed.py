@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import tiny_methods
 from fedlscl.__main__ import main
 from fedlscl.federated.engine import Ranks
+from fedlscl.federated.method import Progress
 from fedlscl.federated.trainer import FederatedTrainer
 
 FILES = ("checkpoint.pt", "results.json", "matrix.csv", "rounds.csv", "manifest.json")
@@ -47,6 +49,21 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch, method
     assert main(fit) == 0
     for name in FILES:
         assert (run_of(one) / name).read_bytes() == (run_of(two) / name).read_bytes(), name
+
+
+def test_the_first_process_alone_computes_the_servers_part(make_data, monkeypatch):
+    """The others get its responses, its method's state and its losses."""
+    trainer = FederatedTrainer(accelerator="cpu", rounds_per_task=1)
+    trainer.setup(tiny_methods.METHODS["FedBE"](), make_data(), 42)
+    state, entry = {"importance": {0: torch.ones(2, 3)}}, {"client": -1}
+    found = ({0: {"w": torch.ones(1)}}, {**trainer.method.state_dict(), **state}, [entry])
+    monkeypatch.setattr(trainer.ranks, "size", 2)
+    monkeypatch.setattr(trainer.ranks, "is_first", False)
+    monkeypatch.setattr(trainer.ranks, "from_first", lambda own: found)
+    monkeypatch.setattr(type(trainer.method), "aggregate", lambda *_: pytest.fail("the second process aggregated"))
+    trainer.run.progress = Progress(0, 0, True, False)
+    assert trainer._aggregate([]) is found[0]
+    assert trainer.history == [entry] and trainer.method.importance[0].equal(torch.ones(2, 3))
 
 
 def test_a_method_that_looks_into_its_clients_stays_in_one_process(make_data, monkeypatch):

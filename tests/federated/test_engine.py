@@ -143,6 +143,17 @@ def test_batches_come_with_the_cached_prefix(data, collaborator_config, batches)
     assert all(prefix.shape == (len(ids), 5, 64) for _, ids, _, prefix in module.seen)
 
 
+def test_turns_inside_a_turn_move_nothing(engine, net, data, monkeypatch):
+    client, moved = Client(id=0, net=net, data=data.stream(0), engine=engine), []
+    monkeypatch.setattr(engine.fabric, "to_device", lambda part: moved.append(part) or part)
+    with engine.on_device(client):
+        for _ in range(3):
+            with engine.on_device(client):
+                assert engine.visitor is client
+        assert engine.visitor is client
+    assert moved == [net] and engine.visitor is None
+
+
 def test_an_error_in_a_turn_leaves_the_device_in_order(engine, net, data):
     client = Client(id=0, net=net, data=data.stream(0), engine=engine)
     with pytest.raises(KeyboardInterrupt), engine.on_device(client):

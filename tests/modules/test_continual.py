@@ -98,10 +98,9 @@ def test_kept_features_spare_the_predecessors_cnn(collaborator, previous, batch,
 
 
 def test_what_is_not_kept_is_computed(collaborator, previous, batch, kept):
-    """A sample of an old class that is unknown, or changed at random, gets what the predecessor says of it."""
-    part = kept[0][:3], kept[1][:3]
+    """A sample that was changed at random gets what the predecessor says of it."""
     expected = ContinualFineTuningModule(collaborator, previous).eval().loss(batch)
-    for given, seen in ((part, batch), (kept, batch._replace(augmented=True)), ((kept[0][:0], kept[1][:0]), batch)):
+    for given, seen in ((kept, batch._replace(augmented=True)), ((kept[0][:0], kept[1][:0]), batch)):
         found = ContinualFineTuningModule(collaborator, previous, kept=given).eval().loss(seen)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     changed = kept[0], kept[1] + 1

@@ -41,6 +41,7 @@ def batches(
         batch_size=None,
         sampler=order if augment == "none" else _Seeded(order, generator),
         num_workers=num_workers,
+        pin_memory=torch.cuda.is_initialized(),  # in use here: copies from pinned memory do not stop the host
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
         generator=torch.Generator(),
     )

@@ -44,7 +44,8 @@ class ContinualFineTuningModule(Learner):
         """``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too.
 
         ``counts`` of samples by class balance the softmax. ``kept`` are ids (n,) of samples and the predecessor's
-        features E' of them (n, feature_dim), which need not be computed at every step.
+        features E' of them (n, feature_dim), which need not be computed at every step; all samples of old classes must
+        be among them.
         """
         net, previous = as_collaborator(net), as_collaborator(previous)
         parts = {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
@@ -66,7 +67,7 @@ class ContinualFineTuningModule(Learner):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         now = self.net(batch.images, batch.prefix)
         old = torch.ones_like(batch.labels) if self.old_classes is None else torch.isin(batch.labels, self.old_classes)
-        features, lora = self._predecessor(batch, old.bool())
+        features, lora = self._predecessor(batch)
         return {
             "cross_entropy": cross_entropy(now.logits, batch.labels, self.classes, self.counts),
             "features": self.lambda_features * consistency(now.features, features, old),
@@ -74,13 +75,11 @@ class ContinualFineTuningModule(Learner):
         }
 
     @torch.no_grad()
-    def _predecessor(self, batch: Batch, needed: Tensor) -> tuple[Tensor, Tensor]:
-        """E' and W' of a batch, valid where ``needed`` (B,); from kept features if they cover those rows."""
+    def _predecessor(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """E' and W' of a batch; from kept features, where rows of samples that are not kept mean nothing."""
         net = self.previous.net
         if self.kept_ids is None or not len(self.kept_ids) or batch.augmented:
             return net.generate(batch.images)
         index = torch.searchsorted(self.kept_ids, batch.ids).clamp_max(len(self.kept_ids) - 1)
-        if (needed & (self.kept_ids[index] != batch.ids)).any():
-            return net.generate(batch.images)
         features = self.kept_features[index]
         return features, net.generator(features)
