@@ -11,11 +11,12 @@ from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
 from fedlscl.methods.fedlscl import draw_per_class, feature_moment, updated_buffer
-from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
+from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
 
 M = 3
+RATES = {"generator": GENERATOR_LR, "generator.bias": BIAS_LR, "head": HEAD_LR}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,7 @@ def test_stages_are_those_of_algorithm_1(watched):
             id(p): group["lr"] for group in stage.module.configure_optimizers().param_groups for p in group["params"]
         }
         assert rates[id(client.net.generator.weight)] == GENERATOR_LR
+        assert rates[id(client.net.generator.bias)] == BIAS_LR
         assert rates[id(client.net.head.weight)] == HEAD_LR
         assert rates[id(client.net.unit.project.weight)] == trainer.method.lr == LR
         labels = client.data.data.labels(samples)
@@ -223,7 +225,7 @@ def test_new_classes_begin_with_the_direction_of_their_mean(make_method, federat
 
 def test_consistency_of_the_first_step_is_zero_where_stage_one_made_no_step(make_method, federate):
     """The predecessor is the net after aggregation, so at the start of a task nothing has to be kept."""
-    method = make_method(lr=1e-30, generator_lr=1e-30)
+    method = make_method(lr=1e-30, generator_lr=1e-30, bias_lr=1e-30)
     trainer = federate(method)
     terms = [entry["terms"] for entry in trainer.history if entry["stage"] == "continual"]
     assert len(terms) == 2
@@ -272,7 +274,7 @@ def test_stage_two_can_be_left_out_or_replaced(make_method, federate, continual,
         found = [type(stage.module) for client, n, _, _, stage, _ in watch.stages if n == task and client.id == 0]
         assert found == modules
         for _, n, _, _, stage, _ in watch.stages:
-            assert n == 0 or stage.module.lr_of == {"generator": GENERATOR_LR, "head": HEAD_LR}
+            assert n == 0 or stage.module.lr_of == RATES
             assert n == 0 or stage.module.freeze_norm
 
 
@@ -290,8 +292,9 @@ def test_it_runs_without_collaboration(make_method, federate, continual):
         ({}, {"continual": "ewc", "shared_initialisation": False}),
         ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "blocks": (5, 0), "rank": 1}, {}),
         ({}, {"buffer_per_class": 1, "replay_current": False}),
+        ({"unit_features": False, "generator_start": "per_image"}, {}),
     ],
-    ids=["paper", "ewc", "other-targets", "one-sample-per-class"],
+    ids=["paper", "ewc", "other-targets", "one-sample-per-class", "raw"],
 )
 def test_variants_run(make_method, federate, collaborator, options):
     trainer = federate(make_method(collaborator, **options))

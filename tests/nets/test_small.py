@@ -9,7 +9,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from fedlscl import SpatialTemporalDataModule
-from fedlscl.nets.cnn import MEAN, STD, SmallClassifier, SmallModel, UnitFeatures
+from fedlscl.nets.cnn import MEAN, STD, ProjectedFeatures, SmallClassifier, SmallModel
 
 WIDTHS = {
     "resnet18": 512,
@@ -25,7 +25,7 @@ WIDTHS = {
 def test_small_models_of_the_paper_meet_in_one_feature_space_without_an_idle_weight(name):
     torch.manual_seed(0)
     small = SmallModel(name, image_size=32)
-    unit = UnitFeatures(small.width, 24)
+    unit = ProjectedFeatures(small.width, 24)
     pooled = small(torch.randint(256, (4, 3, 20, 20), dtype=torch.uint8))
     features = unit(pooled)
     assert small.width == WIDTHS[name] and pooled.shape == (4, WIDTHS[name]) and features.shape == (4, 24)
@@ -76,13 +76,18 @@ def test_building_draws_the_weights_that_timm_draws():
 
 
 def test_features_are_centred_and_of_unit_norm_whatever_the_scale():
-    unit = UnitFeatures(12, 12)
+    unit = ProjectedFeatures(12, 12)
     assert isinstance(unit.project, nn.Identity)
     for scale in (1.0, 1e3):
         features = unit(scale * torch.randn(5, 12))
         torch.testing.assert_close(features.norm(dim=1), torch.ones(5), rtol=1e-3, atol=0)
         torch.testing.assert_close(features.sum(1), torch.zeros(5), rtol=0, atol=1e-5)
-    assert isinstance(UnitFeatures(12, 8).project, nn.Linear)
+    assert isinstance(ProjectedFeatures(12, 8).project, nn.Linear)
+
+
+def test_raw_features_are_the_projection_alone():
+    unit, x = ProjectedFeatures(12, 8, unit_norm=False), torch.randn(5, 12)
+    assert torch.equal(unit(x), unit.project(x))
 
 
 def test_normalisation_constants_travel_with_the_net_but_not_in_its_state():
@@ -128,7 +133,7 @@ def test_the_spread_of_features_is_what_the_page_states(name, size, at_rest, bat
     ids = torch.cat([data.stream(client).train_ids(0) for client in range(5)])[::4]
     torch.manual_seed(42)
     small = SmallModel(name, int(size))
-    unit = UnitFeatures(small.width, 512)
+    unit = ProjectedFeatures(small.width, 512)
     assert len(ids) == 129
     assert spread(small.eval(), unit, data.fetch(ids).images) == pytest.approx(float(at_rest), abs=1e-3)
     assert spread(small.train(), unit, data.fetch(ids).images) == pytest.approx(float(batch), abs=1e-3)

@@ -122,8 +122,8 @@ def is_gram(gram: Tensor) -> bool:
     return bool((gram >= 0).all()) if gram.dim() == 1 else is_semidefinite(gram)
 
 
-def moment_error(moment: Tensor, noisy: bool = False) -> str:
-    """Why a matrix (p, p) cannot be a second moment of unit features, or ''; with noise it may have any size.
+def moment_error(moment: Tensor, unbounded: bool = False) -> str:
+    """Why a matrix (p, p) cannot be a second moment of unit features, or ''; ``unbounded``: of any size.
 
     Example:
         >>> moment_error(torch.eye(3) / 2)
@@ -132,7 +132,7 @@ def moment_error(moment: Tensor, noisy: bool = False) -> str:
         'moments are larger than those of unit features'
     """
     # In bf16 a unit norm is one up to 2^-8.
-    if moment.trace() > 1.02 * MOMENT_BOUND and not noisy:
+    if moment.trace() > 1.02 * MOMENT_BOUND and not unbounded:
         return "moments are larger than those of unit features"
     return "" if is_semidefinite(moment) else "moments are not positive semidefinite"
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
@@ -23,7 +24,7 @@ from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
+from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
 from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
@@ -49,7 +50,9 @@ class FedLSCL(privacy.PrivateSums):
     small_models: Sequence[str] = ()
     """Small models assigned to the clients in turn, instead of collaborator.small_model (Fig. 4)."""
     generator_lr: float = GENERATOR_LR
-    """Learning rate of the generator (ours; not in the paper)."""
+    """Learning rate of Phi, the generator's part that depends on the image (ours; not in the paper)."""
+    bias_lr: float = BIAS_LR
+    """Learning rate of b, the generator's part that all images share (ours; not in the paper)."""
     head_lr: float = HEAD_LR
     """Learning rate of the head (ours; not in the paper)."""
     freeze_norm: bool = True
@@ -84,11 +87,21 @@ class FedLSCL(privacy.PrivateSums):
     def __post_init__(self) -> None:
         """Check options before a run depends on them."""
         super().__post_init__()
-        for name in ("generator_lr", "head_lr", "lambda_proximal"):
+        for name in ("generator_lr", "bias_lr", "head_lr", "lambda_proximal"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
         if self.buffer_per_class < 0:
             raise ValueError(f"buffer_per_class must be >= 0, got {self.buffer_per_class}.")
+        if self.noise_multiplier and not self.has_unit_features:
+            raise ValueError(
+                "noise_multiplier must be 0 with raw features, whose moments have no bound, got "
+                f"{self.noise_multiplier}: set collaborator.unit_features to true."
+            )
+
+    @property
+    @override
+    def has_unit_features(self) -> bool:
+        return self.collaborator.unit_features
 
     def build_net(self, client: int, stream: StreamShape) -> Collaborator:
         """Build a collaborator with this client's small model."""
@@ -123,8 +136,7 @@ class FedLSCL(privacy.PrivateSums):
                 lambda_features=self.lambda_features,
                 lambda_lora=self.lambda_lora,
                 lr=self.lr,
-                generator_lr=self.generator_lr,
-                head_lr=self.head_lr,
+                **self._rates(),
                 kept=(client.buffer.ids, client.memory[KEPT]) if KEPT in client.memory else None,
             )
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
@@ -186,15 +198,17 @@ class FedLSCL(privacy.PrivateSums):
             "freeze_norm": self.freeze_norm or client.task > 0 or self.collaborator.pretrained,
             "counts": self._counts(client, client.train_ids),
         }
-        parts = {"lr_of": {"generator": self.generator_lr, "head": self.head_lr}, **rates}
+        parts = {"lr_of": {"generator": self.generator_lr, "generator.bias": self.bias_lr, "head": self.head_lr}}
         if self.continual == "lwf" and client.previous is not None:
             teacher = client.previous, client.old, self.lwf_alpha, 2.0
-            return DistillationModule(client.net, *teacher, client.classes, **parts)
+            return DistillationModule(client.net, *teacher, client.classes, **parts, **rates)
         anchor, fisher = consolidated(client)
         if fisher:
-            return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts)
-        rates |= {"generator_lr": self.generator_lr, "head_lr": self.head_lr}
-        return CollaborativeModule(client.net, client.classes, **rates)
+            return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts, **rates)
+        return CollaborativeModule(client.net, client.classes, **rates, **self._rates())
+
+    def _rates(self) -> dict[str, float]:
+        return {"generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
 
     def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
         if not self.balance:

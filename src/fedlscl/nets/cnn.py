@@ -69,22 +69,22 @@ class SmallModel(nn.Module):
         return maps.mean(self.pooled_axes) if self.pooled_axes else maps
 
 
-class UnitFeatures(nn.Module):
-    """E: pooled features projected to feature_dim and scaled to unit norm (ours; not in the paper).
+class ProjectedFeatures(nn.Module):
+    """E: pooled features projected to feature_dim and, with ``unit_norm``, centred and scaled to norm 1 (ours).
 
     Without this scale one Adam step moves every generated weight by about 0.4, which destroys the ViT's features; with
     it the trace of every client's second moment is one, so that lambda of Eq. 5 does not depend on the small model.
     """
 
-    def __init__(self, width: int, feature_dim: int) -> None:
+    def __init__(self, width: int, feature_dim: int, unit_norm: bool = True) -> None:
         super().__init__()
-        self.feature_dim = feature_dim
+        self.feature_dim, self.unit_norm = feature_dim, unit_norm
         self.project = nn.Identity() if width == feature_dim else nn.Linear(width, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width) to (B, feature_dim), zero mean and unit norm."""
-        x = self.project(x)
-        return F.layer_norm(x.float(), (self.feature_dim,)) * self.feature_dim**-0.5
+        """(B, width) to (B, feature_dim), float32."""
+        x = self.project(x).float()
+        return F.layer_norm(x, (self.feature_dim,)) * self.feature_dim**-0.5 if self.unit_norm else x
 
 
 class SmallClassifier(Net):
