@@ -6,7 +6,13 @@ import torch.nn.functional as F
 
 from fedlscl.federated.method import Progress
 from fedlscl.federated.payload import Upload, num_bytes
-from fedlscl.functional.analytic import discriminant_solution, low_rank, moment_sums, random_features
+from fedlscl.functional.analytic import (
+    discriminant_solution,
+    low_rank,
+    moment_sums,
+    ncm_solution,
+    random_features,
+)
 from fedlscl.methods import AFCL, STSA, STSAE, FedNCM, FedRAN, FedRidge, FrozenLDA
 from reference import analytic as literal
 
@@ -29,6 +35,8 @@ def test_nearest_class_means_are_those_of_the_pooled_data(federate, foundation_c
     expected = torch.stack([F.normalize(rows[labels == label].sum(0), dim=0) for label in range(6)])
     for client in trainer.clients:
         torch.testing.assert_close(client.net.head.weight.double(), expected, rtol=1e-4, atol=1e-6)
+    weight, _ = ncm_solution(moment_sums(features, labels, 6))
+    torch.testing.assert_close(trainer.clients[0].net.head.weight, weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rounds_per_task", [1, 3])

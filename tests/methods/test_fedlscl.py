@@ -11,11 +11,12 @@ from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
 from fedlscl.methods.fedlscl import draw_per_class, feature_moment, updated_buffer
-from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
+from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
 
 M = 3
+RATES = {"generator": GENERATOR_LR, "generator.bias": BIAS_LR, "head": HEAD_LR}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,7 @@ def test_stages_are_those_of_algorithm_1(watched):
             id(p): group["lr"] for group in stage.module.configure_optimizers().param_groups for p in group["params"]
         }
         assert rates[id(client.net.generator.weight)] == GENERATOR_LR
+        assert rates[id(client.net.generator.bias)] == BIAS_LR
         assert rates[id(client.net.head.weight)] == HEAD_LR
         assert rates[id(client.net.unit.project.weight)] == trainer.method.lr == LR
         labels = client.data.data.labels(samples)
@@ -223,7 +225,7 @@ def test_new_classes_begin_with_the_direction_of_their_mean(make_method, federat
 
 def test_consistency_of_the_first_step_is_zero_where_stage_one_made_no_step(make_method, federate):
     """The predecessor is the net after aggregation, so at the start of a task nothing has to be kept."""
-    method = make_method(lr=1e-30, generator_lr=1e-30)
+    method = make_method(lr=1e-30, generator_lr=1e-30, bias_lr=1e-30)
     trainer = federate(method)
     terms = [entry["terms"] for entry in trainer.history if entry["stage"] == "continual"]
     assert len(terms) == 2
@@ -272,7 +274,7 @@ def test_stage_two_can_be_left_out_or_replaced(make_method, federate, continual,
         found = [type(stage.module) for client, n, _, _, stage, _ in watch.stages if n == task and client.id == 0]
         assert found == modules
         for _, n, _, _, stage, _ in watch.stages:
-            assert n == 0 or stage.module.lr_of == {"generator": GENERATOR_LR, "head": HEAD_LR}
+            assert n == 0 or stage.module.lr_of == RATES
             assert n == 0 or stage.module.freeze_norm
 
 
@@ -290,8 +292,9 @@ def test_it_runs_without_collaboration(make_method, federate, continual):
         ({}, {"continual": "ewc", "shared_initialisation": False}),
         ({"head": "linear", "targets": ("attn.proj", "mlp.fc1"), "blocks": (5, 0), "rank": 1}, {}),
         ({}, {"buffer_per_class": 1, "replay_current": False}),
+        ({"unit_features": False, "generator_start": "per_image"}, {}),
     ],
-    ids=["paper", "ewc", "other-targets", "one-sample-per-class"],
+    ids=["paper", "ewc", "other-targets", "one-sample-per-class", "raw"],
 )
 def test_variants_run(make_method, federate, collaborator, options):
     trainer = federate(make_method(collaborator, **options))
@@ -397,3 +400,80 @@ def test_kept_features_are_used_if_the_buffer_has_all_old_samples():
     assert fedlscl.kept_features(client, torch.tensor([0, 3, 2])) is None
     client.memory.clear()
     assert fedlscl.kept_features(client, torch.tensor([0, 3])) is None
+
+
+def test_without_a_small_model_a_static_lora_is_fused(make_method, federate):
+    """W = b for every image; Eq. 5 with C = [1] is a weighted mean of the clients' b."""
+    trainer = federate(make_method({"small_model": "none"}), rounds_per_task=2)
+    net = trainer.clients[0].net
+    images = trainer.clients[0].data.fetch(trainer.clients[0].train_ids[:3]).images
+    features, lora = net.generate(images)
+    assert features.shape == (3, 0) and torch.equal(lora, net.generator.bias.expand(3, -1))
+    assert net.generator.matrix.shape[0] == 1 and not hasattr(net, "small")
+    up = trainer.traffic["up_values"][0, 0, 0]
+    assert up == net.generator.matrix.shape[1] + 1
+    fused = one_by_one_distill([torch.tensor([[0.0]]), torch.tensor([[1.0]])], [torch.ones(1, 1).double()] * 2, 1.0)
+    assert [round(float(value), 6) for value in fused] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_cnn_stays_as_it_is(make_method, federate, frozen):
+    method = make_method({"freeze_small": frozen, "feature_dim": 24})
+    trainer = federate(method, max_tasks=1)
+    torch.manual_seed(0)
+    client = trainer.clients[0]
+    start = trainer.pool.runner.build(0, trainer.pool.stream)
+    same = all(torch.equal(a, b) for a, b in zip(start.small.state_dict().values(),
+                                                client.net.small.state_dict().values(), strict=True))  # fmt: skip
+    assert same == frozen
+    assert not torch.equal(start.unit.project.weight, client.net.unit.project.weight)
+
+
+def test_calibrated_norms_have_the_statistics_of_the_first_task(make_method, federate):
+    """Means over the batches, once; weights and later statistics are not touched by it."""
+    trainer = federate(make_method({"freeze_small": True}, calibrate_norm=True), rounds_per_task=2)
+    client = trainer.clients[0]
+    fresh = trainer.pool.runner.build(0, trainer.pool.stream).small.train()
+    first = next(part for part in fresh.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    seen = []
+    first.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]))
+    fresh(client.data.fetch(client.data.train_ids(0)).images)
+    norm = next(part for part in client.net.small.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.1
+
+
+def test_a_constant_small_model_is_reported(make_method, federate, caplog):
+    constant = make_method({"feature_dim": 16})
+    build = constant.build_net
+
+    def dead(client, stream):
+        net = build(client, stream)
+        torch.nn.init.zeros_(net.unit.project.weight)
+        return net
+
+    federate(constant, max_tasks=1)
+    alive = [record.getMessage() for record in caplog.records if "works as a constant" in record.getMessage()]
+    caplog.clear()
+    constant.build_net = dead
+    federate(constant, max_tasks=1)
+    dead_lines = [record.getMessage() for record in caplog.records if "works as a constant" in record.getMessage()]
+    assert len(dead_lines) == 2 >= len(alive) and "client 1: the small model's features E differ by" in dead_lines[1]
+
+
+@pytest.mark.parametrize(("replay_current", "columns"), [(True, [0, 1]), (False, [0])])
+def test_a_buffer_alone_is_replayed_over_old_columns(make_method, federate, replay_current, columns):
+    method = make_method({}, replay_current=replay_current)
+    watch = []
+    stages = method.stages
+
+    def watched(client):
+        for stage in stages(client):
+            if stage.name == "continual":
+                watch.append((stage.module.classes, client.data))
+            yield stage
+
+    method.stages = watched
+    federate(method)
+    for classes, data in watch:
+        assert torch.equal(classes, torch.cat([data.classes(task) for task in columns]).unique())

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
@@ -12,6 +14,15 @@ TINY = {"length": 3, "fine_length": 2, "hidden": 8, "local_epochs": 2, "batch_si
 @pytest.fixture
 def make(foundation_config):
     return lambda **changed: FedMGP(**({"foundation": foundation_config} | TINY | changed))
+
+
+@pytest.fixture(scope="module")
+def first_task_net(foundation_config):
+    """A client's net at the start of its first task, of classes 0 and 1."""
+    torch.manual_seed(0)
+    net = FedMGP(foundation=foundation_config, **TINY).build_net(0, StreamShape(6, 2, 2))
+    net.task_of_class[torch.tensor([0, 1])] = 0
+    return net
 
 
 def copied(net):
@@ -65,11 +76,9 @@ def test_phase_two_moves_only_what_belongs_to_the_tasks_classes(phases):
 
 
 @pytest.mark.parametrize(("prefix_of", "leaks"), [("nearest", False), ("another", False), ("label", True)])
-def test_the_fine_head_cannot_read_the_label_off_the_prefix(make, data, prefix_of, leaks):
+def test_the_fine_head_cannot_read_the_label_off_the_prefix(first_task_net, data, prefix_of, leaks):
     """Of two images that are equal pixel by pixel but have different labels, the outputs are equal without the leak."""
-    torch.manual_seed(0)
-    net = make().build_net(0, StreamShape(6, 2, 2))
-    net.task_of_class[torch.tensor([0, 1])] = 0
+    net = first_task_net
     image = data.fetch(torch.arange(1))
     batch = image._replace(images=image.images.repeat(2, 1, 1, 1), labels=torch.tensor([0, 1]))
     module = PromptingModule(net, 0.1, torch.tensor([0, 1]), torch.arange(6), prefix_of)
@@ -85,6 +94,20 @@ def test_the_fine_head_cannot_read_the_label_off_the_prefix(make, data, prefix_o
         assert seen[0][1].flatten().tolist() == [1, 0]  # that of the other image
     if leaks:
         assert seen[0][1].flatten().tolist() == [0, 1] and not torch.equal(*seen[0][0])
+
+
+@given(labels=st.lists(st.integers(0, 1), min_size=4, max_size=4))
+def test_fine_training_uses_what_is_known_at_test_time(first_task_net, data, labels):
+    """In the first task, the logits in training are those of evaluation bit for bit, whatever the labels are."""
+    module = PromptingModule(first_task_net, 0.1, torch.tensor([0, 1]), torch.arange(6), "nearest")
+    batch = data.fetch(torch.arange(4))._replace(labels=torch.tensor(labels))
+    outputs = []
+    handle = first_task_net.register_forward_hook(lambda net, inputs, output: outputs.append(output))
+    module.train().loss(batch)
+    first_task_net.eval()(batch.images)
+    handle.remove()
+    trained, tested = outputs
+    assert torch.equal(trained.logits, tested.logits) and torch.equal(trained.chosen, tested.chosen)
 
 
 def test_an_unknown_rule_is_refused(make):

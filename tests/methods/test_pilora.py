@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,8 +16,13 @@ START = Progress(0, 0)
 
 
 @pytest.fixture
-def method(foundation_config):
-    return PILoRA(foundation=foundation_config, **TINY)
+def make(foundation_config):
+    return lambda **changed: PILoRA(foundation=foundation_config, **(TINY | changed))
+
+
+@pytest.fixture
+def method(make):
+    return make()
 
 
 def upload(client, counts, prototypes, means, lora=0.0):
@@ -174,3 +180,21 @@ def test_it_learns_the_first_task(foundation_config, federate, make_data):
     method = PILoRA(foundation=foundation_config, **(TINY | {"local_epochs": 5}))
     trainer = federate(method, make_data(train_per_class=16), rounds_per_task=2, max_tasks=1)
     assert trainer.matrix.of("task_il")[:, 0, 0].mean() > 0.75
+
+
+def test_competing_prototypes_matter_from_the_second_task_on(make, federate):
+    """After one task `seen` and `task` are equal bit for bit; in the second, earlier prototypes compete."""
+    ends = []
+    for competing in ("seen", "task"):
+        method, states = make(competing=competing), []
+        method.end_task = lambda client, states=states: states.append(deepcopy(client.net.state_dict()))
+        federate(method)
+        ends.append(states)
+    equal = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(*ends, strict=True)]
+    clients = len(equal) // 2
+    assert equal == [True] * clients + [False] * clients
+
+
+def test_an_unknown_set_of_prototypes_is_refused(make):
+    with pytest.raises(ValueError, match="competing must be seen or task, got 'all'"):
+        make(competing="all")

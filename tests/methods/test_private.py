@@ -1,6 +1,7 @@
 """Noise on what a client uploads: off unless asked for, clipped, counted, stated."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,10 @@ def test_what_travels_is_clipped_and_noisy():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"noise_multiplier": 1.0, "collaborator": replace(COLLABORATOR, unit_features=False)},
+            "must be 0 with raw features.*set collaborator.unit_features to true",
+        ),
         ({"noise_multiplier": -1.0}, "noise_multiplier must be >= 0, got -1.0"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier must be >= 0, got nan"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),

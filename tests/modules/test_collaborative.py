@@ -26,11 +26,12 @@ def test_cnn_generator_and_head_learn(collaborator, batches, engine):
 
 
 def test_generator_and_head_have_learning_rates_of_their_own(collaborator):
-    module = CollaborativeModule(collaborator, lr=0.5, generator_lr=0.25, head_lr=0.125)
+    module = CollaborativeModule(collaborator, lr=0.5, generator_lr=0.25, bias_lr=0.75, head_lr=0.125)
     optimizer = module.configure_optimizers()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in collaborator.named_parameters():
-        assert rates[id(parameter)] == {"generator": 0.25, "head": 0.125}.get(name.split(".")[0], 0.5)
+        own = {"generator.weight": 0.25, "generator.bias": 0.75, "head.weight": 0.125}
+        assert rates[id(parameter)] == own.get(name, 0.5)
 
 
 def test_cached_prefixes_give_the_same_loss(collaborator, batches):
@@ -41,14 +42,17 @@ def test_cached_prefixes_give_the_same_loss(collaborator, batches):
 
 
 def test_a_checkpoint_of_the_stock_trainer_comes_back(collaborator, data, stock, tmp_path):
-    module = CollaborativeModule(collaborator, lr=0.01, generator_lr=0.002, head_lr=0.003, freeze_norm=True)
+    module = CollaborativeModule(
+        collaborator, lr=0.01, generator_lr=0.002, bias_lr=0.004, head_lr=0.003, freeze_norm=True
+    )
     trainer = stock()
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     loaded = CollaborativeModule.load_from_checkpoint(tmp_path / "last.ckpt")
     images = next(iter(data.test_dataloader())).images
     assert torch.equal(loaded.eval()(images), module.eval()(images))
-    assert (loaded.lr, loaded.lr_of, loaded.freeze_norm) == (0.01, {"generator": 0.002, "head": 0.003}, True)
+    rates = {"generator": 0.002, "generator.bias": 0.004, "head": 0.003}
+    assert (loaded.lr, loaded.lr_of, loaded.freeze_norm) == (0.01, rates, True)
     assert loaded.net.config == collaborator.config
     assert loaded.net.foundation is collaborator.foundation
 
@@ -58,7 +62,7 @@ def test_a_checkpoint_holds_no_foundation_weights(collaborator, data, stock, tmp
     trainer.fit(CollaborativeModule(collaborator), datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert {name.split(".")[1] for name in state} == {"small", "unit", "generator", "head", "analytic", "adapted"}
+    assert {name.split(".")[1] for name in state} == {"small", "unit", "generator", "head"}
 
 
 def test_a_net_is_described_by_plain_values(collaborator):

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from fedlscl import SpatialTemporalDataModule
-from fedlscl.nets.cnn import MEAN, STD, SmallClassifier, SmallModel, UnitFeatures
+from fedlscl.nets.cnn import MEAN, STD, ProjectedFeatures, SmallClassifier, SmallModel
 
 WIDTHS = {
     "resnet18": 512,
@@ -25,7 +26,7 @@ WIDTHS = {
 def test_small_models_of_the_paper_meet_in_one_feature_space_without_an_idle_weight(name):
     torch.manual_seed(0)
     small = SmallModel(name, image_size=32)
-    unit = UnitFeatures(small.width, 24)
+    unit = ProjectedFeatures(small.width, 24)
     pooled = small(torch.randint(256, (4, 3, 20, 20), dtype=torch.uint8))
     features = unit(pooled)
     assert small.width == WIDTHS[name] and pooled.shape == (4, WIDTHS[name]) and features.shape == (4, 24)
@@ -76,13 +77,18 @@ def test_building_draws_the_weights_that_timm_draws():
 
 
 def test_features_are_centred_and_of_unit_norm_whatever_the_scale():
-    unit = UnitFeatures(12, 12)
+    unit = ProjectedFeatures(12, 12)
     assert isinstance(unit.project, nn.Identity)
     for scale in (1.0, 1e3):
         features = unit(scale * torch.randn(5, 12))
         torch.testing.assert_close(features.norm(dim=1), torch.ones(5), rtol=1e-3, atol=0)
         torch.testing.assert_close(features.sum(1), torch.zeros(5), rtol=0, atol=1e-5)
-    assert isinstance(UnitFeatures(12, 8).project, nn.Linear)
+    assert isinstance(ProjectedFeatures(12, 8).project, nn.Linear)
+
+
+def test_raw_features_are_the_projection_alone():
+    unit, x = ProjectedFeatures(12, 8, unit_norm=False), torch.randn(5, 12)
+    assert torch.equal(unit(x), unit.project(x))
 
 
 def test_normalisation_constants_travel_with_the_net_but_not_in_its_state():
@@ -128,7 +134,7 @@ def test_the_spread_of_features_is_what_the_page_states(name, size, at_rest, bat
     ids = torch.cat([data.stream(client).train_ids(0) for client in range(5)])[::4]
     torch.manual_seed(42)
     small = SmallModel(name, int(size))
-    unit = UnitFeatures(small.width, 512)
+    unit = ProjectedFeatures(small.width, 512)
     assert len(ids) == 129
     assert spread(small.eval(), unit, data.fetch(ids).images) == pytest.approx(float(at_rest), abs=1e-3)
     assert spread(small.train(), unit, data.fetch(ids).images) == pytest.approx(float(batch), abs=1e-3)
@@ -347,3 +353,60 @@ def test_a_failed_download_is_refused_with_the_name_and_the_ways_out(monkeypatch
         "small_model 'resnet18' could not be created (Cannot reach the hub): choose a name from "
         "timm.list_models(pretrained=True), connect to the network, or set pretrained to false."
     )
+
+
+EFFICIENTNET = Path(__file__).parents[3] / "shared/data/tf_efficientnet_lite0.safetensors"
+
+
+@pytest.mark.skipif(not EFFICIENTNET.is_file(), reason="needs the pretrained EfficientNet-Lite0 in ../shared/data")
+def test_a_pretrained_file_is_loaded_with_its_own_normalisation():
+    """float16, with a head, without num_batches_tracked."""
+    small = SmallModel("tf_efficientnet_lite0", 32, weights=str(EFFICIENTNET))
+    stored = load_file(EFFICIENTNET)
+    assert small.normalisation == {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    for name, value in small.cnn.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert value.dtype == torch.float32 and torch.equal(value, stored[name].float())
+
+
+def saved(folder, state):
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "cnn.safetensors")
+    return str(folder / "cnn.safetensors")
+
+
+def test_weights_of_a_file_replace_the_start(tmp_path):
+    torch.manual_seed(1)
+    other = SmallModel("test_resnet", 16)
+    path = saved(tmp_path, {**other.cnn.state_dict(), "fc.weight": torch.zeros(3, 3)})
+    torch.manual_seed(2)
+    small = SmallModel("test_resnet", 16, weights=path)
+    assert all(torch.equal(value, other.cnn.state_dict()[name]) for name, value in small.cnn.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state, name: state.pop(name), "small_weights must be of test_resnet, got .* without"),
+        (lambda state, name: state.update({name: torch.ones(1)}), r"of shape \(1,\)"),
+        (lambda state, name: state[name].fill_(torch.nan), "values that are not finite"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, spoil, message):
+    state = {name: value.clone() for name, value in SmallModel("test_resnet", 16).cnn.state_dict().items()}
+    spoil(state, next(iter(state)))
+    with pytest.raises(ValueError, match=message):
+        SmallModel("test_resnet", 16, weights=saved(tmp_path, state))
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "cnn.pt").write_bytes(b"PK")
+    for path, message in ((tmp_path / "cnn.pt", "convert it"), (tmp_path / "none", "give the path of one")):
+        with pytest.raises(ValueError, match=f"small_weights must be a safetensors file, got .*{message}"):
+            SmallModel("test_resnet", 16, weights=str(path))
+    with pytest.raises(ValueError, match="pretrained must be false with small_weights"):
+        SmallModel("test_resnet", 16, pretrained=True, weights="x")
+
+
+def test_options_reach_timm():
+    small = SmallModel("resnet18", 32, options={"norm_layer": "groupnorm"})
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in small.modules())

@@ -73,7 +73,9 @@ def by_content(value: Any, name: str = "") -> Any:
     """The same nested values with every file that is named as ``weights`` replaced by its hash."""
     if isinstance(value, dict):
         return {key: by_content(part, key) for key, part in value.items()}
-    if name != "weights" or not isinstance(value, str) or not Path(value).is_file():
+    if isinstance(value, list | tuple):
+        return [by_content(part, name) for part in value]
+    if not name.endswith("weights") or not isinstance(value, str) or not Path(value).is_file():
         return value
     with Path(value).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

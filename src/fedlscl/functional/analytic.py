@@ -92,7 +92,7 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
         tensor([[1, 2],
                 [2, 3]])
     """
-    if len(packed) == size:
+    if len(packed) == size > 1:
         return packed
     matrix = packed.new_zeros(size, size)
     rows, columns = torch.triu_indices(size, size)
@@ -242,8 +242,8 @@ def is_gram(gram: Tensor) -> bool:
     return bool((gram >= 0).all()) if gram.dim() == 1 else is_semidefinite(gram)
 
 
-def moment_error(moment: Tensor, noisy: bool = False) -> str:
-    """Why a matrix (p, p) cannot be a second moment of unit features, or ''; with noise it may have any size.
+def moment_error(moment: Tensor, unbounded: bool = False) -> str:
+    """Why a matrix (p, p) cannot be a second moment of unit features, or ''; ``unbounded``: of any size.
 
     Example:
         >>> moment_error(torch.eye(3) / 2)
@@ -252,7 +252,7 @@ def moment_error(moment: Tensor, noisy: bool = False) -> str:
         'moments are larger than those of unit features'
     """
     # In bf16 a unit norm is one up to 2^-8.
-    if moment.trace() > 1.02 * MOMENT_BOUND and not noisy:
+    if moment.trace() > 1.02 * MOMENT_BOUND and not unbounded:
         return "moments are larger than those of unit features"
     return "" if is_semidefinite(moment) else "moments are not positive semidefinite"
 
@@ -277,4 +277,8 @@ def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool =
         return "products are larger than those of unit features"
     if unit and sums.gram.trace() > slack * size * counts.sum():
         return "gram is larger than that of unit features"
-    return "" if is_semidefinite(sums.gram) else "gram is not symmetric and positive semidefinite"
+    if not is_semidefinite(sums.gram):
+        return "gram is not symmetric and positive semidefinite"
+    within = sums.gram - _between(sums.products[:, counts > 0], counts)
+    lifted = within + TOLERANCE * sums.gram.trace() * torch.eye(len(within), dtype=within.dtype)
+    return "" if is_semidefinite(lifted) else "gram is smaller than that of the class means"

@@ -149,7 +149,7 @@ class FedBE(Method):
     """Clients train the expanded blocks that the server allocates to them, and the head."""
 
     card: ClassVar = MethodCard(
-        "arXiv 2025",
+        "reconstruction, 2025",
         "2506.05977",
         "expanded blocks that the server allocates, head; frozen ViT",
         "those blocks, head",

@@ -7,12 +7,14 @@ the buffer in Stage 2, a balanced softmax, BatchNorm in eval mode, second moment
 closed form with a scale-free lambda, secure sums, noise.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
@@ -23,12 +25,15 @@ from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
+from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
 from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 
+MIN_SPREAD = 0.05
+"""Spread of E over the buffer below which a small model works as a constant (ours)."""
+logger = logging.getLogger(__name__)
 KEPT = "buffer_features"
 """In a client's memory: its predecessor's features of the buffer."""
 
@@ -48,14 +53,20 @@ class FedLSCL(privacy.PrivateSums):
     """The net of each client."""
     small_models: Sequence[str] = ()
     """Small models assigned to the clients in turn, instead of collaborator.small_model (Fig. 4)."""
+    small_weights: Sequence[str] = ()
+    """Weights files assigned to the clients in turn, instead of collaborator.small_weights."""
     generator_lr: float = GENERATOR_LR
-    """Learning rate of the generator (ours; not in the paper)."""
+    """Learning rate of Phi, the generator's part that depends on the image (ours; not in the paper)."""
+    bias_lr: float = BIAS_LR
+    """Learning rate of b, the generator's part that all images share (ours; not in the paper)."""
     head_lr: float = HEAD_LR
     """Learning rate of the head (ours; not in the paper)."""
     freeze_norm: bool = True
     """Keep the CNN's BatchNorm in eval mode (fixed running statistics) from the first task (ours): E has the same scale
     in training, at test and in all clients, but with MobileNetV3 from scratch it hardly depends on the image. If false,
     the first task updates the statistics of a CNN that is not pretrained."""
+    calibrate_norm: bool = False
+    """Before the first task, set BatchNorm's statistics to those of the client's images of that task, once (ours)."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
     imprint: bool = True
@@ -84,11 +95,21 @@ class FedLSCL(privacy.PrivateSums):
     def __post_init__(self) -> None:
         """Check options before a run depends on them."""
         super().__post_init__()
-        for name in ("generator_lr", "head_lr", "lambda_proximal"):
+        for name in ("generator_lr", "bias_lr", "head_lr", "lambda_proximal"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
         if self.buffer_per_class < 0:
             raise ValueError(f"buffer_per_class must be >= 0, got {self.buffer_per_class}.")
+        if self.noise_multiplier and not self.has_unit_features:
+            raise ValueError(
+                "noise_multiplier must be 0 with raw features, whose moments have no bound, got "
+                f"{self.noise_multiplier}: set collaborator.unit_features to true."
+            )
+
+    @property
+    @override
+    def has_unit_features(self) -> bool:
+        return self.collaborator.unit_features
 
     def build_net(self, client: int, stream: StreamShape) -> Collaborator:
         """Build a collaborator with this client's small model."""
@@ -97,12 +118,16 @@ class FedLSCL(privacy.PrivateSums):
         config = self.collaborator
         if self.small_models:
             config = replace(config, small_model=self.small_models[client % len(self.small_models)])
+        if self.small_weights:
+            config = replace(config, small_weights=self.small_weights[client % len(self.small_weights)])
         return Collaborator(config, stream.num_classes)
 
     def begin_task(self, client: Client) -> None:
         """Imprint the head's rows of the new classes."""
         if self._federates(client.net):
             self.remember_start(client)
+        if self.calibrate_norm and client.task == 0 and client.net.has_small_model:
+            calibrate(client)
         if self.imprint and len(client.train_ids):
             client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
 
@@ -117,14 +142,13 @@ class FedLSCL(privacy.PrivateSums):
             module = ContinualFineTuningModule(
                 client.net,
                 client.previous,
-                classes=client.seen,
+                classes=client.seen if self.replay_current else client.old,
                 old_classes=client.old,
                 counts=self._counts(client, ids),
                 lambda_features=self.lambda_features,
                 lambda_lora=self.lambda_lora,
                 lr=self.lr,
-                generator_lr=self.generator_lr,
-                head_lr=self.head_lr,
+                **self._rates(),
                 kept=kept_features(client, ids),
             )
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
@@ -176,25 +200,31 @@ class FedLSCL(privacy.PrivateSums):
         client.buffer = updated_buffer(client, self.buffer_per_class)
         client.snapshot()
         if self.continual == "replay" and client.net.config.collaboration:
-            client.memory[KEPT] = predecessor_features(client)
+            client.memory[KEPT] = features = predecessor_features(client)
+            if client.task == 0 and client.net.has_small_model and len(features):
+                warn_if_constant(client, features)
         if self.continual == "ewc":
             consolidate(client, samples=200, gamma=1.0)
 
     def _first_stage(self, client: Client) -> Learner:
+        shape = client.net.config
+        is_given = shape.pretrained or bool(shape.small_weights) or shape.freeze_small or self.calibrate_norm
         rates = {
             "lr": self.lr,
-            "freeze_norm": self.freeze_norm or client.task > 0 or self.collaborator.pretrained,
+            "freeze_norm": self.freeze_norm or client.task > 0 or is_given,
             "counts": self._counts(client, client.train_ids),
         }
-        parts = {"lr_of": {"generator": self.generator_lr, "head": self.head_lr}, **rates}
+        parts = {"lr_of": {"generator": self.generator_lr, "generator.bias": self.bias_lr, "head": self.head_lr}}
         if self.continual == "lwf" and client.previous is not None:
             teacher = client.previous, client.old, self.lwf_alpha, 2.0
-            return DistillationModule(client.net, *teacher, client.classes, **parts)
+            return DistillationModule(client.net, *teacher, client.classes, **parts, **rates)
         anchor, fisher = consolidated(client)
         if fisher:
-            return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts)
-        rates |= {"generator_lr": self.generator_lr, "head_lr": self.head_lr}
-        return CollaborativeModule(client.net, client.classes, **rates)
+            return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts, **rates)
+        return CollaborativeModule(client.net, client.classes, **rates, **self._rates())
+
+    def _rates(self) -> dict[str, float]:
+        return {"generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
 
     def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
         if not self.balance:
@@ -249,4 +279,46 @@ def predecessor_features(client: Client) -> Tensor:
     """
     net = client.previous
     found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
-    return torch.cat(found) if found else torch.empty(0, net.config.feature_dim)
+    return torch.cat(found) if found else torch.empty(0, net.feature_dim)
+
+
+def feature_spread(features: Tensor) -> float:
+    """Root mean squared distance of E (n, feature_dim) from its mean: 0 for a constant, at most 1 for unit norm (ours).
+
+    Example:
+        >>> feature_spread(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        0.7071067690849304
+    """
+    return float((features - features.mean(0)).square().sum(1).mean().sqrt())
+
+
+def warn_if_constant(client: Client, features: Tensor) -> None:
+    """Log that a small model's features E hardly depend on the image: then it contributes a constant (ours)."""
+    spread = feature_spread(features)
+    if spread < MIN_SPREAD:
+        logger.warning(
+            f"client {client.id}: the small model's features E differ by {spread:.2g} between the images of its "
+            f"buffer, less than {MIN_SPREAD}, so that it works as a constant: try another small_model, small_weights "
+            "or calibrate_norm."
+        )
+
+
+@torch.no_grad()
+def calibrate(client: Client) -> None:
+    """Set the CNN's BatchNorm statistics to the means over the task's batches, without changing its weights."""
+    norms = [part for part in client.net.small.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+
+    def in_train_mode(images: Tensor) -> Tensor:
+        for norm in norms:
+            norm.train()
+        return client.net.small(images)
+
+    for _ in client.infer(client.train_ids, part=in_train_mode):
+        pass
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    client.net.eval()

@@ -16,7 +16,7 @@ from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, CollaborativeModule
+from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.learner import ClassificationModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
@@ -83,7 +83,9 @@ class JointLSCL(_Pool):
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
     """The net."""
     generator_lr: float = GENERATOR_LR
-    """Learning rate of the generator."""
+    """Learning rate of the generator's part that depends on the image."""
+    bias_lr: float = BIAS_LR
+    """Learning rate of the part that all images share."""
     head_lr: float = HEAD_LR
     """Learning rate of the head."""
 
@@ -95,5 +97,5 @@ class JointLSCL(_Pool):
     def objective(self, client: Client) -> Learner:
         if client.round == 0:
             client.net.head.imprint(*class_means(client, self.pool["ids"], pick="tokens"))
-        rates = {"lr": self.lr, "generator_lr": self.generator_lr, "head_lr": self.head_lr, "freeze_norm": True}
-        return CollaborativeModule(client.net, self.pool["classes"], **rates)
+        rates = {"lr": self.lr, "generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
+        return CollaborativeModule(client.net, self.pool["classes"], freeze_norm=True, **rates)

@@ -93,7 +93,12 @@ class PrivateSums(Method):
         if self.secure_sum or MOMENTS not in upload.payload:
             return ""
         moment = unpack_symmetric(upload.payload[MOMENTS], len(upload.payload["generator"]))
-        return moment_error(moment, noisy=self.noise_multiplier > 0)
+        return moment_error(moment, unbounded=self.noise_multiplier > 0 or not self.has_unit_features)
+
+    @property
+    def has_unit_features(self) -> bool:
+        """Whether features have unit norm, which bounds their moments."""
+        return True
 
     def secure_answer(self, uploads: list[Upload], progress: Progress) -> Payload:
         """All public keys at first; later the sums of Eq. 5."""

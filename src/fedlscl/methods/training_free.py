@@ -246,7 +246,7 @@ class AFCL(_Moments):
         "arXiv 2025", "2505.12245", "nothing: ridge regression on the frozen ViT", "Gram matrix, products with labels"
     )
     gamma: float = 1.0
-    """Absolute regularisation (its value is not published)."""
+    """Absolute regularisation (ours; the paper's value is not known to us)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,8 +10,11 @@ from fedlscl.modules.learner import LR, ClassificationModule
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.vit import FoundationConfig
 
-GENERATOR_LR = 1e-3
-"""Learning rate of the generator (the paper has one rate for all)."""
+GENERATOR_LR = 3e-4
+"""Learning rate of Phi, the part of the generator that depends on the image (ours; the paper has one rate for all)."""
+
+BIAS_LR = 1e-2
+"""Learning rate of b, the generator's part that all images share (ours)."""
 
 HEAD_LR = 2e-4
 """Learning rate of the head (ours): small, since rows are imprinted, and rows of few samples overfit."""
@@ -33,15 +36,16 @@ class CollaborativeModule(ClassificationModule):
         counts: Tensor | None = None,
         lr: float = LR,
         generator_lr: float = GENERATOR_LR,
+        bias_lr: float = BIAS_LR,
         head_lr: float = HEAD_LR,
         freeze_norm: bool = False,
     ) -> None:
         """``net`` is a collaborator, or its description in a checkpoint."""
         net = as_collaborator(net)
-        parts = {"generator": generator_lr, "head": head_lr}
+        parts = {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
         super().__init__(net, classes, counts, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
-        rates = {"lr": lr, "generator_lr": generator_lr, "head_lr": head_lr, "freeze_norm": freeze_norm}
-        self.save_hyperparameters({"net": describe(net), **rates})
+        rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
+        self.save_hyperparameters({"net": describe(net), **rates, "freeze_norm": freeze_norm})
 
 
 def describe(net: Collaborator) -> dict[str, Any]:

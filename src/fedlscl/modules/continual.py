@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from fedlscl.data.images import Batch
 from fedlscl.functional.objectives import consistency, cross_entropy
-from fedlscl.modules.collaborative import GENERATOR_LR, HEAD_LR, as_collaborator, describe
+from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, as_collaborator, describe
 from fedlscl.modules.learner import LR, Learner
 from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Frozen
@@ -36,6 +36,7 @@ class ContinualFineTuningModule(Learner):
         lambda_lora: float = CONSISTENCY,
         lr: float = LR,
         generator_lr: float = GENERATOR_LR,
+        bias_lr: float = BIAS_LR,
         head_lr: float = HEAD_LR,
         freeze_norm: bool = True,
         kept: tuple[Tensor, Tensor] | None = None,
@@ -47,10 +48,12 @@ class ContinualFineTuningModule(Learner):
         be among them.
         """
         net, previous = as_collaborator(net), as_collaborator(previous)
-        super().__init__(net, lr=lr, lr_of={"generator": generator_lr, "head": head_lr}, freeze_norm=freeze_norm)
+        parts = {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
+        super().__init__(net, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
         weights = {"lambda_features": lambda_features, "lambda_lora": lambda_lora}
-        rates = {"lr": lr, "generator_lr": generator_lr, "head_lr": head_lr, "freeze_norm": freeze_norm}
-        self.save_hyperparameters({"net": describe(net), "previous": describe(previous), **weights, **rates})
+        rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
+        nets = {"net": describe(net), "previous": describe(previous)}
+        self.save_hyperparameters({**nets, **weights, **rates, "freeze_norm": freeze_norm})
         self.previous = Frozen(previous)
         self.lambda_features, self.lambda_lora = lambda_features, lambda_lora
         self.register_buffer("classes", classes, persistent=False)

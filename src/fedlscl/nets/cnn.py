@@ -1,5 +1,7 @@
 """The small model theta_i: a timm CNN with a private projection to the common feature space."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,28 +22,48 @@ class SmallModel(nn.Module):
 
     Images are normalised with ImageNet's mean and std, pretrained models with those of their weights.
 
+    Args:
+        name: of the model.
+        image_size: side of its input in pixels.
+        pretrained: start from timm's weights.
+        weights: start from a safetensors file in timm's names instead; its head is ignored.
+        options: further arguments of ``timm.create_model``, such as norm_layer.
+
     Raises:
-        ValueError: if timm has no such model or no weights for it, or if it does not return one tensor of features
-            with ``num_features`` channels for images of ``image_size`` pixels.
+        ValueError: if timm has no such model or no weights for it, if the file does not fit, or if the model does not
+            return one tensor of features with ``num_features`` channels for images of ``image_size`` pixels.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, image_size: int, pretrained: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        pretrained: bool = False,
+        weights: str = "",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         import timm
 
+        if pretrained and weights:
+            raise ValueError(
+                f"pretrained must be false with small_weights, got true and {weights!r}: choose one of them."
+            )
         check_timm_name(name, "small_model")
         self.name, self.image_size = name, image_size
         try:
-            self.cnn: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
+            self.cnn: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
         except Exception as error:  # missing weights and failed downloads raise errors of the client library
             fix = "choose a name from timm.list_models(pretrained=True), connect to the network, or set pretrained to "
             raise ValueError(
                 f"small_model {name!r} could not be created ({first_line(error)}): "
                 f"{fix + 'false' if pretrained else 'choose another name'}."
             ) from error
+        if weights:
+            load_cnn(self.cnn, name, Path(weights))
         try:
             maps = drop_unused(self.cnn, image_size)
         except Exception as error:  # models raise any error for an input of another size or kind
@@ -53,7 +75,7 @@ class SmallModel(nn.Module):
             self.pooled_axes, self.width = layout(self.cnn, maps)
         except ValueError as error:
             raise ValueError(f"small_model {name!r} {error}: choose another timm model.") from error
-        cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained else {}
+        cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained or weights else {}
         self.normalisation = {"mean": list(cfg.get("mean", MEAN)), "std": list(cfg.get("std", STD))}
         for statistic, values in self.normalisation.items():
             self.register_buffer(statistic, torch.tensor(values), persistent=False)
@@ -69,22 +91,22 @@ class SmallModel(nn.Module):
         return maps.mean(self.pooled_axes) if self.pooled_axes else maps
 
 
-class UnitFeatures(nn.Module):
-    """E: pooled features projected to feature_dim and scaled to unit norm (ours; not in the paper).
+class ProjectedFeatures(nn.Module):
+    """E: pooled features projected to feature_dim and, with ``unit_norm``, centred and scaled to norm 1 (ours).
 
     Without this scale one Adam step moves every generated weight by about 0.4, which destroys the ViT's features; with
     it the trace of every client's second moment is one, so that lambda of Eq. 5 does not depend on the small model.
     """
 
-    def __init__(self, width: int, feature_dim: int) -> None:
+    def __init__(self, width: int, feature_dim: int, unit_norm: bool = True) -> None:
         super().__init__()
-        self.feature_dim = feature_dim
+        self.feature_dim, self.unit_norm = feature_dim, unit_norm
         self.project = nn.Identity() if width == feature_dim else nn.Linear(width, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width) to (B, feature_dim), zero mean and unit norm."""
-        x = self.project(x)
-        return F.layer_norm(x.float(), (self.feature_dim,)) * self.feature_dim**-0.5
+        """(B, width) to (B, feature_dim), float32."""
+        x = self.project(x).float()
+        return F.layer_norm(x, (self.feature_dim,)) * self.feature_dim**-0.5 if self.unit_norm else x
 
 
 class SmallClassifier(Net):
@@ -99,6 +121,39 @@ class SmallClassifier(Net):
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
         features = self.small(images)
         return Classification(features, self.head(features))
+
+
+def load_cnn(cnn: Any, name: str, path: Path) -> None:
+    """Load a safetensors file in timm's names into a CNN without a head, in float32.
+
+    Raises:
+        ValueError: if the file cannot be read, or does not have all weights of the CNN in its shapes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"small_weights must be a safetensors file, got {str(path)!r}: give the path of one.")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"small_weights must be a safetensors file, got {str(path)!r} ({first_line(error)}): convert it."
+        ) from error
+    expected = cnn.state_dict()
+    for part, value in expected.items():
+        if part not in found:
+            if part.endswith("num_batches_tracked"):
+                continue
+            raise ValueError(f"small_weights must be of {name}, got {str(path)!r} without {part}: choose its file.")
+        if found[part].shape != value.shape or not found[part].isfinite().all():
+            raise ValueError(
+                f"small_weights must be of {name}, got {str(path)!r} with {part} of shape {tuple(found[part].shape)} "
+                "or values that are not finite: choose its file."
+            )
+    cnn.load_state_dict(
+        {part: found[part].to(value) for part, value in expected.items() if part in found}, strict=False
+    )
 
 
 def drop_unused(cnn: Any, image_size: int) -> Any:

@@ -1,39 +1,53 @@
 """Collaborator: small model, parameter generator and frozen ViT (Sec. 4.1, Eq. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.nets.cnn import SmallModel, UnitFeatures
+from fedlscl.nets.cnn import ProjectedFeatures, SmallModel
 from fedlscl.nets.heads import make_head
 from fedlscl.nets.lora import LowRankShape, split_lora
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
 
+GeneratorStart = Literal["split", "per_image"]
+PHI_SCALE = 0.3
+"""Standard deviation of Phi's start relative to that of b (ours)."""
+
 
 class ParameterGenerator(nn.Linear):
-    """phi of Eq. 2, a linear map of E (B, feature_dim) to LoRA weights W (B, lora_dim).
+    """phi of Eq. 2, a linear map of E (B, feature_dim) to LoRA weights W (B, lora_dim): W = Phi^T E + b.
 
-    With unit-norm features, entries of A (down-projection) start as N(0, 1 / in_features) and those of B
-    (up-projection) as zeros, so that the adapted ViT equals the frozen one bit for bit (ours; not in the paper).
+    The start is ours; the paper has none. b is a LoRA that all images share, and Phi what each image changes. Entries
+    of B (up-projection) start as zeros in both, so that the adapted ViT equals the frozen one bit for bit; those of A
+    (down-projection) start with a variance of 1 / in_features, for E of unit norm.
+
+    Args:
+        feature_dim: of E; 0 leaves b alone.
+        shapes: of each adapted layer's factors.
+        start: 'split' draws A from b, and Phi's share of it with a standard deviation of ``PHI_SCALE`` times b's;
+            'per_image' from Phi alone.
     """
 
-    def __init__(self, feature_dim: int, shapes: list[LowRankShape]) -> None:
-        self.shapes = shapes
+    def __init__(self, feature_dim: int, shapes: list[LowRankShape], start: GeneratorStart = "split") -> None:
+        self.shapes, self.start = shapes, start
         super().__init__(feature_dim, sum(shape.size for shape in shapes))
 
     @override
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-        start = 0
+        self.weight.zero_()
+        self.bias.zero_()
+        begin, scale = 0, PHI_SCALE if self.start == "split" else 1.0
         for shape in self.shapes:
-            with torch.no_grad():
-                self.weight[start : start + shape.down_size].normal_(std=shape.in_features**-0.5)
-            start += shape.size
+            down = slice(begin, begin + shape.down_size)
+            self.weight[down].normal_(std=scale * shape.in_features**-0.5)
+            if self.start == "split":
+                self.bias[down].normal_(std=shape.in_features**-0.5)
+            begin += shape.size
 
     @property
     def matrix(self) -> Tensor:
@@ -51,7 +65,7 @@ class Collaboration(NamedTuple):
     """Output of a collaborator for a batch."""
 
     features: Tensor
-    """E of the small model, (B, feature_dim), unit norm; (B, 0) without collaboration."""
+    """E of the small model, (B, feature_dim), by default of unit norm; (B, 0) without collaboration."""
     lora: Tensor
     """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
     tokens: Tensor
@@ -77,13 +91,25 @@ class CollaboratorConfig:
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT, shared by all clients."""
     small_model: str = "resnet18"
-    """The client's CNN, any timm name with feature maps; it is never uploaded."""
+    """The client's CNN, any timm name with feature maps; it is never uploaded. 'none' leaves the static LoRA b alone: a
+    control of what the CNN contributes (ours)."""
     small_image_size: int = 224
     """Input size of the CNN in pixels, apart from the ViT's (ours; the paper has one size of 224)."""
     pretrained: bool = False
     """Start the CNN from timm's weights instead of from scratch."""
+    small_weights: str = ""
+    """Start the CNN from a safetensors file in timm's names; its images are normalised as timm states for the name."""
+    small_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model for the CNN, such as norm_layer: groupnorm for ResNets."""
+    freeze_small: bool = False
+    """Do not train the CNN; the projection of its features is trained (ours)."""
     feature_dim: int = 512
     """Dimension of E, common to all small models (ours; not in the paper)."""
+    unit_features: bool = True
+    """Centre E over its dimensions and scale it to unit norm (ours); the paper's are raw projected features."""
+    generator_start: GeneratorStart = "split"
+    """'split': a random LoRA that all images share, plus a smaller part of each image; 'per_image': the latter alone
+    (ours; not in the paper)."""
     blocks: Sequence[int] | Literal["all"] = "all"
     """The adapted ViT blocks, counted from 0; 'all' is ours, the paper adapts one (Fig. 3)."""
     targets: Sequence[str] = ("attn.qkv",)
@@ -109,18 +135,23 @@ class Collaborator(FrozenViTNet):
         blocks = range(model.depth) if config.blocks == "all" else sorted(set(config.blocks))
         if not blocks or not config.targets:
             raise ValueError(
-                f"blocks and targets must name what is adapted, got {config.blocks} and {config.targets}: name both, or "
-                "set collaboration to false."
+                f"blocks and targets must name what is adapted, got {config.blocks} and {config.targets}: name both, "
+                "or set collaboration to false."
             )
         self.adapted = [(block, target) for block in blocks for target in config.targets]
         layers = [model.linear(block, target) for block, target in self.adapted]
         super().__init__(model, blocks[0] if config.collaboration else None)
         self.config, self.num_classes = config, num_classes
         self.shapes = [LowRankShape(layer.in_features, layer.out_features, config.rank) for layer in layers]
+        self.has_small_model = config.collaboration and config.small_model != "none"
+        self.feature_dim = config.feature_dim if self.has_small_model else 0
+        if self.has_small_model:
+            pretraining = config.pretrained, config.small_weights, config.small_options
+            self.small = SmallModel(config.small_model, config.small_image_size, *pretraining)
+            self.small.requires_grad_(not config.freeze_small)
+            self.unit = ProjectedFeatures(self.small.width, config.feature_dim, config.unit_features)
         if config.collaboration:
-            self.small = SmallModel(config.small_model, config.small_image_size, config.pretrained)
-            self.unit = UnitFeatures(self.small.width, config.feature_dim)
-            self.generator = ParameterGenerator(config.feature_dim, self.shapes)
+            self.generator = ParameterGenerator(self.feature_dim, self.shapes, config.generator_start)
         self.head = make_head(config.head, self.foundation.width, num_classes)
 
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +165,9 @@ class Collaborator(FrozenViTNet):
             return features, self.generator(features)
 
     def embed(self, images: Tensor) -> Tensor:
-        """E = theta_i(x), (B, feature_dim)."""
+        """E = theta_i(x), (B, feature_dim); (B, 0) without a small model."""
+        if not self.has_small_model:
+            return images.new_zeros((len(images), 0), dtype=torch.float32)
         return self.unit(self.small(images))
 
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Collaboration:
