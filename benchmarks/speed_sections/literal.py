@@ -33,10 +33,10 @@ def literal_path() -> Iterator[None]:
 def _features(self: Foundation, tokens: Tensor, block: int, updates: Mapping | None = None) -> Tensor:
     if block == self.depth:
         return tokens
-    with self._adapted(block, dict(updates or {})):
-        x = self.vit.blocks[block](tokens)
-    for layer in self.vit.blocks[block + 1 :]:
-        x = layer(x)
+    x = tokens
+    for index in range(block, self.depth):
+        with self._adapted(index, {target: u for (at, target), u in (updates or {}).items() if at == index}):
+            x = self.vit.blocks[index](x)
     return self.vit.forward_head(self.vit.norm(x))
 
 
@@ -47,5 +47,5 @@ def _small(self: SmallModel, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _predecessor(self: ContinualFineTuningModule, batch, needed: Tensor) -> tuple[Tensor, Tensor]:
+def _predecessor(self: ContinualFineTuningModule, batch) -> tuple[Tensor, Tensor]:
     return self.previous.net.generate(batch.images)

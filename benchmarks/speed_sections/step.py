@@ -120,8 +120,8 @@ class Case:
         self.engine = Engine(self.fabric, self.cache)
         torch.manual_seed(0)
         config = CollaboratorConfig(
-            foundation=FoundationConfig(name=vit, weights="random"), small_image_size=small_size, block=block,
-            analytic_weight=0.0, adapted_weight=0.0,
+            foundation=FoundationConfig(name=vit, weights="random"), small_image_size=small_size,
+            blocks=(block,),
         )  # fmt: skip
         self.net = Collaborator(config, 2)
         self.module = CollaborativeModule(self.net, freeze_norm=True)

@@ -84,7 +84,7 @@ class Step:
 
     def forward(self) -> Tensor:
         """Features (B, width)."""
-        updates = {"attn.qkv": split_lora(self.lora, self.shapes, 1.0)[0]}
+        updates = {(self.block, "attn.qkv"): split_lora(self.lora, self.shapes, 1.0)[0]}
         if self.path == "ours":
             return self.model.features(self.tokens, self.block, updates)
         with literal_path():

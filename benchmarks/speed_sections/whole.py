@@ -46,7 +46,9 @@ def run(is_literal: bool, precision: str, block: int = 3, train_per_class: int =
         train_per_class=train_per_class, test_per_class=8, image_size=32,
     )  # fmt: skip
     shape = CollaboratorConfig(
-        foundation=FoundationConfig(name="deit_tiny_patch16_224", weights="random"), small_image_size=64, block=block
+        foundation=FoundationConfig(name="deit_tiny_patch16_224", weights="random"),
+        small_image_size=64,
+        blocks=(block,),
     )
     method = FedLSCL(collaborator=shape, local_epochs=2)
     trainer = FederatedTrainer(

@@ -39,7 +39,9 @@ OPTIONS = {
     "noise": {"noise_multiplier": 1.0},
     "two small models": {"small_models": ("test_resnet", "test_resnet")},
     "linear head": {"collaborator": replace(COLLABORATOR, head="linear"), "imprint": False},
-    "last block": {"collaborator": replace(COLLABORATOR, block=1)} if hasattr(COLLABORATOR, "block") else {},
+    "last block": {"collaborator": replace(COLLABORATOR, blocks=(1,))},
+    "no small model": {"collaborator": replace(COLLABORATOR, small_model="none")},
+    "frozen small model": {"collaborator": replace(COLLABORATOR, freeze_small=True), "calibrate_norm": True},
     "without collaboration": {"collaborator": replace(COLLABORATOR, collaboration=False)},
 }
 READOUTS = {"heads": ["lda", "ridge", "ncm"], "features": ["adapted", "frozen", "small"], "random_features": 32}
