@@ -12,7 +12,7 @@ from fedlscl.federated.readout import ReadoutConfig
 from fedlscl.report.groups import grouped
 from fedlscl.report.page import write_report
 from fedlscl.report.runs import read_runs
-from fedlscl.report.table import header, table_markdown
+from fedlscl.report.table import table, table_markdown
 from tiny_methods import METHODS
 
 CONFIG = ReadoutConfig(heads=("lda", "ncm"), features=("adapted",))
@@ -51,7 +51,7 @@ def test_results_have_every_readout_and_its_bytes_apart(folder, with_readouts):
 
 def test_tables_show_own_and_readouts_side_by_side(folder, with_readouts):
     groups = grouped(read_runs([folder]))
-    titles = header(groups)
+    titles = table(groups).header
     at = titles.index("own class-IL %")
     assert titles[at : at + 3] == ["own class-IL %", "adapted/lda class-IL %", "adapted/ncm class-IL %"]
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in
@@ -62,7 +62,7 @@ def test_tables_show_own_and_readouts_side_by_side(folder, with_readouts):
 
 def test_without_readouts_tables_are_as_they_were(folder):
     groups = grouped(read_runs([folder / "FedNCM"]))
-    assert not any(title.startswith("own ") or "readout" in title for title in header(groups))
+    assert not any(title.startswith("own ") or "readout" in title for title in table(groups).header)
 
 
 def test_the_report_draws_accuracy_against_bytes_for_every_readout(folder, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedlscl.federated.metrics import average_after
-from fedlscl.report.runs import Run
+from fedlscl.report.runs import MAX_LEFT, MIN_FALL, Run
 
 NOT_A_SETTING = {
     "seed_everything",
@@ -33,10 +33,14 @@ TRAINING_FREE = ("AFCL", "STSA", "STSAE", "FedNCM", "FedRAN", "FedRidge", "Froze
 CENTRALISED = ("Joint", "JointLSCL")
 """Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
 CENTRALISED_NOTE, UNFINISHED = "all data (centralised), not ranked", "unfinished runs, not ranked"
-
-
 READOUTS = "readouts/"
 """Begins the figure of a readout's accuracy, readouts/NAME/MASK."""
+ALL_UP = "all_up_bytes"
+"""The figure of the bytes that a method and its readouts upload."""
+NOT_CONVERGED = (
+    "† not converged at this budget: the training cross-entropy of a stage, mean over clients and tasks, still fell by "
+    f"more than {MIN_FALL:.0%} in the last round, and was more than {MAX_LEFT:.0%} of that of guessing."
+)
 
 
 class Spread(NamedTuple):
@@ -95,6 +99,17 @@ class Group:
         """Whether it takes part in the ranking of its section."""
         return self.is_finished and not self.is_centralised
 
+    @property
+    def is_converged(self) -> bool | None:
+        """Whether all runs have converged, see `has_converged`; None if that cannot be told."""
+        known = [run.is_converged for run in self.runs]
+        return None if None in known and False not in known else all(known)
+
+    @property
+    def mark(self) -> str:
+        """A dagger after the name of a group that has not converged."""
+        return "†" if self.is_converged is False else ""
+
     def final(self, figure: str) -> Spread | None:
         """A figure after the last task, see `final`; None if a run does not have it."""
         values = [final(run, figure) for run in self.runs]
@@ -121,6 +136,8 @@ class Group:
 
 def final(run: Run, figure: str) -> float | None:
     """A figure of one run after its last task: of the summary, bytes, seconds, or images."""
+    if figure == ALL_UP:
+        return run.results["traffic"]["up_bytes"] + run.results["traffic"].get("readout_up_bytes", 0)
     if figure.endswith("_bytes"):
         return run.results["traffic"].get(figure)
     if figure.startswith(READOUTS):
@@ -280,6 +297,7 @@ def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
     if "local_epochs" in run.results["method"]["fields"]:
         yield "Local epochs", run.results["method"]["fields"]["local_epochs"]
     yield "Classifier", classifier(run)
+    yield "Readouts", ", ".join(run.results.get("readouts", {})) or "none"
     yield "Precision", trainer["precision"]
     yield "Seeds", ", ".join(map(str, group.seeds))
     yield f"Split of seed {run.seed}", split_hash(run)
