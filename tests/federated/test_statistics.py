@@ -44,7 +44,8 @@ def test_corner_cases():
 @functools.cache
 def run_of(method):
     """A finished run of two clients."""
-    return learn(METHODS[method]())
+    made = METHODS[method]()
+    return learn(replace(made, upload_rank="exact") if method == "FedLSCL" else made)
 
 
 def moments_with_a_negative_eigenvalue(payload):

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlscl.functional.distillation import (
+    Factors,
     Sums,
     client_terms,
+    kept_rank,
     one_by_one_distill,
     second_moment,
     solve,
@@ -297,3 +299,67 @@ def test_clients_without_features_teach_nobody():
     assert torch.equal(fused[0], generators[0]) and not torch.allclose(fused[1], generators[1])
     alone = one_by_one_distill([generators[1], generators[0]], [zero, own], 1.0)[0]
     torch.testing.assert_close(fused[1], alone)
+
+
+@st.composite
+def factor_cases(draw):
+    """Generators and moments of several clients, from few or many features, and lambda."""
+    clients, d, m = draw(st.integers(2, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    features = [torch.randn(draw(st.integers(1, 9)), d, generator=random) for _ in range(clients)]
+    moments = [second_moment(torch.nn.functional.normalize(each)) for each in features]
+    phis = [torch.randn(d + 1, m, generator=random, dtype=torch.float64) for _ in range(clients)]
+    return phis, moments, draw(st.floats(0.01, 10))
+
+
+@given(factor_cases())
+def test_factors_of_full_rank_give_the_exact_solution(case):
+    phis, moments, strength = case
+    exact = one_by_one_distill(phis, moments, strength)
+    full = len(moments[0])
+    parts = [Factors.of(phi, moment, full) for phi, moment in zip(phis, moments, strict=True)]
+    for i, phi in enumerate(phis):
+        others = Factors.merged([part for j, part in enumerate(parts) if j != i], full)
+        torch.testing.assert_close(others.solve(phi, strength), exact[i], rtol=1e-6, atol=1e-8)
+
+
+@given(factor_cases(), st.integers(1, 4))
+def test_what_truncation_changes_is_within_its_bound(case, rank):
+    """||Phi_hat - Phi_bar|| <= sum_j e_j ||Phi_j - Phi_bar|| / lambda, e_j the first dropped eigenvalue."""
+    phis, moments, strength = case
+    exact = one_by_one_distill(phis, moments, strength)
+    parts = [Factors.of(phi, moment, rank) for phi, moment in zip(phis, moments, strict=True)]
+    dropped = [torch.linalg.eigvalsh(m).flip(0).clamp(min=0) for m in moments]
+    for i, phi in enumerate(phis):
+        others = [j for j in range(len(phis)) if j != i]
+        found = Factors.merged([parts[j] for j in others], 10**6).solve(phi, strength)
+        scale = strength * sum(moments[j].trace() for j in others) / len(phi)
+        first = [dropped[j][rank] if rank < len(phi) else 0.0 for j in others]
+        bound = sum(e * (phis[j] - exact[i]).norm() for e, j in zip(first, others, strict=True)) / scale
+        assert (found - exact[i]).norm() <= bound + 1e-6 * (1 + exact[i].norm())
+
+
+@given(factor_cases(), st.integers(1, 4))
+def test_merging_is_the_best_truncation_of_the_sum(case, rank):
+    """F F^T keeps the largest eigenvalues of sum C_j, and F H is the same projection of sum C_j Phi_j."""
+    phis, moments, _ = case
+    full = [Factors.of(phi, moment, len(moment)) for phi, moment in zip(phis, moments, strict=True)]
+    merged = Factors.merged(full, rank)
+    total = sum(moments)
+    values, vectors = torch.linalg.eigh(total)
+    best = vectors[:, -rank:] * values[-rank:].clamp(min=0) @ vectors[:, -rank:].mT
+    torch.testing.assert_close((merged.factor @ merged.factor.mT).trace(), best.trace(), rtol=1e-6, atol=1e-9)
+    products = sum(moment @ phi for moment, phi in zip(moments, phis, strict=True))
+    unit = merged.factor / merged.factor.norm(dim=0).clamp(min=1e-12)
+    kept = merged.factor.norm(dim=0) > 1e-7
+    projection = unit[:, kept] @ unit[:, kept].mT
+    torch.testing.assert_close(merged.factor @ merged.projected, projection @ products, rtol=1e-5, atol=1e-7)
+    assert merged.trace == pytest.approx(float(total.trace()))
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.floats(0.01, 0.99))
+def test_a_share_of_the_trace_keeps_the_fewest_eigenvalues_that_reach_it(values, share):
+    values = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    kept = kept_rank(values, share)
+    assert values[:kept].sum() >= share * values.sum() - 1e-9
+    assert kept == 1 or values[: kept - 1].sum() < share * values.sum()

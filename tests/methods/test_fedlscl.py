@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedlscl.callbacks import Callback
-from fedlscl.federated.method import StreamShape
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.functional.analytic import unpack_symmetric
 from fedlscl.functional.distillation import one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
@@ -25,7 +25,8 @@ def make_method(collaborator_config):
 
     def make(collaborator=None, **options):
         shape = replace(collaborator_config, **(collaborator or {}))
-        return FedLSCL(collaborator=shape, **({"local_epochs": 1, "batch_size": 8, "buffer_per_class": M} | options))
+        common = {"local_epochs": 1, "batch_size": 8, "buffer_per_class": M, "upload_rank": "exact"}
+        return FedLSCL(collaborator=shape, **(common | options))
 
     return make
 
@@ -390,18 +391,6 @@ def test_the_predecessors_features_are_computed_once_a_task_and_the_run_stays_th
         torch.testing.assert_close(one.memory[fedlscl.KEPT], expected)
 
 
-def test_kept_features_are_used_if_the_buffer_has_all_old_samples():
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    data = SimpleNamespace(data=SimpleNamespace(labels=lambda ids: labels[ids]))
-    client = SimpleNamespace(data=data, old=torch.tensor([0, 1]), memory={fedlscl.KEPT: torch.rand(2, 3)})
-    client.buffer = SimpleNamespace(ids=torch.tensor([3, 0]))
-    ids, features = fedlscl.kept_features(client, torch.tensor([0, 3, 4, 5]))
-    assert ids is client.buffer.ids and features is client.memory[fedlscl.KEPT]
-    assert fedlscl.kept_features(client, torch.tensor([0, 3, 2])) is None
-    client.memory.clear()
-    assert fedlscl.kept_features(client, torch.tensor([0, 3])) is None
-
-
 def test_without_a_small_model_a_static_lora_is_fused(make_method, federate):
     """W = b for every image; Eq. 5 with C = [1] is a weighted mean of the clients' b."""
     trainer = federate(make_method({"small_model": "none"}), rounds_per_task=2)
@@ -477,3 +466,83 @@ def test_a_buffer_alone_is_replayed_over_old_columns(make_method, federate, repl
     federate(method)
     for classes, data in watch:
         assert torch.equal(classes, torch.cat([data.classes(task) for task in columns]).unique())
+
+
+def test_kept_features_are_used_if_the_buffer_has_all_old_samples():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    data = SimpleNamespace(data=SimpleNamespace(labels=lambda ids: labels[ids]))
+    client = SimpleNamespace(data=data, old=torch.tensor([0, 1]), memory={fedlscl.KEPT: torch.rand(2, 3)})
+    client.buffer = SimpleNamespace(ids=torch.tensor([3, 0]))
+    ids, features = fedlscl.kept_features(client, torch.tensor([0, 3, 4, 5]))
+    assert ids is client.buffer.ids and features is client.memory[fedlscl.KEPT]
+    assert fedlscl.kept_features(client, torch.tensor([0, 3, 2])) is None
+    client.memory.clear()
+    assert fedlscl.kept_features(client, torch.tensor([0, 3])) is None
+
+
+@pytest.mark.parametrize("rank", [17, 0.999999999])
+def test_factors_of_full_rank_train_as_the_exact_terms(make_method, federate, rank):
+    """Up to rounding to float32 on the way; every client solves Eq. 5 by itself."""
+    exact = federate(make_method({}), rounds_per_task=2, max_tasks=1)
+    factors = federate(make_method({}, upload_rank=rank), rounds_per_task=2, max_tasks=1)
+    for one, two in zip(exact.clients, factors.clients, strict=True):
+        torch.testing.assert_close(two.net.generator.matrix, one.net.generator.matrix, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_factors_have_their_rank_and_dtype(make_method, federate, dtype, size):
+    trainer = federate(make_method({}, upload_rank=3, upload_dtype=dtype))
+    p, m = trainer.clients[0].net.generator.matrix.shape
+    assert (trainer.traffic["up_values"] == 3 * (p + m) + 3).all()
+    assert (trainer.traffic["down_values"] == 3 * (p + m) + 3).all()
+    assert (trainer.traffic["up"] < size * 3 * (p + m) + 700).all()
+
+
+def test_by_default_four_directions_are_sent_and_with_masks_all(make_method, federate):
+    net = federate(make_method({}, upload_rank="auto"), max_tasks=1).clients[0].net
+    for options, rank in (({}, 4), ({"secure_sum": True}, None), ({"noise_multiplier": 1.0}, None)):
+        assert make_method({}, upload_rank="auto", **options)._rank(net) == rank
+
+
+def spoilt_factors(name, change):
+    def spoil(payload):
+        return {**payload, name: change(payload[name])}
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoilt_factors("factor_scale", lambda x: 9 * x), "factors are larger than the trace of their moments"),
+        (spoilt_factors("trace", lambda x: x + 5), "moments are larger than those of unit features"),
+        (spoilt_factors("factor", lambda x: x[:, :1].expand(-1, 3).clone() / 2), "factors are not orthogonal"),
+        (spoilt_factors("factor", lambda x: x[:, :2].clone()), "factors must have rank 3, got 2"),
+        (spoilt_factors("projected", lambda x: x[:, 1:].clone()), "'projected' has shape"),
+    ],
+)
+def test_impossible_factors_are_rejected(make_method, federate, spoil, reason):
+    trainer = federate(make_method({}, upload_rank=3), max_tasks=1)
+    client = trainer.clients[0]
+    upload = trainer.pool.runner.upload(client)
+    before = len(trainer.validator.rejected)
+    assert trainer.validator.filter([replace(upload, payload=spoil(upload.payload))], Progress(0, 0)) == []
+    assert reason in trainer.validator.rejected[before].reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"upload_rank": 0}, "upload_rank must be > 0, exact or auto, got 0"),
+        ({"upload_rank": "half"}, "upload_rank must be > 0, exact or auto, got 'half'"),
+        (
+            {"upload_rank": 4, "secure_sum": True},
+            "upload_rank must be exact with secure_sum: factors do not add up, got 4",
+        ),
+        ({"upload_rank": 0.9, "noise_multiplier": 1.0}, "upload_rank must be exact with noise"),
+        ({"upload_dtype": "int8"}, "upload_dtype must be one of float32, bfloat16, float16, got 'int8'"),
+    ],
+)
+def test_combinations_that_factors_do_not_allow_are_refused(make_method, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_method({}, **options)

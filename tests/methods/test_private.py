@@ -13,7 +13,7 @@ from tiny_methods import COLLABORATOR, LOCAL
 
 
 def make(**options):
-    return FedLSCL(**({"collaborator": COLLABORATOR, "buffer_per_class": 3} | LOCAL | options))
+    return FedLSCL(**({"collaborator": COLLABORATOR, "buffer_per_class": 3, "upload_rank": "exact"} | LOCAL | options))
 
 
 def test_it_is_off_by_default(caplog):

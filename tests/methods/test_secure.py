@@ -15,7 +15,13 @@ from tiny_methods import COLLABORATOR, LOCAL
 
 
 def make(cls=FedLSCL, **options):
-    return cls(**({"collaborator": COLLABORATOR, "buffer_per_class": 3, "secure_sum": True} | LOCAL | options))
+    return cls(
+        **(
+            {"collaborator": COLLABORATOR, "buffer_per_class": 3, "upload_rank": "exact", "secure_sum": True}
+            | LOCAL
+            | options
+        )
+    )
 
 
 class KeysFirst(FedLSCL):

@@ -5,10 +5,21 @@ The generator is linear, so with e = [E; 1] and C_j = mean of e e^T over FS_j, E
     Phi_bar_i = (S_i + lambda I)^-1 (G_i + lambda Phi_i),   S_i = sum_{j != i} C_j,   G_i = sum_{j != i} C_j Phi_j.
 
 A client enters only through C_j and C_j Phi_j: no server optimizer, no raw features, and sums over clients suffice.
+
+Factor form (ours). With C_j near F_j F_j^T for F_j (p, r) and H_j = F_j^T Phi_j, a client sends r (p + lora_dim)
+numbers instead of p lora_dim + p (p + 1) / 2. With the others' F = [F_1 ..] and H = [H_1; ..] joined, client i solves
+
+    Phi_bar_i = Phi_i + F (F^T F + lambda I)^-1 (H - F^T Phi_i)
+
+by itself in R = sum of ranks dimensions (push-through identity); no matrix (p, lora_dim) is sent. lambda stays that of
+the exact moments, whose traces are sent. Let E_j = C_j - F_j F_j^T with largest eigenvalue e_j, the first one dropped.
+Subtracting the two systems of equations gives (F F^T + lambda I) (Phi_hat - Phi_bar) = -sum_j E_j (Phi_j - Phi_bar), so
+
+    ||Phi_hat_i - Phi_bar_i|| <= sum_{j != i} e_j ||Phi_j - Phi_bar_i|| / lambda.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -91,6 +102,60 @@ def solve(generator: Tensor, others: Sums, lambda_proximal: float) -> Tensor:
     if system is None:
         return generator.clone()
     return system.solve(generator.double(), others.products).to(generator.dtype)
+
+
+class Factors(NamedTuple):
+    """A client, or several together, in Eq. 5: C near F F^T, and C Phi near F H."""
+
+    factor: Tensor
+    """F, (p, r), with orthogonal columns, largest first."""
+    projected: Tensor
+    """H = F^T Phi, (r, lora_dim)."""
+    trace: Tensor
+    """Exact trace of C, ()."""
+
+    @classmethod
+    def of(cls, generator: Tensor, moment: Tensor, rank: float) -> Self:
+        """Of one client's Phi (p, lora_dim) and C (p, p), truncated; see ``kept_rank``."""
+        values, vectors = torch.linalg.eigh(moment.double())
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        r = kept_rank(values, rank)
+        factor = vectors[:, :r] * values[:r].sqrt()
+        return cls(factor, factor.mT @ generator.double(), moment.double().trace())
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self], rank: float) -> Self:
+        """Of several clients together, truncated: F V and V^T H for the right singular vectors V of all F."""
+        factor = torch.cat([part.factor.double() for part in parts], 1)
+        projected = torch.cat([part.projected.double() for part in parts])
+        trace = _sum([part.trace.double() for part in parts])
+        q, small = torch.linalg.qr(factor)
+        u, values, v = torch.linalg.svd(small, full_matrices=False)
+        r = kept_rank(values.square(), rank)
+        return cls(q @ u[:, :r] * values[:r], v[:r] @ projected, trace)
+
+    def solve(self, generator: Tensor, lambda_proximal: float) -> Tensor:
+        """Minimise Eq. 5 for a client with Phi (p, lora_dim), given the other clients; in the dtype of Phi."""
+        phi, factor = generator.double(), self.factor.double()
+        scale = float(lambda_proximal * self.trace) / len(phi)
+        if not scale > 0:
+            return generator.clone()
+        inner = factor.mT @ factor + scale * torch.eye(factor.shape[1], dtype=torch.float64, device=factor.device)
+        step = torch.linalg.solve(inner, self.projected.double() - factor.mT @ phi)
+        return (phi + factor @ step).to(generator.dtype)
+
+
+def kept_rank(values: Tensor, rank: float) -> int:
+    """How many eigenvalues (n,), largest first, are kept: at most ``rank``, or a share of their sum if it is below 1.
+
+    Example:
+        >>> kept_rank(torch.tensor([6.0, 3.0, 1.0]), 2), kept_rank(torch.tensor([6.0, 3.0, 1.0]), 0.95)
+        (2, 3)
+    """
+    if rank >= 1:
+        return min(int(rank), len(values))
+    reached = values.cumsum(0) >= rank * values.sum()
+    return int((~reached).sum().clamp(max=len(values) - 1)) + 1
 
 
 class _System(NamedTuple):

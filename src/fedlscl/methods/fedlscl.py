@@ -20,8 +20,8 @@ from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import packed_size, unpack_symmetric
-from fedlscl.functional.distillation import one_by_one_distill, second_moment
+from fedlscl.functional.analytic import MOMENT_BOUND, packed_size, unpack_symmetric
+from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
@@ -31,6 +31,9 @@ from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Lea
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 
+AUTO_RANK = 4
+"""Rank of the factors that are sent by default (ours; measured in docs/costs.md)."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_SPREAD = 0.05
 """Spread of E over the buffer below which a small model works as a constant (ours)."""
 logger = logging.getLogger(__name__)
@@ -81,6 +84,12 @@ class FedLSCL(privacy.PrivateSums):
     """Weight of ||E - E'||^2 in Eq. 4 (its value is not in the paper)."""
     lambda_lora: float = CONSISTENCY
     """Weight of ||W - W'||^2 in Eq. 4 (its value is not in the paper)."""
+    upload_rank: int | float | Literal["exact", "auto"] = "auto"
+    """What clients and server send of C and C Phi for Eq. 5: their best approximation of a rank (1 and more), or of a
+    share of C's trace (below 1); 'exact' all of it; 'auto' rank 4, or all where that is smaller or where masks or noise
+    need it (ours; see docs/costs.md)."""
+    upload_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numbers of the factors; their largest values are sent apart in float32 (ours)."""
     distill: bool = True
     """One-by-One Distillation at the server; without it clients keep their own generators (Table 2)."""
     lambda_proximal: float = 1.0
@@ -100,6 +109,14 @@ class FedLSCL(privacy.PrivateSums):
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
         if self.buffer_per_class < 0:
             raise ValueError(f"buffer_per_class must be >= 0, got {self.buffer_per_class}.")
+        if self.upload_dtype not in DTYPES:
+            raise ValueError(f"upload_dtype must be one of {', '.join(DTYPES)}, got {self.upload_dtype!r}.")
+        rank = self.upload_rank
+        if (isinstance(rank, str) and rank not in ("exact", "auto")) or (not isinstance(rank, str) and not rank > 0):
+            raise ValueError(f"upload_rank must be > 0, exact or auto, got {rank!r}.")
+        if rank not in ("exact", "auto") and (self.secure_sum or self.noise_multiplier):
+            what = "secure_sum: factors do not add up" if self.secure_sum else "noise, which is of the exact terms"
+            raise ValueError(f"upload_rank must be exact with {what}, got {rank!r}.")
         if self.noise_multiplier and not self.has_unit_features:
             raise ValueError(
                 "noise_multiplier must be 0 with raw features, whose moments have no bound, got "
@@ -163,7 +180,11 @@ class FedLSCL(privacy.PrivateSums):
         payload: Payload = {}
         if self._federates(client.net):
             buffer = updated_buffer(client, self.buffer_per_class)
-            payload = outgoing(self.release(client, feature_moment(client, buffer.ids)))
+            moment = feature_moment(client, buffer.ids)
+            if rank := self._rank(client.net):
+                generator = client.net.generator.matrix.cpu()
+                return outgoing(packed_factors(Factors.of(generator, moment, rank), self.upload_dtype))
+            payload = outgoing(self.release(client, moment))
         return privacy.masked_input(client, payload) if self.secure_sum else payload
 
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
@@ -173,13 +194,29 @@ class FedLSCL(privacy.PrivateSums):
         expected: Payload = {}
         if self._federates(net):
             matrix = net.generator.matrix
+            if rank := self._rank(net):
+                return factors_spec(upload, *matrix.shape, rank, self.upload_dtype)
             expected = {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
         return privacy.masked_spec(expected) if self.secure_sum else expected
 
+    @override
+    def check_upload(self, upload: Upload) -> str:
+        if "factor" in upload.payload:
+            return factors_error(unpacked_factors(upload.payload), self.upload_dtype, self.has_unit_features)
+        return super().check_upload(upload)
+
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
-        """Eq. 5 for every client in closed form; with ``secure_sum`` the sums with which each client solves it."""
+        """Eq. 5 for every client in closed form; with ``secure_sum`` the sums with which each client solves it.
+
+        With factors, those of the other clients together, truncated to the same rank.
+        """
         if self.secure_sum:
             return [self.secure_answer(uploads, progress)] * len(uploads)
+        if "factor" in uploads[0].payload:
+            factors = [unpacked_factors(upload.payload) for upload in uploads]
+            rank = AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank)
+            others = [[part for part in factors if part is not own] for own in factors]
+            return [packed_factors(Factors.merged(o, rank), self.upload_dtype) if o else {} for o in others]
         if "generator" not in uploads[0].payload:
             return [{} for _ in uploads]
         self.account(progress)
@@ -192,6 +229,10 @@ class FedLSCL(privacy.PrivateSums):
         """Load the personalised generator, or solve for it from secure sums."""
         if self.secure_sum:
             privacy.apply_secure_answer(client, payload, self.lambda_proximal)
+        if "factor" in payload:
+            generator = client.net.generator
+            fused = unpacked_factors(payload).solve(generator.matrix.cpu(), self.lambda_proximal)
+            generator.load_matrix(fused.to(client.net.head.weight.device))
         if "generator" in payload:
             client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
 
@@ -233,6 +274,57 @@ class FedLSCL(privacy.PrivateSums):
 
     def _federates(self, net: Net) -> bool:
         return self.distill and net.config.collaboration
+
+    def _rank(self, net: Net) -> float | None:
+        """Rank of the factors to send, or share of the trace; None to send all."""
+        if self.upload_rank != "auto":
+            return None if self.upload_rank == "exact" else float(self.upload_rank)
+        is_private = self.secure_sum or self.noise_multiplier > 0
+        return None if is_private or net.feature_dim < AUTO_RANK else AUTO_RANK
+
+
+def packed_factors(factors: Factors, dtype: str) -> Payload:
+    """Factors as a message: divided by their largest values, which are sent apart."""
+    payload: Payload = {"trace": factors.trace.float().reshape(1)}
+    for name in ("factor", "projected"):
+        value = getattr(factors, name)
+        scale = value.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        payload |= {name: (value / scale).to(DTYPES[dtype]), f"{name}_scale": scale.float().reshape(1)}
+    return payload
+
+
+def unpacked_factors(payload: Payload) -> Factors:
+    """Factors from a message, in float64."""
+    factor, projected = (payload[n].double() * payload[f"{n}_scale"].double() for n in ("factor", "projected"))
+    return Factors(factor, projected, payload["trace"].double()[0])
+
+
+def factors_spec(upload: Upload, size: int, lora_dim: int, rank: float, dtype: str) -> Payload:
+    """Names, shapes and dtypes of factors; a share of the trace leaves their rank to the sender.
+
+    Raises:
+        ValueError: if the sender's rank is not possible.
+    """
+    limit = min(int(rank), size) if rank >= 1 else size
+    sent = upload.payload.get("factor", torch.empty(size, limit)).shape[-1]
+    if not 1 <= sent <= limit or (rank >= 1 and sent != limit):
+        raise ValueError(f"factors must have rank {limit}, got {sent}")
+    number = torch.empty(1, device="meta")
+    empty = {"factor": (size, sent), "projected": (sent, lora_dim)}
+    matrices = {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, shape in empty.items()}
+    return {**matrices, "factor_scale": number, "projected_scale": number, "trace": number}
+
+
+def factors_error(factors: Factors, dtype: str, is_bounded: bool) -> str:
+    """Why factors cannot be of a second moment, or ''."""
+    gram = factors.factor.mT @ factors.factor
+    slack = 4 * torch.finfo(DTYPES[dtype]).eps
+    if gram.trace() > (1 + slack) * factors.trace + slack:
+        return "factors are larger than the trace of their moments"
+    if is_bounded and factors.trace > 1.02 * MOMENT_BOUND:
+        return "moments are larger than those of unit features"
+    off = (gram - gram.diagonal().diag()).abs().max()
+    return "factors are not orthogonal" if off > slack * len(factors.factor) ** 0.5 * gram.trace() else ""
 
 
 def draw_per_class(client: Client, per_class: int) -> Tensor:
