@@ -2,14 +2,16 @@
 
 import csv
 import json
+import math
 
 import pytest
 
 from fedlscl.callbacks.formatting import readout_table
 from fedlscl.callbacks.results import results, write_results
 from fedlscl.federated.loggers import task_scalars
+from fedlscl.federated.metrics import loss_levels
 from fedlscl.federated.readout import ReadoutConfig
-from fedlscl.report.groups import grouped
+from fedlscl.report.groups import grouped, unconverged
 from fedlscl.report.page import write_report
 from fedlscl.report.runs import read_runs
 from fedlscl.report.table import header, table_markdown
@@ -92,3 +94,22 @@ def test_damaged_readouts_are_refused(folder, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"readouts.adapted/lda.task_il must be \(clients, tasks, tasks\)"):
         read_runs([tmp_path])
+
+
+def test_rows_that_have_not_converged_are_marked(folder, tmp_path):
+    """By the training loss of the last round, as a share of that of guessing."""
+    found = json.loads((folder / "LoRM/version_0/results.json").read_bytes())
+    assert 0 < found["loss_levels"]["train"]
+    for name, level in (("Ready", 0.3), ("Starved", 0.4)):
+        found["loss_levels"] = {"train": level}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(found | {"seed": found["seed"]}))
+    groups = grouped(read_runs([tmp_path]))
+    (sentence,) = unconverged(groups)
+    assert sentence.startswith("Not converged at this budget") and sentence.endswith(": Starved.")
+
+
+def test_loss_levels_are_of_the_last_round_and_of_clients(with_readouts):
+    levels = loss_levels(with_readouts.history, with_readouts.run.data["classes"], 2)
+    last = [e["terms"]["cross_entropy"] / math.log(2) for e in with_readouts.history]
+    assert levels == {"train": pytest.approx(sum(last) / len(last))}

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, in_hours, parameter_line, percent
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import to_csv
-from fedlscl.report.groups import Group, classifier, grouped, inequalities, readouts
+from fedlscl.report.groups import Group, classifier, grouped, inequalities, readouts, unconverged
 from fedlscl.report.plots import Picture, against_cost, clients, for_page, looks, matrices, over_tasks
 from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Run, left_out, read_runs
 from fedlscl.report.table import cell, columns, per_task_rows, table_latex, table_markdown, table_rows
@@ -39,7 +39,7 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
     """
     runs = read_runs(paths)
     groups, unshown = grouped(runs), left_out(paths, runs)
-    notes = inequalities(groups) + unshown
+    notes = unconverged(groups) + inequalities(groups) + unshown
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -131,7 +131,7 @@ def page(
     return environment.from_string(TEMPLATE.read_text()).render(
         title=_title(groups),
         findings=_findings(groups),
-        unshown=unshown,
+        unshown=[*unconverged(groups), *unshown],
         inequalities=inequalities(groups),
         columns=columns(groups),
         tables=table_sections(groups),

@@ -179,6 +179,7 @@ SHAPE: dict[str, Any] = {
     # Files of the first versions have neither.
     "parameters?": {"foundation": int, "trainable": [int], "total": [int]},
     "readouts?": dict,
+    "loss_levels?": dict,
     "quarantined?": [{"client": object, "task": int, "round": int, "reason": object}],
 }
 """What a report reads of results.json: float is any finite number, a tuple may be null, a name with '?' be absent."""

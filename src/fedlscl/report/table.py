@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlscl.federated.metrics import MASKS
-from fedlscl.report.groups import READOUTS, Group, Spread, grouped, inequalities, readouts
+from fedlscl.report.groups import READOUTS, Group, Spread, grouped, inequalities, readouts, unconverged
 from fedlscl.report.runs import PER_TASK, left_out, read_runs
 
 
@@ -170,7 +170,7 @@ def print_comparison(paths: Sequence[Path]) -> None:
     """
     runs = read_runs(paths)
     groups = grouped(runs)
-    notes = inequalities(groups) + left_out(paths, runs)
+    notes = unconverged(groups) + inequalities(groups) + left_out(paths, runs)
     if not sys.stdout.isatty():
         print(table_markdown(groups, notes), end="")
         return
