@@ -84,6 +84,8 @@ class FedLSCL(privacy.PrivateSums):
     """Weight of ||E - E'||^2 in Eq. 4 (its value is not in the paper)."""
     lambda_lora: float = CONSISTENCY
     """Weight of ||W - W'||^2 in Eq. 4 (its value is not in the paper)."""
+    consistent_bias: bool = True
+    """If false, ||W - W'||^2 leaves out b, the part of W that all images share (ours)."""
     upload_rank: int | float | Literal["exact", "auto"] = "auto"
     """What clients and server send of C and C Phi for Eq. 5: their best approximation of a rank (1 and more), or of a
     share of C's trace (below 1); 'exact' all of it; 'auto' rank 4, or all where that is smaller or where masks or noise
@@ -164,6 +166,7 @@ class FedLSCL(privacy.PrivateSums):
                 counts=self._counts(client, ids),
                 lambda_features=self.lambda_features,
                 lambda_lora=self.lambda_lora,
+                consistent_bias=self.consistent_bias,
                 lr=self.lr,
                 **self._rates(),
                 kept=kept_features(client, ids),
