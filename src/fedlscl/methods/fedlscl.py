@@ -10,7 +10,7 @@ closed form with a scale-free lambda, secure sums, noise.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -267,7 +267,7 @@ class FedLSCL(privacy.PrivateSums):
             return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts, **rates)
         return CollaborativeModule(client.net, client.classes, **rates, **self._rates())
 
-    def _rates(self) -> dict[str, float]:
+    def _rates(self) -> dict[str, Any]:
         return {"generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
 
     def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
