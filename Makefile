@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all publish-check coverage lint docs lock clean
+.PHONY: demo test test-all publish-check coverage gpu lint docs lock clean
 
 # One thread each: nets this small gain nothing from more, and lose much where something else runs beside them.
 demo test test-all coverage: export OMP_NUM_THREADS = 1
@@ -40,6 +40,10 @@ publish-check: $(READY)
 
 coverage: $(READY)
 	$(PYTEST) -m "" --cov --cov-report=term --cov-report=html
+
+# Call it again until it succeeds; DATA is the folder of CIFAR-100 and the ViT's weights.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py --data_root $(or $(DATA),data)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

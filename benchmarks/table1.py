@@ -1,28 +1,60 @@
-"""Table 1 of the paper: every method on the same split, budget and seeds.
+"""Table 1 of the paper: every method on the same split, budget and seeds, with the same readout beside its own head.
 
     python benchmarks/table1.py --preset cpu --data_root DATA
 
-The rows are the files in configs/method, on a data set of configs/data (`presets.configuration`).
+The rows are the files in configs/method, on a data set of configs/data (`presets.configuration`), and the controls of
+Fed-LSCL. Methods on a frozen ViT also have readouts (docs/readouts.md).
 """
 
 import argparse
 import sys
 
-from presets import SEEDS, Run, configuration, methods, once
+import yaml
+from presets import Run, configuration, methods, once
 from sweep import drive
 
-REPEATED = ("fedlscl", "lorm", "fedncm", "fedridge")
-"""What the cpu preset repeats over all seeds: Fed-LSCL, LoRM and the controls."""
+REPEATED = ("fedlscl", "fedlscl_static", "fedlscl_pretrained", "lorm", "frozenlda")
+"""What the cpu preset repeats over `TWO`: Fed-LSCL, its controls, LoRM, and the control without training."""
+TWO = (42, 1999)
+READOUTS = ("--trainer.readouts.heads", "[lda]", "--trainer.readouts.features")
+SMALL = ("fedlscl", "fedlscl_pretrained", "fedlscl_random")
+"""Rows with readouts on the small model's features, too."""
+PRETRAINED = {"small_model": "tf_efficientnet_lite0", "small_weights": "tf_efficientnet_lite0.safetensors"}
+CONTROLS: dict[str, dict[str, str]] = {
+    "fedlscl_static": {"collaborator.small_model": "none"},
+    "fedlscl_random": {"collaborator.freeze_small": "true"},
+    "fedlscl_pretrained": {
+        **{f"collaborator.{name}": value for name, value in PRETRAINED.items()},
+        "collaborator.small_image_size": "96",
+        "lr": "1e-05",
+    },
+}
+"""Fed-LSCL without a small model, with a random one that is not trained, and with a pretrained one, trained slowly."""
+BEFORE = {"pilora": {"competing": "task"}, "fedmgp": {"prefix_of": "label"}}
+"""Rows of how a method was before its repair."""
 
 
 def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """A row for each method of the preset, Fed-LSCL first."""
-    return {
-        "table1": [
-            Run(name, configuration(options.data, name), seeds=SEEDS if name in REPEATED else once(options))
-            for name in sorted(methods(options.data), key=lambda name: name != "fedlscl")
-        ]
-    }
+    """A row for each method of the preset, Fed-LSCL and its controls first."""
+    rows: list[Run] = []
+    for name in sorted(methods(options.data), key=lambda name: name != "fedlscl"):
+        rows.append(row(name, name, {}, options))
+        if name == "fedlscl":
+            rows += [row(control, name, changes, options) for control, changes in CONTROLS.items()]
+        if name in BEFORE:
+            rows.append(row(f"{name}_before", name, BEFORE[name], options))
+    return {"table1": rows}
+
+
+def row(name: str, method: str, changes: dict[str, str], options: argparse.Namespace) -> Run:
+    """A row: a method with other values of its options, and with readouts if it has a ViT."""
+    files = configuration(options.data, method)
+    words = [word for key, value in changes.items() for word in (f"--method.{key}", value)]
+    fields = yaml.safe_load(files[1].read_text())["method"]["init_args"]
+    if "foundation" in fields or "collaborator" in fields:
+        words += [*READOUTS, "[adapted, frozen, small, frozen+small]" if name in SMALL else "[adapted, frozen]"]
+    seeds = once(options) if options.preset == "cpu" and name not in REPEATED else TWO
+    return Run(name, files, words, seeds)
 
 
 if __name__ == "__main__":

@@ -140,3 +140,58 @@ def test_a_manifest_that_does_not_say_how_images_were_prepared_is_refused(tmp_pa
     assert main(["predict", "--ckpt_path", str(tmp_path), "--images", str(tmp_path / "x.png")]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "must record image_height" in printed.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def with_readouts(tmp_path_factory):
+    """A run with readouts of two kinds of features, and the test images as PNG in folders of their classes."""
+    folder = tmp_path_factory.mktemp("readouts")
+    data = make_fake(folder, 20, 20)
+    asked = {"readouts.heads": "[lda, ncm]", "readouts.features": "[adapted, frozen+small]"}
+    assert main(["fit", *tiny.FEDLSCL, *tiny.options("data", SPLIT | data), *tiny.options("trainer", asked),
+                 *tiny.inside(folder)]) == 0  # fmt: skip
+    stored = load_images(**data)
+    for index, (image, label) in enumerate(zip(stored.test_images, stored.test_labels, strict=True)):
+        of_class = folder / "png" / stored.class_names[int(label)]
+        of_class.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(of_class / f"{index:03}.png")
+    return folder / "FedLSCL/version_0", folder / "png"
+
+
+@pytest.mark.parametrize("readout", ["adapted/lda", "adapted/ncm", "frozen+small/lda", "frozen+small/ncm"])
+def test_predict_with_a_readout_has_the_accuracy_of_the_run(readout, with_readouts, tmp_path):
+    """Every fake image of a class is for all clients that have the class, so each client's test set is known."""
+    run, png = with_readouts
+    results = json.loads((run / "results.json").read_text())
+    manifest = read_manifest(run / "manifest.json")
+    expected = results["readouts"][readout]["class_il"]
+    for client, split in enumerate(manifest.splits):
+        out = tmp_path / "out.csv"
+        asked = ["--images", png, "--client", client, "--top", 1, "--out", out, "--readout", readout]
+        assert main(["predict", "--ckpt_path", str(run), *map(str, asked)]) == 0
+        own = {int(index) - len_train(manifest) for index in split.test[0]}
+        answers = {int(row["image"].split("/")[-1][:3]): row for row in csv.DictReader(out.open())}
+        right = [answers[index]["class"] == answers[index]["image"].split("/")[-2] for index in sorted(own)]
+        assert np.mean(right) == expected[client][0][0]
+
+
+def len_train(manifest):
+    """Positions of test images continue those of training images."""
+    return min(int(split.test[0].min()) for split in manifest.splits)
+
+
+@pytest.mark.parametrize("readout", ["adapted/ridge", "small/lda", "", "lda"])
+def test_a_readout_that_the_run_does_not_have_is_refused(readout, with_readouts, capsys):
+    run, png = with_readouts
+    assert main(["predict", "--ckpt_path", str(run), "--images", str(png), "--readout", readout]) == 2
+    known = "own, adapted/lda, adapted/ncm, frozen+small/lda, frozen+small/ncm"
+    assert f"readout must be one of {known}, got {readout!r}." in capsys.readouterr().err
+
+
+def test_a_run_without_readouts_names_the_option_that_makes_them(tmp_path, capsys):
+    run = fit(make_fake(tmp_path, 20, 20), tmp_path)
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    asked = ["--images", str(tmp_path / "x.png"), "--readout", "adapted/lda"]
+    assert main(["predict", "--ckpt_path", str(run), *asked]) == 2
+    error = capsys.readouterr().err
+    assert "readout must be one of own, got 'adapted/lda': train with --trainer.readouts.heads" in error

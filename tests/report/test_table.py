@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
+from fedlscl.report.groups import unconverged
 from fedlscl.report.runs import all_results, newest, run_folder
 from fedlscl.report.table import table_markdown
 
@@ -114,7 +115,7 @@ def test_only_ranked_groups_are_compared_in_words(two, tmp_path, capsys):
 
 def test_seeds_of_one_run_are_one_row_with_their_number(runs, capsys):
     assert main(["report", str(runs)]) == 0
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [line.split("|")[1:3] for line in printed[2:]] == [
         [f" {line.split('|')[1].strip()} ", " 2 "] for line in printed[2:]
     ]
@@ -123,7 +124,7 @@ def test_seeds_of_one_run_are_one_row_with_their_number(runs, capsys):
 
 def test_the_terminal_shows_the_figures_of_the_markdown_table(runs, groups, capsys):
     assert main(["report", str(runs)]) == 0
-    assert capsys.readouterr().out == table_markdown(groups)
+    assert capsys.readouterr().out == table_markdown(groups, unconverged(groups))
 
 
 def test_what_is_left_out_is_named(runs, tmp_path, capsys):

@@ -5,6 +5,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedlscl.cli.runs import (
     last_checkpoint,
     learned_part,
 )
-from fedlscl.data import SpatialTemporalDataModule
+from fedlscl.data import Batch, SpatialTemporalDataModule
 from fedlscl.data.folders import ENDINGS, find_images
 from fedlscl.data.images import centre_crop, covering, read_image
 from fedlscl.data.split import check_integers, preparation, read_manifest
@@ -31,6 +32,7 @@ from fedlscl.federated.engine import connect
 from fedlscl.federated.method import Method, Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.pool import ClientRunner
+from fedlscl.federated.readout import readout_logits
 from fedlscl.federated.state import Callback
 from fedlscl.federated.trainer import FederatedTrainer
 
@@ -49,13 +51,20 @@ class Predictor:
         config: the resolved configuration.
         checkpoint: file of a run, with manifest.json beside it.
         client: which client's net.
+        readout: which classifier, 'own' for the net's own head or a readout such as 'adapted/lda'.
 
     Raises:
-        ValueError: if the checkpoint belongs to another configuration, or has no such client.
+        ValueError: if the checkpoint belongs to another configuration, or has no such client or readout.
     """
 
     def __init__(
-        self, trainer: FederatedTrainer, method: Method, config: dict[str, Any], checkpoint: Path, client: int
+        self,
+        trainer: FederatedTrainer,
+        method: Method,
+        config: dict[str, Any],
+        checkpoint: Path,
+        client: int,
+        readout: str = "own",
     ) -> None:
         manifest = read_manifest(checkpoint.with_name(MANIFEST))
         check_integers(0, len(manifest.splits) - 1, client=client)
@@ -72,6 +81,12 @@ class Predictor:
         self.fabric = connect(trainer.accelerator, 1, trainer.precision, trainer.deterministic)
         net.load_state_dict(state["clients"][client]["net"])
         self.net = self.fabric.to_device(net).eval()
+        known: dict[str, dict[str, Tensor]] = state["clients"][client].get("readouts", {})
+        if readout != "own" and readout not in known:
+            hint = "" if known else ": train with --trainer.readouts.heads for readouts"
+            raise ValueError(f"readout must be one of {', '.join(['own', *known])}, got {readout!r}{hint}.")
+        self.heads = {} if readout == "own" else {readout: self.fabric.to_device(known[readout])}
+        self.config = replace(trainer.readouts, features=(readout.rpartition("/")[0],)) if self.heads else None
         self.classes = torch.tensor(classes, device=self.fabric.device)
         self.unreadable: list[str] = []
         """One line for each file that could not be read."""
@@ -110,8 +125,14 @@ class Predictor:
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """Probabilities (B, classes seen) of stored images (B, 3, h, w), uint8."""
+        stored = self.fabric.to_device(images)
         with self.fabric.autocast():
-            logits = self.net(self.fabric.to_device(images)).logits
+            if self.config is None:
+                logits = self.net(stored).logits
+            else:
+                unknown = torch.zeros(len(stored), dtype=torch.int64, device=stored.device)
+                views = self.config.views(self.net, Batch(stored, labels=unknown, ids=unknown))
+                (logits,) = readout_logits(views, self.heads).values()
         return logits[:, self.classes].float().softmax(1).cpu()
 
 
@@ -217,6 +238,7 @@ class Commands:
         datamodule: SpatialTemporalDataModule,
         images: str,
         client: int = 0,
+        readout: str = "own",
         ckpt_path: str = "last",
         out: str | None = None,
         top: int = 3,
@@ -229,6 +251,7 @@ class Commands:
             images: an image file, or a folder with images, also in sub-folders; one that cannot be read is named on
                 stderr, the others are classified, and the exit status is 2.
             client: which client's net, counted from 0; the classes that it has seen compete.
+            readout: which classifier: 'own' for the method's head, or one of the run's readouts such as 'adapted/lda'.
             ckpt_path: 'last' (the newest run), a run directory or a checkpoint file; its config.yaml is used if no
                 --config is given.
             out: CSV file to write; printed if left out.
@@ -236,7 +259,7 @@ class Commands:
         """
         check_integers(1, top=top)
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
-        predictor = Predictor(self.trainer, model, self.config, checkpoint, client)
+        predictor = Predictor(self.trainer, model, self.config, checkpoint, client, readout)
         rows = list(predictor.predict(files, top))
         for reason in predictor.unreadable:
             print(f"fedlscl: error: {' '.join(reason.split())}", file=sys.stderr)
