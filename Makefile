@@ -24,7 +24,7 @@ demo: $(READY)
 	@echo "Not the same in all runs (the ViT is pretrained and frozen; a CNN starts from scratch):"
 	$(call had,FedRidge,ViT; closed-form head; nothing is trained)
 	$(call had,FedAvg+ViT,ViT; trained linear head)
-	$(call had,FedLSCL,ViT; trained CNN and generator and head; two closed-form heads; replays stored images)
+	$(call had,FedLSCL,ViT; trained CNN and generator and head; replays stored images)
 	$(call had,FedAvg,no ViT; trained CNN with a linear head)
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal -q
