@@ -16,7 +16,7 @@ from pathlib import Path
 from figures import figure
 
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.report.groups import READOUTS, Group, grouped, unconverged
+from fedlscl.report.groups import NOT_CONVERGED, READOUTS, Group, grouped
 from fedlscl.report.page import Section, figures, page
 from fedlscl.report.runs import read_runs
 from fedlscl.report.table import Column, cells, markdown, table_markdown
@@ -77,8 +77,8 @@ def side_by_side(name: str, rows: str | None) -> str:
     wanted = None if rows is None else rows.split()
     groups = [group for group in results(name) if wanted is None or group.name in wanted]
     groups.sort(key=lambda group: -group.known(BOTH[1].figure).mean)
-    lines = [[group.name, *cells(group, BOTH)] for group in groups]
-    notes = "".join(f"\n{note}\n" for note in unconverged(groups))
+    lines = [[f"{group.name}{group.mark}", *cells(group, BOTH)] for group in groups]
+    notes = f"\n{NOT_CONVERGED}\n" if any(group.mark for group in groups) else ""
     return markdown([["run", "n", *(column.title for column in BOTH)], *lines]) + "\n" + notes
 
 

@@ -2,19 +2,17 @@
 
 import csv
 import json
-import math
 
 import pytest
 
 from fedlscl.callbacks.formatting import readout_table
 from fedlscl.callbacks.results import results, write_results
 from fedlscl.federated.loggers import task_scalars
-from fedlscl.federated.metrics import loss_levels
 from fedlscl.federated.readout import ReadoutConfig
-from fedlscl.report.groups import grouped, unconverged
+from fedlscl.report.groups import grouped
 from fedlscl.report.page import write_report
 from fedlscl.report.runs import read_runs
-from fedlscl.report.table import header, table_markdown
+from fedlscl.report.table import table, table_markdown
 from tiny_methods import METHODS
 
 CONFIG = ReadoutConfig(heads=("lda", "ncm"), features=("adapted",))
@@ -53,7 +51,7 @@ def test_results_have_every_readout_and_its_bytes_apart(folder, with_readouts):
 
 def test_tables_show_own_and_readouts_side_by_side(folder, with_readouts):
     groups = grouped(read_runs([folder]))
-    titles = header(groups)
+    titles = table(groups).header
     at = titles.index("own class-IL %")
     assert titles[at : at + 3] == ["own class-IL %", "adapted/lda class-IL %", "adapted/ncm class-IL %"]
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in
@@ -64,7 +62,7 @@ def test_tables_show_own_and_readouts_side_by_side(folder, with_readouts):
 
 def test_without_readouts_tables_are_as_they_were(folder):
     groups = grouped(read_runs([folder / "FedNCM"]))
-    assert not any(title.startswith("own ") or "readout" in title for title in header(groups))
+    assert not any(title.startswith("own ") or "readout" in title for title in table(groups).header)
 
 
 def test_the_report_draws_accuracy_against_bytes_for_every_readout(folder, tmp_path):
@@ -94,22 +92,3 @@ def test_damaged_readouts_are_refused(folder, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"readouts.adapted/lda.task_il must be \(clients, tasks, tasks\)"):
         read_runs([tmp_path])
-
-
-def test_rows_that_have_not_converged_are_marked(folder, tmp_path):
-    """By the training loss of the last round, as a share of that of guessing."""
-    found = json.loads((folder / "LoRM/version_0/results.json").read_bytes())
-    assert 0 < found["loss_levels"]["train"]
-    for name, level in (("Ready", 0.3), ("Starved", 0.4)):
-        found["loss_levels"] = {"train": level}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(found | {"seed": found["seed"]}))
-    groups = grouped(read_runs([tmp_path]))
-    (sentence,) = unconverged(groups)
-    assert sentence.startswith("Not converged at this budget") and sentence.endswith(": Starved.")
-
-
-def test_loss_levels_are_of_the_last_round_and_of_clients(with_readouts):
-    levels = loss_levels(with_readouts.history, with_readouts.run.data["classes"], 2)
-    last = [e["terms"]["cross_entropy"] / math.log(2) for e in with_readouts.history]
-    assert levels == {"train": pytest.approx(sum(last) / len(last))}
