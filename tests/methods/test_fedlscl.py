@@ -533,8 +533,10 @@ def test_impossible_factors_are_rejected(make_method, federate, spoil, reason):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"upload_rank": 0}, "upload_rank must be > 0, exact or auto, got 0"),
-        ({"upload_rank": "half"}, "upload_rank must be > 0, exact or auto, got 'half'"),
+        *(
+            ({"upload_rank": rank}, f"upload_rank must be an integer >= 1, a share < 1, exact or auto, got {rank!r}")
+            for rank in (0, -1, "half", 0.0, 1.0, 4.5, float("nan"))
+        ),
         (
             {"upload_rank": 4, "secure_sum": True},
             "upload_rank must be exact with secure_sum: factors do not add up, got 4",

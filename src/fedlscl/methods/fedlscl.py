@@ -114,8 +114,9 @@ class FedLSCL(privacy.PrivateSums):
         if self.upload_dtype not in DTYPES:
             raise ValueError(f"upload_dtype must be one of {', '.join(DTYPES)}, got {self.upload_dtype!r}.")
         rank = self.upload_rank
-        if (isinstance(rank, str) and rank not in ("exact", "auto")) or (not isinstance(rank, str) and not rank > 0):
-            raise ValueError(f"upload_rank must be > 0, exact or auto, got {rank!r}.")
+        is_rank = rank >= 1 if isinstance(rank, int) else isinstance(rank, float) and 0 < rank < 1
+        if not is_rank and rank not in ("exact", "auto"):
+            raise ValueError(f"upload_rank must be an integer >= 1, a share < 1, exact or auto, got {rank!r}.")
         if rank not in ("exact", "auto") and (self.secure_sum or self.noise_multiplier):
             what = "secure_sum: factors do not add up" if self.secure_sum else "noise, which is of the exact terms"
             raise ValueError(f"upload_rank must be exact with {what}, got {rank!r}.")
