@@ -89,7 +89,7 @@ UNFINISHED, CENTRALISED = "unfinished runs, not ranked", "all data (centralised)
         ({"method__name": "Joint"}, ["FedAvg", CENTRALISED, "Local"]),
         ({"trainer__rounds_per_task": 9}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__fingerprint": "f" * 64}, ["set 1", "Local", "set 2", "FedAvg"]),
-        ({"data__classes": [[[0]]]}, ["set 1", "Local", "set 2", "FedAvg"]),
+        ({"data__classes": [[[0, 1], [4, 5]], [[0, 1], [4, 5]]]}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__train_samples": [[1]]}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"trainer__precision": "bf16-mixed"}, ["Local", "FedAvg"]),
     ],

@@ -199,7 +199,7 @@ class FedLSCL(privacy.PrivateSums):
         if self._federates(net):
             matrix = net.generator.matrix
             if rank := self._rank(net):
-                return factors_spec(upload, *matrix.shape, rank, self.upload_dtype)
+                return factors_spec(upload, matrix.shape, rank, self.upload_dtype)
             expected = {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
         return privacy.masked_spec(expected) if self.secure_sum else expected
 
@@ -303,12 +303,13 @@ def unpacked_factors(payload: Payload) -> Factors:
     return Factors(factor, projected, payload["trace"].double()[0])
 
 
-def factors_spec(upload: Upload, size: int, lora_dim: int, rank: float, dtype: str) -> Payload:
+def factors_spec(upload: Upload, shape: torch.Size, rank: float, dtype: str) -> Payload:
     """Names, shapes and dtypes of factors; a share of the trace leaves their rank to the sender.
 
     Raises:
         ValueError: if the sender's rank is not possible.
     """
+    size, lora_dim = shape
     limit = min(int(rank), size) if rank >= 1 else size
     sent = upload.payload.get("factor", torch.empty(size, limit)).shape[-1]
     if not 1 <= sent <= limit or (rank >= 1 and sent != limit):
