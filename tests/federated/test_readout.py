@@ -158,7 +158,7 @@ def test_small_models_of_different_widths_are_refused(federate):
 def test_sums_without_noise_are_refused(federate):
     method = replace(METHODS["FedLSCL"](), noise_multiplier=1.0)
     with pytest.raises(
-        ValueError, match="readouts.heads must be empty for a method that adds noise, got lda, ridge, ncm"
+        ValueError, match=r"readouts.heads must be empty for a method that adds noise, got lda, ridge, ncm"
     ):
         federate(method, readouts=CONFIG)
 
