@@ -27,8 +27,8 @@ PICTURES = ROOT / "docs/pictures"
 REPORTS = ("readouts_cpu", "table1_cpu", "ablation_cpu")
 EARLIER = Section(
     "How to read this comparison",
-    "These runs are of an earlier version, in which only Fed-LSCL added closed-form heads to a trained net. So the order "
-    "of the rows does not rank the methods. docs/results.md has the comparison with the same readout for all.",
+    "These runs are of an earlier version, in which only Fed-LSCL added closed-form heads to a trained net. So the "
+    "order of the rows does not rank the methods. docs/results.md has the comparison with the same readout for all.",
     [],
 )
 READING = Section(
