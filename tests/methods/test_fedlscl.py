@@ -6,11 +6,12 @@ import torch
 
 from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress, StreamShape
+from fedlscl.federated.payload import Upload
 from fedlscl.functional.analytic import unpack_symmetric
-from fedlscl.functional.distillation import one_by_one_distill, second_moment
+from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
-from fedlscl.methods.fedlscl import draw_per_class, feature_moment, updated_buffer
+from fedlscl.methods.fedlscl import draw_per_class, feature_moment, packed_factors, unpacked_factors, updated_buffer
 from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
@@ -502,6 +503,24 @@ def test_by_default_four_directions_are_sent_and_with_masks_all(make_method, fed
     net = federate(make_method({}, upload_rank="auto"), max_tasks=1).clients[0].net
     for options, rank in (({}, 4), ({"secure_sum": True}, None), ({"noise_multiplier": 1.0}, None)):
         assert make_method({}, upload_rank="auto", **options)._rank(net) == rank
+
+
+@pytest.mark.parametrize("clients", [2, 5, 6])
+def test_an_answer_joins_the_other_clients_up_to_four_times_their_rank(make_method, clients):
+    """With up to five clients it is what all others have sent, to the precision of a float32."""
+    random = torch.Generator().manual_seed(clients)
+    phis = [torch.randn(9, 5, generator=random) for _ in range(clients)]
+    parts = [Factors.of(phi, second_moment(torch.randn(4, 8, generator=random)), 1) for phi in phis]
+    uploads = [
+        Upload(client=i, task=0, round=0, payload=packed_factors(part, "float32"), class_counts=torch.ones(3).long())
+        for i, part in enumerate(parts)
+    ]
+    answers = make_method({}, upload_rank=1).aggregate(uploads, Progress(0, 0))
+    for i, (phi, answer) in enumerate(zip(phis, answers, strict=True)):
+        assert answer["factor"].shape[1] == min(clients - 1, 4)
+        found = unpacked_factors(answer).solve(phi, 1.0)
+        whole = Factors.merged([part for j, part in enumerate(parts) if j != i], clients).solve(phi, 1.0)
+        assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5) == (clients <= 5)
 
 
 def spoilt_factors(name, change):

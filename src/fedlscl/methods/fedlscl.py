@@ -212,13 +212,13 @@ class FedLSCL(privacy.PrivateSums):
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form; with ``secure_sum`` the sums with which each client solves it.
 
-        With factors, those of the other clients together, truncated to the same rank.
+        With factors, those of the other clients together, truncated to ``answer_rank``.
         """
         if self.secure_sum:
             return [self.secure_answer(uploads, progress)] * len(uploads)
         if "factor" in uploads[0].payload:
             factors = [unpacked_factors(upload.payload) for upload in uploads]
-            rank = AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank)
+            rank = answer_rank(AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank))
             others = [[part for part in factors if part is not own] for own in factors]
             return [packed_factors(Factors.merged(o, rank), self.upload_dtype) if o else {} for o in others]
         if "generator" not in uploads[0].payload:
@@ -285,6 +285,14 @@ class FedLSCL(privacy.PrivateSums):
             return None if self.upload_rank == "exact" else float(self.upload_rank)
         is_private = self.secure_sum or self.noise_multiplier > 0
         return None if is_private or net.feature_dim < AUTO_RANK else AUTO_RANK
+
+
+def answer_rank(rank: float) -> float:
+    """Rank or share of the server's answer, to uploads of a rank or share: four times the rank, a quarter of the rest.
+
+    Clients have few directions in common, so that with five of them nothing is left out (ours; see docs/costs.md).
+    """
+    return 4 * rank if rank >= 1 else 1 - (1 - rank) / 4
 
 
 def packed_factors(factors: Factors, dtype: str) -> Payload:
