@@ -20,7 +20,7 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.trainer import FederatedTrainer
 
 TRAINED = ("fit", "validate", "test", "predict")
-NO_PATHS = {"accelerator", "name", "small_model", "small_models", "targets"}
+NO_PATHS = {"accelerator", "name", "readout", "small_model", "small_models", "small_options", "targets"}
 """Options that are text, but no paths."""
 
 
@@ -59,7 +59,13 @@ def holds(hint, kinds):
 TEXTS = [(where, option) for where, option, hint in text_options() if holds(hint, (str, Path))]
 CNN_ONLY = ("FedWeIT", "GLFC", "MFCL", "TARGET")
 """Methods that refuse the foundation, and so its weights."""
-FOUND = [(where, option) for where, option in TEXTS if option.rpartition(".")[2] in PATHS and where not in CNN_ONLY]
+LISTS = ("method.small_weights",)
+"""Options with a list of paths."""
+FOUND = [
+    (where, option)
+    for where, option in TEXTS
+    if option.rpartition(".")[2] in PATHS and where not in CNN_ONLY and option not in LISTS
+]
 
 
 def test_every_text_option_is_a_path_or_known_to_be_none():
@@ -127,6 +133,17 @@ def test_path_is_expanded_on_the_command_line_and_in_a_file(where, option, form,
     Path("base.yaml").write_text(yaml.safe_dump({group: inner}))
     first, *others = arguments(where)
     assert value_of(Read([first, *others, "--config", "base.yaml"]), option) == str(home / "x.npz")
+
+
+def test_weights_of_small_models_are_looked_up_under_the_root(home):
+    (home / "data").mkdir()
+    (home / "data/a.safetensors").touch()
+    command = ["fit", "--method", "FedLSCL", "--data.root", "~/data", "--method.small_weights"]
+    cli = Read([*command, "[a.safetensors, ~/b.safetensors]"])
+    found = [str(home / "data/a.safetensors"), str(home / "b.safetensors")]
+    assert value_of(cli, "method.small_weights") == found
+    cli = Read([*command[:-1], "--method.collaborator.small_weights", "a.safetensors"])
+    assert value_of(cli, "method.collaborator.small_weights") == found[0]
 
 
 @dataclass

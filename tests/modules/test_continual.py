@@ -36,6 +36,20 @@ def test_loss_is_eq4(collaborator, previous, batch):
     assert min(term.item() for term in terms.values()) > 0
 
 
+def test_consistency_may_leave_out_what_all_images_share(collaborator, previous, batch):
+    """lambda_W ||Phi^T E - Phi'^T E'||^2: b may move."""
+    torch.nn.init.normal_(collaborator.generator.bias, std=10)
+    module = ContinualFineTuningModule(collaborator, previous, lambda_lora=0.7, consistent_bias=False).eval()
+    now, old = collaborator(batch.images), previous(batch.images)
+    change = now.features @ collaborator.generator.weight.T - old.features @ previous.generator.weight.T
+    whole = now.lora - old.lora
+    without = [0.7 * part.square().mean(0).sum().item() for part in (change, whole)]
+    assert module.loss(batch)["lora"].item() == pytest.approx(without[0], rel=1e-3)
+    module.consistent_bias = True
+    assert module.loss(batch)["lora"].item() == pytest.approx(without[1], rel=1e-3)
+    assert without[1] > 2 * without[0]
+
+
 @pytest.mark.parametrize("trainer", ["stock", "engine"])
 def test_nothing_has_to_be_kept_before_anything_was_trained(trainer, collaborator, batches, engine, stock):
     """The predecessor is the net itself and BatchNorm is at rest: both terms of the first step are exactly zero."""

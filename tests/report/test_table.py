@@ -89,7 +89,7 @@ UNFINISHED, CENTRALISED = "unfinished runs, not ranked", "all data (centralised)
         ({"method__name": "Joint"}, ["FedAvg", CENTRALISED, "Local"]),
         ({"trainer__rounds_per_task": 9}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__fingerprint": "f" * 64}, ["set 1", "Local", "set 2", "FedAvg"]),
-        ({"data__classes": [[[0], [0]]] * 2}, ["set 1", "Local", "set 2", "FedAvg"]),
+        ({"data__classes": [[[0, 1], [4, 5]], [[0, 1], [4, 5]]]}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__train_samples": [[1]]}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"trainer__precision": "bf16-mixed"}, ["Local", "FedAvg"]),
     ],
@@ -114,7 +114,7 @@ def test_only_ranked_groups_are_compared_in_words(two, tmp_path, capsys):
 
 def test_seeds_of_one_run_are_one_row_with_their_number(runs, capsys):
     assert main(["report", str(runs)]) == 0
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [line.split("|")[1:3] for line in printed[2:]] == [
         [f" {line.split('|')[1].strip()} ", " 2 "] for line in printed[2:]
     ]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 PATHS = frozenset(
-    "cache_dir ckpt_path config data data_root dataset default_root_dir images manifest method out root runs trainer "
-    "weights".split()
+    "cache_dir ckpt_path config data data_root dataset default_root_dir images manifest method out root runs "
+    "small_weights trainer weights".split()
 )
 """Last parts of the names of options whose text is a path, as in ``--data FILE`` for a group; an option of type
 `pathlib.Path` need not be named here."""
@@ -90,7 +90,15 @@ def weights_found(config: Any) -> Any:
     """Look up weights files under data.root if they are not in the current directory."""
     found, root = config.clone(), config.data.root
     for name, value in config.items():
-        is_file = name.endswith(".weights") and isinstance(value, str) and value not in NAMED_WEIGHTS
-        if is_file and root is not None and not Path(value).is_file() and Path(root, value).is_file():
-            found[name] = str(Path(root, value))
+        if root is None or not name.endswith((".weights", ".small_weights")):
+            continue
+        if isinstance(value, str):
+            found[name] = _weights_found(value, root)
+        elif isinstance(value, list):
+            found[name] = [_weights_found(file, root) for file in value]
     return found
+
+
+def _weights_found(file: str, root: str) -> str:
+    is_elsewhere = file and file not in NAMED_WEIGHTS and not Path(file).is_file() and Path(root, file).is_file()
+    return str(Path(root, file)) if is_elsewhere else file

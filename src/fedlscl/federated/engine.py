@@ -170,7 +170,7 @@ class Ranks:
         self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
         self.is_first = self.rank == 0
         """Whether this process writes files, calls callbacks and computes the server's part."""
-        self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
+        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """Items of all processes, in the order of ranks."""

@@ -34,6 +34,7 @@ class ContinualFineTuningModule(Learner):
         counts: Tensor | None = None,
         lambda_features: float = CONSISTENCY,
         lambda_lora: float = CONSISTENCY,
+        consistent_bias: bool = True,
         lr: float = LR,
         generator_lr: float = GENERATOR_LR,
         bias_lr: float = BIAS_LR,
@@ -41,7 +42,9 @@ class ContinualFineTuningModule(Learner):
         freeze_norm: bool = True,
         kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too.
+        """Without ``consistent_bias``, W and W' lack b: lambda_W ||Phi^T E - Phi'^T E'||^2 (ours).
+
+        ``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too.
 
         ``counts`` of samples by class balance the softmax. ``kept`` are ids (n,) of samples and the predecessor's
         features E' of them (n, feature_dim), which need not be computed at every step; all samples of old classes must
@@ -50,12 +53,13 @@ class ContinualFineTuningModule(Learner):
         net, previous = as_collaborator(net), as_collaborator(previous)
         parts = {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
         super().__init__(net, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
-        weights = {"lambda_features": lambda_features, "lambda_lora": lambda_lora}
+        weights = {"lambda_features": lambda_features, "lambda_lora": lambda_lora, "consistent_bias": consistent_bias}
         rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
         nets = {"net": describe(net), "previous": describe(previous)}
         self.save_hyperparameters({**nets, **weights, **rates, "freeze_norm": freeze_norm})
         self.previous = Frozen(previous)
         self.lambda_features, self.lambda_lora = lambda_features, lambda_lora
+        self.consistent_bias = consistent_bias
         self.register_buffer("classes", classes, persistent=False)
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("old_classes", old_classes, persistent=False)
@@ -67,11 +71,14 @@ class ContinualFineTuningModule(Learner):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         now = self.net(batch.images, batch.prefix)
         old = torch.ones_like(batch.labels) if self.old_classes is None else torch.isin(batch.labels, self.old_classes)
-        features, lora = self._predecessor(batch)
+        features, before = self._predecessor(batch)
+        lora = now.lora
+        if not self.consistent_bias and lora.shape[1]:
+            lora, before = lora - self.net.generator.bias, before - self.previous.net.generator.bias
         return {
             "cross_entropy": cross_entropy(now.logits, batch.labels, self.classes, self.counts),
             "features": self.lambda_features * consistency(now.features, features, old),
-            "lora": self.lambda_lora * consistency(now.lora, lora, old),
+            "lora": self.lambda_lora * consistency(lora, before, old),
         }
 
     @torch.no_grad()

@@ -236,8 +236,9 @@ def has_converged(rows: Iterable[Mapping[str, str]], classes: Sequence[Sequence[
     """Whether the training loss has converged at the run's budget (ours); None if that cannot be told.
 
     Not converged: in some stage the cross-entropy, mean over clients, still falls by more than 2 % from the last round
-    but one to the last one, and is then more than 25 % of ln K, that of guessing among the K classes of the client's
-    task; both are means over tasks. A loss near zero may fall by any percentage: there is little left to train.
+    but one to the last one, and is then more than 25 % of ln K, that of guessing among the K classes that the client
+    has met so far (some methods train on those of the task alone, which makes the rule lenient to them); both are means
+    over tasks. A loss near zero may fall by any percentage: there is little left to train.
 
     Args:
         rows: of rounds.csv.
@@ -257,7 +258,8 @@ def has_converged(rows: Iterable[Mapping[str, str]], classes: Sequence[Sequence[
             if len(rounds) > 1:
                 *_, before, last = (rounds[round_] for round_ in sorted(rounds))
                 falls.append(1 - fmean(last.values()) / max(fmean(before.values()), 1e-12))
-                left.append(fmean(loss / math.log(len(classes[client][task])) for client, loss in last.items()))
+                met = {client: len(set(chain(*classes[client][: task + 1]))) for client in last}
+                left.append(fmean(loss / math.log(met[client]) for client, loss in last.items()))
         verdicts += [fmean(falls) <= MIN_FALL or fmean(left) <= MAX_LEFT] if falls else []
     return all(verdicts) if verdicts else None
 
