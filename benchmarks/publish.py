@@ -103,7 +103,7 @@ def costs(name: str, rows: str | None) -> str:
         "| run | trained values per client | values up per client and round | up MB | seconds | peak memory GB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    seed = min((ROOT / "benchmarks/results" / name).glob("seed*"))
+    seed = min((ROOT / "benchmarks/results" / name).glob("seed*"), key=lambda path: int(path.name[4:]))
     for row in (rows or "").split():
         result, cost = (json.loads((seed / row / f"{file}.json").read_text()) for file in ("results", "costs"))
         trained, sent = (max(result["parameters"][key]) for key in ("trainable", "uploaded_per_round"))
