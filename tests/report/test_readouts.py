@@ -2,15 +2,22 @@
 
 import csv
 import json
+import re
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from fedlscl.callbacks.formatting import readout_table
+from chromium import browser, find_browser
+from fedlscl.callbacks.formatting import in_bytes, readout_table
 from fedlscl.callbacks.results import results, write_results
+from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated.loggers import task_scalars
 from fedlscl.federated.readout import ReadoutConfig
-from fedlscl.report.groups import grouped
+from fedlscl.report.groups import grouped, inequalities
 from fedlscl.report.page import write_report
+from fedlscl.report.plots import against_cost
 from fedlscl.report.runs import read_runs
 from fedlscl.report.table import table, table_markdown
 from tiny_methods import METHODS
@@ -92,3 +99,58 @@ def test_damaged_readouts_are_refused(folder, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"readouts.adapted/lda.task_il must be \(clients, tasks, tasks\)"):
         read_runs([tmp_path])
+
+
+def test_rows_with_different_readouts_are_named(folder):
+    assert "Readouts: none (FedNCM) and adapted/lda, adapted/ncm (LoRM)." in inequalities(grouped(read_runs([folder])))
+
+
+def test_a_readout_is_drawn_beside_the_own_head_at_the_bytes_of_both(folder, with_readouts):
+    words = against_cost(grouped(read_runs([folder])), "up_bytes", "class_il", readout="adapted/ncm").alt
+    sent = int(with_readouts.traffic["up"].sum())
+    both = sent + int(with_readouts.run.readouts.traffic["up"].sum())
+    own = 100 * with_readouts.run.matrix.of("class_il")[:, -1].mean().item()
+    assert f"LoRM {own:.1f} % at {in_bytes(sent)}, " in words
+    assert f"LoRM with the readout {expected(with_readouts, 'adapted/ncm', 1):.1f} % at {in_bytes(both)}" in words
+    assert "FedNCM " in words and "FedNCM with the readout" not in words
+
+
+def test_tensorboard_has_a_chart_of_the_readouts(with_readouts, tmp_path):
+    """Its patterns match tags of the run; a run without readouts has no such chart."""
+    run, writer = with_readouts.run, TensorBoard()
+    folder, position = run.run_dir, run.progress
+    run.run_dir, run.progress = tmp_path, type(position)(0, 0)
+    try:
+        writer.on_fit_start(run)
+        run.progress = position
+        writer.log(task_scalars(run), 1)
+        writer.writer.close()
+    finally:
+        run.run_dir, run.progress = folder, position
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (charts,) = [category.chart for category in layout.category if category.title == "Own head and readouts"]
+    tags = events.Tags()["scalars"]
+    for chart in charts:
+        found = [[tag for tag in tags if re.match(pattern, tag)] for pattern in chart.multiline.tag]
+        assert list(map(len, found)) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_browser_shows_the_pictures_of_readouts(folder, tmp_path, width):
+    if (path := find_browser()) is None:
+        pytest.skip("neither Chromium nor Chrome is on the PATH")
+    write_report([folder], tmp_path)
+    with browser(path) as tab:
+        tab.open((tmp_path / "index.html").as_uri(), width)
+        found = tab.run("""({
+            sizes: [...document.querySelectorAll('figure svg')].map(p => p.getBoundingClientRect().width),
+            headings: [...document.querySelectorAll('h2')].map(h => h.textContent),
+            titles: [...document.querySelectorAll('#comparison thead th')].map(h => h.textContent),
+            overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        })""")
+        assert tab.complaints == [] and found["overflow"] <= 0 and np.min(found["sizes"]) > 150
+        assert "Accuracy of adapted/ncm against uploaded bytes" in found["headings"]
+        assert {"own class-IL %", "adapted/ncm task-IL %", "readouts up MB"} <= set(found["titles"])
