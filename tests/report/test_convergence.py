@@ -74,6 +74,14 @@ def test_nothing_is_said_without_two_rounds_of_a_clients_cross_entropy(unknown):
     assert has_converged(unknown, CLASSES) is None
 
 
+def test_guessing_is_among_all_classes_met_so_far():
+    """0.6 nats are more than a quarter of ln 8 = 2.08, and less than a quarter of ln 16 = 2.77."""
+    again, new = [[range(8)] * 2] * 2, [[range(8), range(8, 16)]] * 2
+    last_task = [row | {"task": "1"} for row in rows([[1.0, 0.6]])]
+    assert has_converged(last_task, again) is False
+    assert has_converged(last_task, new) is True
+
+
 def test_a_task_of_one_class_has_no_loss_of_guessing():
     assert has_converged(rows([[2.0, 1.0]]), [[[0]], [[1]]]) is None
 

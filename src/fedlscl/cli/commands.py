@@ -277,8 +277,8 @@ class Commands:
     def _forecast(
         self, model: Method, datamodule: SpatialTemporalDataModule, checkpoint: Path | None, identity: str
     ) -> None:
-        from fedlscl.callbacks.forecast import forecast
         from fedlscl.callbacks.formatting import in_all, introduction
+        from fedlscl.callbacks.progress import forecast
 
         processes, self.trainer.devices = self.trainer.devices, 1
         self.trainer.setup(model, datamodule, self.seed)
