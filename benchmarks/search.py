@@ -5,7 +5,8 @@
 The trials of each method are in search.yaml. A trial is a run of the first two tasks at one seed, evaluated on training
 images that no client trains on (`data.validation_per_class`); as many images are left for training as in the table, and
 no test image is read. All trials and the values with the highest class-incremental accuracy of the method's own head go
-to benchmarks/results/search_PRESET.json.
+to benchmarks/results/search_PRESET.json; a method is in it once all its trials have finished both tasks, and its entry
+is kept if `--out` holds none of them.
 """
 
 import argparse
@@ -48,6 +49,26 @@ def trials(options: argparse.Namespace) -> dict[str, list[tuple[Run, dict[str, A
     return found
 
 
+def trial(folder: Path, tried: dict[str, Any]) -> dict[str, Any] | None:
+    """Accuracies of one trial, or None if its run has not finished all its tasks.
+
+    Raises:
+        ValueError: if the run in the folder had other values or was evaluated on test images.
+    """
+    if not folder.is_dir() or not any(folder.rglob("results.json")):
+        return None
+    (run,) = read_runs([folder])
+    if run.tasks < run.goal or run.goal != TASKS:
+        return None
+    used = {name: run.options.get(f"method.init_args.{name}") for name in tried}
+    if used != tried:
+        raise ValueError(f"{folder} must be a run with {tried}, got {used}: remove it, and call again.")
+    if (images := run.results["data"].get("evaluated_on", "test")) != "validation":
+        raise ValueError(f"{folder} must be evaluated on validation images, got {images}: remove it, and call again.")
+    figures = run.results["summary"][-1]
+    return {"values": tried, **{name: figures[name] for name in ("class_il/average", "task_il/average")}}
+
+
 def main() -> int:
     options = parse(__doc__.splitlines()[0])
     options.seeds = [SEED]
@@ -55,21 +76,19 @@ def main() -> int:
     planned = trials(options)
     done = sweep("search", [run for runs in planned.values() for run, _ in runs], options)
     out = options.out / f"search_{options.preset}"
+    path = Path(__file__).parent / "results" / f"search_{options.preset}.json"
+    before = json.loads(path.read_text())["methods"] if path.is_file() else {}
     summary: dict[str, Any] = {"seed": SEED, "tasks": TASKS, "validation_per_class": VALIDATION, "methods": {}}
     for name, runs in planned.items():
-        rows = []
-        for run, tried in runs:
-            folder = out / place(run, SEED)
-            if folder.is_dir() and any(folder.rglob("results.json")):
-                (read,) = read_runs([folder])
-                assert read.results["data"]["evaluated_on"] == "validation"
-                figures = read.results["summary"][-1]
-                rows.append({"values": tried, **{n: figures[n] for n in ("class_il/average", "task_il/average")}})
+        rows = [row for run, tried in runs if (row := trial(out / place(run, SEED), tried))]
         if len(rows) == len(runs):
             best = max(rows, key=lambda row: row["class_il/average"])
             summary["methods"][name] = {"chosen": best["values"], "trials": rows}
             print(f"{name}: {best['values']} {100 * best['class_il/average']:.1f} %", flush=True)
-    path = Path(__file__).parent / "results" / f"search_{options.preset}.json"
+        elif not rows and name in before:
+            summary["methods"][name] = before[name]
+        else:
+            print(f"{name}: {len(rows)} of {len(runs)} trials have finished, nothing is chosen", flush=True)
     write_atomically(path, (json.dumps(summary, indent=1) + "\n").encode())
     return 0 if done else 1
 
