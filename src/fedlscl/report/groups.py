@@ -39,7 +39,7 @@ ALL_UP = "all_up_bytes"
 """The figure of the bytes that a method and its readouts upload."""
 NOT_CONVERGED = (
     "† not converged at this budget: the training cross-entropy of a stage, mean over clients and tasks, still fell by "
-    f"more than {MIN_FALL:.0%} in the last round, and was more than {MAX_LEFT:.0%} of that of guessing."
+    f"more than {100 * MIN_FALL:.0f} % in the last round, and was more than {100 * MAX_LEFT:.0f} % of that of guessing."
 )
 
 
