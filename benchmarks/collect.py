@@ -15,7 +15,7 @@ from fedlscl.report.groups import grouped
 from fedlscl.report.runs import read_runs
 from fedlscl.report.table import table_markdown
 
-KEPT = ("results.json", "matrix.csv", "config.yaml", "costs.json")
+KEPT = ("results.json", "matrix.csv", "rounds.csv", "config.yaml", "costs.json")
 ROOT = re.compile(r"(?<=\s|\")/[^\s\"]*?/(?=(\w+\.safetensors|\w+\.npz))")
 FOLDER = re.compile(r"(?m)^( *(?:root|default_root_dir|cache_dir): )/\S+/")
 """Absolute folders in configurations and results."""

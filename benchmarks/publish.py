@@ -16,7 +16,7 @@ from pathlib import Path
 from figures import figure
 
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.report.groups import READOUTS, Group, grouped, unconverged
+from fedlscl.report.groups import NOT_CONVERGED, READOUTS, Group, grouped
 from fedlscl.report.page import Section, figures, page
 from fedlscl.report.runs import read_runs
 from fedlscl.report.table import Column, cells, markdown, table_markdown
@@ -24,15 +24,20 @@ from fedlscl.report.table import Column, cells, markdown, table_markdown
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/costs.md")
 PICTURES = ROOT / "docs/pictures"
-REPORTS = ("table1_cpu", "ablation_cpu")
-READING = Section(
+REPORTS = ("readouts_cpu", "table1_cpu", "ablation_cpu")
+EARLIER = Section(
     "How to read this comparison",
-    "Methods run with their own defaults, and only Fed-LSCL adds closed-form heads to a trained net by default. So the "
-    "order of the rows does not rank the methods: with such a head LoRM reaches 67.3 % class-incremental and "
-    "85.4 % task-incremental accuracy on seed 42, Fed-LSCL 57.4 and 78.5 %. See docs/results.md.",
+    "These runs are of an earlier version, in which only Fed-LSCL added closed-form heads to a trained net. So the "
+    "order of the rows does not rank the methods. docs/results.md has the comparison with the same readout for all.",
     [],
 )
-"""Stands before the figures of each report."""
+READING = Section(
+    "How to read this comparison",
+    "Methods have different heads, so the order of the rows, by own heads, does not rank their features: compare own "
+    "heads with own heads, and a readout with the same readout. See docs/results.md.",
+    [],
+)
+"""Stands before the figures of the reports, the other one before those of earlier versions."""
 START = r"(?P<start><!-- (?P<kind>table|costs|figure|readouts) (?P<name>\w+)(: (?P<rows>[\w ,-]+))? -->\n)"
 TABLE = re.compile(START + r".*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -77,8 +82,8 @@ def side_by_side(name: str, rows: str | None) -> str:
     wanted = None if rows is None else rows.split()
     groups = [group for group in results(name) if wanted is None or group.name in wanted]
     groups.sort(key=lambda group: -group.known(BOTH[1].figure).mean)
-    lines = [[group.name, *cells(group, BOTH)] for group in groups]
-    notes = "".join(f"\n{note}\n" for note in unconverged(groups))
+    lines = [[f"{group.name}{group.mark}", *cells(group, BOTH)] for group in groups]
+    notes = f"\n{NOT_CONVERGED}\n" if any(group.mark for group in groups) else ""
     return markdown([["run", "n", *(column.title for column in BOTH)], *lines]) + "\n" + notes
 
 
@@ -98,7 +103,7 @@ def costs(name: str, rows: str | None) -> str:
         "| run | trained values per client | values up per client and round | up MB | seconds | peak memory GB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    seed = min((ROOT / "benchmarks/results" / name).glob("seed*"))
+    seed = min((ROOT / "benchmarks/results" / name).glob("seed*"), key=lambda path: int(path.name[4:]))
     for row in (rows or "").split():
         result, cost = (json.loads((seed / row / f"{file}.json").read_text()) for file in ("results", "costs"))
         trained, sent = (max(result["parameters"][key]) for key in ("trainable", "uploaded_per_round"))
@@ -119,7 +124,10 @@ def main() -> None:
     for name in REPORTS:
         folder = ROOT / "benchmarks/results" / name
         groups = results(name)
-        write_atomically(folder / "report.html", page(groups, [READING, *figures(groups)], [], folder).encode())
+        write_atomically(
+            folder / "report.html",
+            page(groups, [READING if name == REPORTS[0] else EARLIER, *figures(groups)], [], folder).encode(),
+        )
 
 
 if __name__ == "__main__":

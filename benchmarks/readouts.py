@@ -13,7 +13,7 @@ import yaml
 from presets import Run, configuration, methods, once
 from sweep import drive
 
-REPEATED = ("fedlscl", "fedlscl_static", "fedlscl_pretrained", "lorm", "frozenlda")
+REPEATED = ("fedlscl", "fedlscl_exact", "fedlscl_static", "lorm", "frozenlda")
 """What the cpu preset repeats over `TWO`: Fed-LSCL, its controls, LoRM, and the control without training."""
 TWO = (42, 1999)
 READOUTS = ("--trainer.readouts.heads", "[lda]", "--trainer.readouts.features")
@@ -22,6 +22,7 @@ SMALL = ("fedlscl", "fedlscl_pretrained", "fedlscl_random")
 PRETRAINED = {"small_model": "tf_efficientnet_lite0", "small_weights": "tf_efficientnet_lite0.safetensors"}
 CONTROLS: dict[str, dict[str, str]] = {
     "fedlscl_static": {"collaborator.small_model": "none"},
+    "fedlscl_exact": {"upload_rank": "exact"},
     "fedlscl_random": {"collaborator.freeze_small": "true"},
     "fedlscl_pretrained": {
         **{f"collaborator.{name}": value for name, value in PRETRAINED.items()},

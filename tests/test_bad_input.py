@@ -246,7 +246,7 @@ def test_bf16_is_refused_where_it_is_unsupported(refused, monkeypatch):
         def launch(self): ...
 
     monkeypatch.setattr("fedlscl.federated.engine.Fabric", OldGPU)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: False)
     line = refused("fit", *tiny.FEDLSCL, "--trainer.precision", "bf16-mixed")
     assert line == "precision must be 16-mixed or 32-true on a GPU without bfloat16, got 'bf16-mixed'."
 

@@ -144,7 +144,7 @@ def test_help_of_a_method_shows_the_docstrings_of_its_fields(capsys):
     assert main(["fit", "--method.help", "FedLSCL"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "samples of lowest loss kept of each class" in text
-    assert "The adapted ViT block, counted from 0" in text
+    assert "The adapted ViT blocks, counted from 0" in text
 
 
 def test_print_config_resolves_files_and_nested_options(tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_every_command_on_the_pages_is_understood(tmp_path, monkeypatch, capsys)
             done.append(name)
 
         monkeypatch.setattr(Commands, name, stand_in)
-    monkeypatch.setattr("fedlscl.cli.report.print_comparison", lambda runs: done.append("report"))
+    monkeypatch.setattr("fedlscl.report.table.print_comparison", lambda runs: done.append("report"))
     monkeypatch.setattr("fedlscl.report.page.write_report", lambda runs, out: done.append("report") or [])
     listed = {"RUN": str(run), "FOLDER": "runs", "NAME": "FedProx"}
     found = commands()

@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import publish  # noqa: E402
 from figures import figure  # noqa: E402
 
-from fedlscl.report.runs import read_run  # noqa: E402
 from fedlscl.report.table import cells  # noqa: E402
 
 pytestmark = pytest.mark.publish
@@ -75,35 +74,18 @@ def test_no_text_claims_what_was_not_measured(claim):
     assert not found
 
 
-HEADS = [("67.3", "85.4"), ("57.4", "78.5"), ("49.7", "72.5")]
-"""LoRM with a discriminant, Fed-LSCL, a discriminant on the frozen ViT: class-IL and task-IL in percent."""
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/results.md"])
-def test_pages_begin_with_the_comparison_under_equal_heads(page):
-    beginning = " ".join(line for line in (ROOT / page).read_text().splitlines()[:16])
-    assert all(number in beginning for pair in HEADS for number in pair)
-    assert "do not show that Fed-LSCL is better" in beginning or "do not rank the methods" in beginning
+def test_pages_begin_with_the_comparison_on_the_same_readout(page):
+    beginning = (ROOT / page).read_text()[:3000]
+    assert "readout" in beginning
+    assert "do not show that Fed-LSCL is better" in beginning or "Own heads do not compare features" in beginning
     assert all(word in beginning for word in ("seed 42", "112 px", "after five tasks", "25 training images"))
-    assert re.search(r"constant vector", (ROOT / page).read_text()[:4000])
-
-
-def test_defaults_in_that_comparison_are_those_of_the_results():
-    for run, name in (("fedlscl", "Fed-LSCL"), ("lorm", "LoRM")):
-        path = ROOT / "benchmarks/results/table1_cpu/seed42" / run / "results.json"
-        last = read_run(path).results["summary"][-1]
-        numbers = " | ".join(f"{100 * last[f'{mask}/average']:.1f}" for mask in ("class_il", "task_il"))
-        for page in ("README.md", "docs/results.md"):
-            assert re.search(
-                rf"^\| {name} \| its default: .* \| {re.escape(numbers)} \|$", (ROOT / page).read_text(), re.M
-            )
 
 
 @pytest.mark.parametrize("name", publish.REPORTS)
 def test_reports_say_how_they_are_to_be_read(name):
     text = (ROOT / "benchmarks/results" / name / "report.html").read_text()
-    assert f"<h2>{publish.READING.title}</h2>" in text and "does not rank the methods" in text
-    assert all(number in publish.READING.text for pair in HEADS[:2] for number in pair)
+    assert f"<h2>{publish.READING.title}</h2>" in text and "does not rank" in text
 
 
 def test_a_changed_number_is_noticed():

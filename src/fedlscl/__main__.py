@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlscl import __version__
-from fedlscl.cli import COMMANDS, explain
+from fedlscl.cli import COMMANDS, explain, report
 
 HELP = """\
 usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
@@ -75,9 +75,6 @@ def _run(given: list[str]) -> int:
         return fail(f"command {given[0]!r} is unknown: {hint}")
     try:
         if given[0] == "report":
-            # Without Lightning, whose import takes most of the time that a table takes.
-            from fedlscl.cli.report import report
-
             report(given[1:])
         else:
             from fedlscl.cli.app import run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlscl.callbacks.forecast import forecast
+from fedlscl.callbacks.progress import forecast
 from fedlscl.federated.trainer import FederatedTrainer
 
 

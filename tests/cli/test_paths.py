@@ -20,7 +20,7 @@ from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.trainer import FederatedTrainer
 
 TRAINED = ("fit", "validate", "test", "predict")
-NO_PATHS = {"accelerator", "name", "small_model", "small_models", "small_options", "targets"}
+NO_PATHS = {"accelerator", "name", "readout", "small_model", "small_models", "small_options", "targets"}
 """Options that are text, but no paths."""
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import fedlscl.methods
 from fedlscl import testing as contract
-from fedlscl.callbacks.forecast import forecast
+from fedlscl.callbacks.progress import forecast
 from fedlscl.testing import Recorded, fake_data
 from tiny_methods import METHODS, MOSTLY_SLOW
 

@@ -155,6 +155,14 @@ def test_small_models_of_different_widths_are_refused(federate):
         federate(method, readouts=config)
 
 
+def test_sums_without_noise_are_refused(federate):
+    method = replace(METHODS["FedLSCL"](), noise_multiplier=1.0)
+    with pytest.raises(
+        ValueError, match=r"readouts.heads must be empty for a method that adds noise, got lda, ridge, ncm"
+    ):
+        federate(method, readouts=CONFIG)
+
+
 def test_random_features_replace_the_width(federate, foundation_config):
     config = ReadoutConfig(heads=["ridge"], features=["frozen"], random_features=100)
     trainer = federate(FedNCM(foundation=foundation_config), readouts=config)

@@ -2,7 +2,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedlscl.functional.distillation import (
@@ -355,6 +355,43 @@ def test_merging_is_the_best_truncation_of_the_sum(case, rank):
     projection = unit[:, kept] @ unit[:, kept].mT
     torch.testing.assert_close(merged.factor @ merged.projected, projection @ products, rtol=1e-5, atol=1e-7)
     assert merged.trace == pytest.approx(float(total.trace()))
+
+
+def has_gap(moment, rank):
+    """Whether the ``rank`` leading eigenvectors span one space only."""
+    values = torch.linalg.eigvalsh(moment).flip(0)
+    return rank >= len(values) or values[rank - 1] < 1e-9 or values[rank - 1] - values[rank] > 1e-3 * values[0]
+
+
+@given(federations(), st.integers(1, 4), st.integers(1, 6))
+def test_factors_solve_the_dense_system_of_truncated_moments(case, rank, answer_rank):
+    phis, moments = case.generators, case.moments
+    parts = [Factors.of(phi, moment, rank) for phi, moment in zip(phis, moments, strict=True)]
+    for i, phi in enumerate(phis):
+        total = sum(case.others(i, [eq5.truncated(moment, rank) for moment in moments]))
+        assume(all(has_gap(moment, rank) for moment in moments) and has_gap(total, answer_rank))
+        found = Factors.merged(case.others(i, parts), answer_rank).solve(phi, case.lambda_proximal)
+        literal = eq5.low_rank_solution(i, phis, moments, case.lambda_absolute(i), rank, answer_rank)
+        assert_same(found, literal, 1e-6)
+
+
+@given(federations(), st.integers(1, 6))
+def test_what_a_truncated_answer_changes_is_within_its_bound(case, rank):
+    """It moves Phi_i equally along the first left singular vectors of F, and not along the others."""
+    parts = [Factors.of(g, c, len(c)) for g, c in zip(case.generators, case.moments, strict=True)]
+    for i, own in enumerate(case.generators):
+        whole = Factors.merged(case.others(i, parts), 10**6)
+        answer = Factors.merged(case.others(i, parts), rank)
+        full, found = (factors.solve(own, case.lambda_proximal) for factors in (whole, answer))
+        left, values, _ = torch.linalg.svd(answer.factor, full_matrices=False)
+        kept = left[:, values > 1e-7]
+        assert_same(kept.mT @ (found - full), torch.zeros_like(kept.mT @ full), 1e-6)
+        assert_same(found - own, kept @ kept.mT @ (found - own), 1e-6)
+        shrink = case.lambda_absolute(i)
+        first = whole.factor.norm(dim=0)[rank] if rank < whole.factor.shape[1] else torch.zeros(())
+        slope = min(float(first) / shrink, 0.5 * shrink**-0.5)
+        residual = torch.cat([p.projected - p.factor.mT @ own for p in case.others(i, parts)])
+        assert (found - full).norm() <= slope * residual.norm() + 1e-6 * (1 + full.norm())
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.floats(0.01, 0.99))

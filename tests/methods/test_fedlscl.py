@@ -6,11 +6,12 @@ import torch
 
 from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress, StreamShape
+from fedlscl.federated.payload import Upload
 from fedlscl.functional.analytic import unpack_symmetric
-from fedlscl.functional.distillation import one_by_one_distill, second_moment
+from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
-from fedlscl.methods.fedlscl import draw_per_class, feature_moment, updated_buffer
+from fedlscl.methods.fedlscl import draw_per_class, feature_moment, packed_factors, unpacked_factors, updated_buffer
 from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
 from fedlscl.modules.continual import ContinualFineTuningModule
 from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
@@ -504,6 +505,24 @@ def test_by_default_four_directions_are_sent_and_with_masks_all(make_method, fed
         assert make_method({}, upload_rank="auto", **options)._rank(net) == rank
 
 
+@pytest.mark.parametrize("clients", [2, 5, 6])
+def test_an_answer_joins_the_other_clients_up_to_four_times_their_rank(make_method, clients):
+    """With up to five clients it is what all others have sent, to the precision of a float32."""
+    random = torch.Generator().manual_seed(clients)
+    phis = [torch.randn(9, 5, generator=random) for _ in range(clients)]
+    parts = [Factors.of(phi, second_moment(torch.randn(4, 8, generator=random)), 1) for phi in phis]
+    uploads = [
+        Upload(client=i, task=0, round=0, payload=packed_factors(part, "float32"), class_counts=torch.ones(3).long())
+        for i, part in enumerate(parts)
+    ]
+    answers = make_method({}, upload_rank=1).aggregate(uploads, Progress(0, 0))
+    for i, (phi, answer) in enumerate(zip(phis, answers, strict=True)):
+        assert answer["factor"].shape[1] == min(clients - 1, 4)
+        found = unpacked_factors(answer).solve(phi, 1.0)
+        whole = Factors.merged([part for j, part in enumerate(parts) if j != i], clients).solve(phi, 1.0)
+        assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5) == (clients <= 5)
+
+
 def spoilt_factors(name, change):
     def spoil(payload):
         return {**payload, name: change(payload[name])}
@@ -533,8 +552,10 @@ def test_impossible_factors_are_rejected(make_method, federate, spoil, reason):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"upload_rank": 0}, "upload_rank must be > 0, exact or auto, got 0"),
-        ({"upload_rank": "half"}, "upload_rank must be > 0, exact or auto, got 'half'"),
+        *(
+            ({"upload_rank": rank}, f"upload_rank must be an integer >= 1, a share < 1, exact or auto, got {rank!r}")
+            for rank in (0, -1, "half", 0.0, 1.0, 4.5, float("nan"))
+        ),
         (
             {"upload_rank": 4, "secure_sum": True},
             "upload_rank must be exact with secure_sum: factors do not add up, got 4",

@@ -39,3 +39,22 @@ def minimise(student, generators, *arguments, **options):
 
     optimizer.step(closure)
     return phi.detach()
+
+
+def truncated(moment, rank):
+    """The sum of a moment's ``rank`` largest eigenvalues times the outer products of their eigenvectors."""
+    values, vectors = torch.linalg.eigh(moment)
+    order = values.argsort(descending=True)[:rank]
+    return sum(values[k] * torch.outer(vectors[:, k], vectors[:, k]) for k in order.tolist())
+
+
+def low_rank_solution(student, generators, moments, lambda_absolute, rank, answer_rank):
+    """Eq. 5 of truncated moments as a dense system, moved along the leading eigenvectors of their sum only."""
+    own, others = generators[student], [j for j in range(len(generators)) if j != student]
+    kept = {j: truncated(moments[j], rank) for j in others}
+    total = sum(kept.values())
+    right = sum(kept[j] @ generators[j] for j in others) + lambda_absolute * own
+    solution = torch.linalg.solve(total + lambda_absolute * torch.eye(len(own), dtype=own.dtype), right)
+    values, vectors = torch.linalg.eigh(total)
+    leading = vectors[:, values.argsort(descending=True)[:answer_rank]]
+    return own + leading @ leading.mT @ (solution - own)

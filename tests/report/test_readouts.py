@@ -2,19 +2,24 @@
 
 import csv
 import json
-import math
+import re
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from fedlscl.callbacks.formatting import readout_table
+from chromium import browser, find_browser
+from fedlscl.callbacks.formatting import in_bytes, readout_table
 from fedlscl.callbacks.results import results, write_results
+from fedlscl.callbacks.tensorboard import TensorBoard
 from fedlscl.federated.loggers import task_scalars
-from fedlscl.federated.metrics import loss_levels
 from fedlscl.federated.readout import ReadoutConfig
-from fedlscl.report.groups import grouped, unconverged
+from fedlscl.report.groups import grouped, inequalities
 from fedlscl.report.page import write_report
+from fedlscl.report.plots import against_cost
 from fedlscl.report.runs import read_runs
-from fedlscl.report.table import header, table_markdown
+from fedlscl.report.table import table, table_markdown
 from tiny_methods import METHODS
 
 CONFIG = ReadoutConfig(heads=("lda", "ncm"), features=("adapted",))
@@ -53,7 +58,7 @@ def test_results_have_every_readout_and_its_bytes_apart(folder, with_readouts):
 
 def test_tables_show_own_and_readouts_side_by_side(folder, with_readouts):
     groups = grouped(read_runs([folder]))
-    titles = header(groups)
+    titles = table(groups).header
     at = titles.index("own class-IL %")
     assert titles[at : at + 3] == ["own class-IL %", "adapted/lda class-IL %", "adapted/ncm class-IL %"]
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in
@@ -64,7 +69,7 @@ def test_tables_show_own_and_readouts_side_by_side(folder, with_readouts):
 
 def test_without_readouts_tables_are_as_they_were(folder):
     groups = grouped(read_runs([folder / "FedNCM"]))
-    assert not any(title.startswith("own ") or "readout" in title for title in header(groups))
+    assert not any(title.startswith("own ") or "readout" in title for title in table(groups).header)
 
 
 def test_the_report_draws_accuracy_against_bytes_for_every_readout(folder, tmp_path):
@@ -96,20 +101,56 @@ def test_damaged_readouts_are_refused(folder, tmp_path):
         read_runs([tmp_path])
 
 
-def test_rows_that_have_not_converged_are_marked(folder, tmp_path):
-    """By the training loss of the last round, as a share of that of guessing."""
-    found = json.loads((folder / "LoRM/version_0/results.json").read_bytes())
-    assert 0 < found["loss_levels"]["train"]
-    for name, level in (("Ready", 0.3), ("Starved", 0.4)):
-        found["loss_levels"] = {"train": level}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(found | {"seed": found["seed"]}))
-    groups = grouped(read_runs([tmp_path]))
-    (sentence,) = unconverged(groups)
-    assert sentence.startswith("Not converged at this budget") and sentence.endswith(": Starved.")
+def test_rows_with_different_readouts_are_named(folder):
+    assert "Readouts: none (FedNCM) and adapted/lda, adapted/ncm (LoRM)." in inequalities(grouped(read_runs([folder])))
 
 
-def test_loss_levels_are_of_the_last_round_and_of_clients(with_readouts):
-    levels = loss_levels(with_readouts.history, with_readouts.run.data["classes"], 2)
-    last = [e["terms"]["cross_entropy"] / math.log(2) for e in with_readouts.history]
-    assert levels == {"train": pytest.approx(sum(last) / len(last))}
+def test_a_readout_is_drawn_beside_the_own_head_at_the_bytes_of_both(folder, with_readouts):
+    words = against_cost(grouped(read_runs([folder])), "up_bytes", "class_il", readout="adapted/ncm").alt
+    sent = int(with_readouts.traffic["up"].sum())
+    both = sent + int(with_readouts.run.readouts.traffic["up"].sum())
+    own = 100 * with_readouts.run.matrix.of("class_il")[:, -1].mean().item()
+    assert f"LoRM {own:.1f} % at {in_bytes(sent)}, " in words
+    assert f"LoRM with the readout {expected(with_readouts, 'adapted/ncm', 1):.1f} % at {in_bytes(both)}" in words
+    assert "FedNCM " in words and "FedNCM with the readout" not in words
+
+
+def test_tensorboard_has_a_chart_of_the_readouts(with_readouts, tmp_path):
+    """Its patterns match tags of the run; a run without readouts has no such chart."""
+    run, writer = with_readouts.run, TensorBoard()
+    folder, position = run.run_dir, run.progress
+    run.run_dir, run.progress = tmp_path, type(position)(0, 0)
+    try:
+        writer.on_fit_start(run)
+        run.progress = position
+        writer.log(task_scalars(run), 1)
+        writer.writer.close()
+    finally:
+        run.run_dir, run.progress = folder, position
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (charts,) = [category.chart for category in layout.category if category.title == "Own head and readouts"]
+    tags = events.Tags()["scalars"]
+    for chart in charts:
+        found = [[tag for tag in tags if re.match(pattern, tag)] for pattern in chart.multiline.tag]
+        assert list(map(len, found)) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_browser_shows_the_pictures_of_readouts(folder, tmp_path, width):
+    if (path := find_browser()) is None:
+        pytest.skip("neither Chromium nor Chrome is on the PATH")
+    write_report([folder], tmp_path)
+    with browser(path) as tab:
+        tab.open((tmp_path / "index.html").as_uri(), width)
+        found = tab.run("""({
+            sizes: [...document.querySelectorAll('figure svg')].map(p => p.getBoundingClientRect().width),
+            headings: [...document.querySelectorAll('h2')].map(h => h.textContent),
+            titles: [...document.querySelectorAll('#comparison thead th')].map(h => h.textContent),
+            overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        })""")
+        assert tab.complaints == [] and found["overflow"] <= 0 and np.min(found["sizes"]) > 150
+        assert "Accuracy of adapted/ncm against uploaded bytes" in found["headings"]
+        assert {"own class-IL %", "adapted/ncm task-IL %", "readouts up MB"} <= set(found["titles"])

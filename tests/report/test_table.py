@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from fedlscl.__main__ import main
-from fedlscl.report.groups import unconverged
 from fedlscl.report.runs import all_results, newest, run_folder
 from fedlscl.report.table import table_markdown
 
@@ -90,7 +89,7 @@ UNFINISHED, CENTRALISED = "unfinished runs, not ranked", "all data (centralised)
         ({"method__name": "Joint"}, ["FedAvg", CENTRALISED, "Local"]),
         ({"trainer__rounds_per_task": 9}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__fingerprint": "f" * 64}, ["set 1", "Local", "set 2", "FedAvg"]),
-        ({"data__classes": [[[0]]]}, ["set 1", "Local", "set 2", "FedAvg"]),
+        ({"data__classes": [[[0, 1], [4, 5]], [[0, 1], [4, 5]]]}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"data__train_samples": [[1]]}, ["set 1", "Local", "set 2", "FedAvg"]),
         ({"trainer__precision": "bf16-mixed"}, ["Local", "FedAvg"]),
     ],
@@ -124,7 +123,7 @@ def test_seeds_of_one_run_are_one_row_with_their_number(runs, capsys):
 
 def test_the_terminal_shows_the_figures_of_the_markdown_table(runs, groups, capsys):
     assert main(["report", str(runs)]) == 0
-    assert capsys.readouterr().out == table_markdown(groups, unconverged(groups))
+    assert capsys.readouterr().out == table_markdown(groups)
 
 
 def test_what_is_left_out_is_named(runs, tmp_path, capsys):

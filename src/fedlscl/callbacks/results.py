@@ -27,7 +27,6 @@ from fedlscl.federated.metrics import (
     PHASES,
     SCHEMA,
     average_accuracy,
-    loss_levels,
     matrix_rows,
     plain,
     round_rows,
@@ -141,7 +140,6 @@ def results(run: RunState) -> dict[str, Any]:
         "accuracy": plain({phase: {mask: run.matrix.of(mask, phase).tolist() for mask in MASKS} for phase in PHASES}),
         "summary": [plain(summary(run.matrix, task)) for task in range(done)],
         "clients": {mask: _clients(run.matrix.of(mask), done) for mask in MASKS},
-        **({"loss_levels": plain(loss_levels(run.history, run.data["classes"], done))} if run.history else {}),
         **({"readouts": plain(readout_accuracies(run))} if run.readouts.names else {}),
         "quarantined": [rejected._asdict() for rejected in run.rejected],
         "traffic": {

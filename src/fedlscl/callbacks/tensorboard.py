@@ -37,6 +37,12 @@ LAYOUT = {
     },
 }
 """Charts of the Custom Scalars page; entries are patterns of tags."""
+READOUTS = {
+    "Own head and readouts": {
+        title: ["Multiline", [f"accuracy_{mask}/average$", f"readout_{mask}/.*"]] for mask, title in MASK_TITLES.items()
+    }
+}
+"""Further charts of a run with readouts."""
 SHOWN = ("class_il/average", "class_il/worst_client", "class_il/forgetting", "task_il/average", "task_il/current")
 """Metrics that HParams shows without being asked: the first five."""
 
@@ -56,7 +62,7 @@ class TensorBoard(ScalarCallback):
 
         self.writer = SummaryWriter(run.run_dir / "tensorboard", purge_step=run.step)
         if run.step == 0:
-            self.writer.add_custom_scalars(LAYOUT)
+            self.writer.add_custom_scalars(LAYOUT | (READOUTS if run.readouts.names else {}))
             config = run.run_dir / "config.yaml"
             if config.is_file():
                 self.writer.add_text("config", f"```yaml\n{config.read_text()}\n```", 0)

@@ -413,7 +413,8 @@ def of_method(message: str, method: str) -> str:
 def _unknown(name: str, options: Iterable[str]) -> str:
     if name == "class_path":
         return "class_path is unknown beside options: put these under init_args."
-    near = difflib.get_close_matches(name, options, n=1)
+    options = list(options)
+    near = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {near[0]}?" if near else "--help lists what there is."
     return _renamed(name) or f"{name} is unknown: {hint}"
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from fedlscl.federated.pool import ClientRunner
 from fedlscl.federated.readout import readout_logits
 from fedlscl.federated.state import Callback
 from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.nets.net import Net
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Predictor:
         self.names = [manifest.class_names[label] for label in classes]
         self.fabric = connect(trainer.accelerator, 1, trainer.precision, trainer.deterministic)
         net.load_state_dict(state["clients"][client]["net"])
-        self.net = self.fabric.to_device(net).eval()
+        self.net: Net = cast(Net, self.fabric.to_device(net)).eval()
         known: dict[str, dict[str, Tensor]] = state["clients"][client].get("readouts", {})
         if readout != "own" and readout not in known:
             hint = "" if known else ": train with --trainer.readouts.heads for readouts"
@@ -276,8 +277,8 @@ class Commands:
     def _forecast(
         self, model: Method, datamodule: SpatialTemporalDataModule, checkpoint: Path | None, identity: str
     ) -> None:
-        from fedlscl.callbacks.forecast import forecast
         from fedlscl.callbacks.formatting import in_all, introduction
+        from fedlscl.callbacks.progress import forecast
 
         processes, self.trainer.devices = self.trainer.devices, 1
         self.trainer.setup(model, datamodule, self.seed)

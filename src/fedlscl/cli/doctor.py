@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 
 from fedlscl.callbacks.formatting import in_bytes
-from fedlscl.cli import PACKAGE, explain
-from fedlscl.cli.report import Parser
+from fedlscl.cli import PACKAGE, Parser, explain
 from fedlscl.data import ImageData, load_images
 from fedlscl.data.folders import contents, imagenet_r_folder, list_folder, part_meant
 from fedlscl.federated.engine import chosen_precision

@@ -182,6 +182,11 @@ class Method(ABC):
         """Whether clients mask sums of which the server only needs the total, as those of readouts."""
         return False
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether uploads get noise, which sums of readouts would not have."""
+        return False
+
     def mask_sums(self, client: Client, sums: Payload) -> Payload:
         """A client's masked summands, where ``masks_sums``: int64, of equal shapes on all clients."""
         raise NotImplementedError(f"{type(self).__name__} masks no sums")

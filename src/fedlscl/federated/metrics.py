@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -120,32 +119,6 @@ def average_after(matrix: list[list[list[float | None]]], task: int) -> float | 
     values = [value for client in matrix for value in client[task][: task + 1]]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def loss_levels(history: list[dict[str, Any]], classes: list[list[Any]], tasks: int) -> dict[str, float]:
-    """Cross-entropy of each stage at the end of a task's last round, as a share of that of guessing.
-
-    Mean over clients and tasks of cross-entropy / log(classes of the client's task); stages without cross-entropy, and
-    those of the server, are left out.
-
-    Example:
-        >>> entry = {"task": 0, "client": 0, "stage": "train", "terms": {"cross_entropy": math.log(2)}}
-        >>> loss_levels([{**entry, "round": 0}, {**entry, "round": 1}], [[[3, 5, 7, 8]]], 1)
-        {'train': 0.5}
-    """
-    found: dict[tuple[str, int], dict[int, tuple[int, float]]] = {}
-    for entry in history:
-        value, client, task = entry["terms"].get("cross_entropy"), entry["client"], entry["task"]
-        if value is None or client == AT_SERVER or task >= tasks or len(classes[client][task]) < 2:
-            continue
-        level = value / math.log(len(classes[client][task]))
-        kept = found.setdefault((entry["stage"], task), {})
-        if client not in kept or entry["round"] >= kept[client][0]:
-            kept[client] = entry["round"], level
-    levels: dict[str, list[float]] = {}
-    for (stage, _), kept in found.items():
-        levels.setdefault(stage, []).extend(level for _, level in kept.values())
-    return {stage: sum(values) / len(values) for stage, values in levels.items()}
 
 
 def plain(value: Any) -> Any:

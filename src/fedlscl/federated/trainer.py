@@ -152,6 +152,11 @@ class FederatedTrainer:
     ) -> None:
         """Build Fabric, the run's state and the clients without training; the method is copied."""
         method = deepcopy(method)
+        if self.readouts.heads and method.adds_noise:
+            raise ValueError(
+                f"readouts.heads must be empty for a method that adds noise, got {', '.join(self.readouts.heads)}: the "
+                "sums of readouts would be sent without it."
+            )
         datamodule.run_seed = seed
         if pool is None:
             datamodule.setup()

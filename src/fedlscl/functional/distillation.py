@@ -16,6 +16,12 @@ the exact moments, whose traces are sent. Let E_j = C_j - F_j F_j^T with largest
 Subtracting the two systems of equations gives (F F^T + lambda I) (Phi_hat - Phi_bar) = -sum_j E_j (Phi_j - Phi_bar), so
 
     ||Phi_hat_i - Phi_bar_i|| <= sum_{j != i} e_j ||Phi_j - Phi_bar_i|| / lambda.
+
+The server's answer is F V and V^T H for r right singular vectors V of F, whose singular values are s_1 >= s_2 >= ... .
+With it Phi_i moves as before along the first r left singular vectors, and not along the others, where it would have
+moved by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i), so that truncating the answer adds at most
+
+    min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
 """
 
 from collections.abc import Sequence

@@ -114,8 +114,9 @@ class FedLSCL(privacy.PrivateSums):
         if self.upload_dtype not in DTYPES:
             raise ValueError(f"upload_dtype must be one of {', '.join(DTYPES)}, got {self.upload_dtype!r}.")
         rank = self.upload_rank
-        if (isinstance(rank, str) and rank not in ("exact", "auto")) or (not isinstance(rank, str) and not rank > 0):
-            raise ValueError(f"upload_rank must be > 0, exact or auto, got {rank!r}.")
+        is_rank = rank >= 1 if isinstance(rank, int) else isinstance(rank, float) and 0 < rank < 1
+        if not is_rank and rank not in ("exact", "auto"):
+            raise ValueError(f"upload_rank must be an integer >= 1, a share < 1, exact or auto, got {rank!r}.")
         if rank not in ("exact", "auto") and (self.secure_sum or self.noise_multiplier):
             what = "secure_sum: factors do not add up" if self.secure_sum else "noise, which is of the exact terms"
             raise ValueError(f"upload_rank must be exact with {what}, got {rank!r}.")
@@ -198,7 +199,7 @@ class FedLSCL(privacy.PrivateSums):
         if self._federates(net):
             matrix = net.generator.matrix
             if rank := self._rank(net):
-                return factors_spec(upload, *matrix.shape, rank, self.upload_dtype)
+                return factors_spec(upload, matrix.shape, rank, self.upload_dtype)
             expected = {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
         return privacy.masked_spec(expected) if self.secure_sum else expected
 
@@ -211,13 +212,13 @@ class FedLSCL(privacy.PrivateSums):
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form; with ``secure_sum`` the sums with which each client solves it.
 
-        With factors, those of the other clients together, truncated to the same rank.
+        With factors, those of the other clients together, truncated to ``answer_rank``.
         """
         if self.secure_sum:
             return [self.secure_answer(uploads, progress)] * len(uploads)
         if "factor" in uploads[0].payload:
             factors = [unpacked_factors(upload.payload) for upload in uploads]
-            rank = AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank)
+            rank = answer_rank(AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank))
             others = [[part for part in factors if part is not own] for own in factors]
             return [packed_factors(Factors.merged(o, rank), self.upload_dtype) if o else {} for o in others]
         if "generator" not in uploads[0].payload:
@@ -286,6 +287,14 @@ class FedLSCL(privacy.PrivateSums):
         return None if is_private or net.feature_dim < AUTO_RANK else AUTO_RANK
 
 
+def answer_rank(rank: float) -> float:
+    """Rank or share of the server's answer, to uploads of a rank or share: four times the rank, a quarter of the rest.
+
+    Clients have few directions in common, so that with five of them nothing is left out (ours; see docs/costs.md).
+    """
+    return 4 * rank if rank >= 1 else 1 - (1 - rank) / 4
+
+
 def packed_factors(factors: Factors, dtype: str) -> Payload:
     """Factors as a message: divided by their largest values, which are sent apart."""
     payload: Payload = {"trace": factors.trace.float().reshape(1)}
@@ -302,12 +311,13 @@ def unpacked_factors(payload: Payload) -> Factors:
     return Factors(factor, projected, payload["trace"].double()[0])
 
 
-def factors_spec(upload: Upload, size: int, lora_dim: int, rank: float, dtype: str) -> Payload:
+def factors_spec(upload: Upload, shape: torch.Size, rank: float, dtype: str) -> Payload:
     """Names, shapes and dtypes of factors; a share of the trace leaves their rank to the sender.
 
     Raises:
         ValueError: if the sender's rank is not possible.
     """
+    size, lora_dim = shape
     limit = min(int(rank), size) if rank >= 1 else size
     sent = upload.payload.get("factor", torch.empty(size, limit)).shape[-1]
     if not 1 <= sent <= limit or (rank >= 1 and sent != limit):

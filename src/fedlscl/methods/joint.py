@@ -97,5 +97,12 @@ class JointLSCL(_Pool):
     def objective(self, client: Client) -> Learner:
         if client.round == 0:
             client.net.head.imprint(*class_means(client, self.pool["ids"], pick="tokens"))
-        rates = {"lr": self.lr, "generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
-        return CollaborativeModule(client.net, self.pool["classes"], freeze_norm=True, **rates)
+        return CollaborativeModule(
+            client.net,
+            self.pool["classes"],
+            lr=self.lr,
+            generator_lr=self.generator_lr,
+            bias_lr=self.bias_lr,
+            head_lr=self.head_lr,
+            freeze_norm=True,
+        )

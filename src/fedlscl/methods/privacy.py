@@ -116,6 +116,11 @@ class PrivateSums(Method):
     def masks_sums(self) -> bool:
         return self.secure_sum
 
+    @property
+    @override
+    def adds_noise(self) -> bool:
+        return self.noise_multiplier > 0
+
     @override
     def mask_sums(self, client: Client, sums: Payload) -> Payload:
         return mask(client, sums, f"{client.task}/readout")

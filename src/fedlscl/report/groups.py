@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedlscl.federated.metrics import average_after
-from fedlscl.report.runs import Run
+from fedlscl.report.runs import MAX_LEFT, MIN_FALL, Run
 
 NOT_A_SETTING = {
     "seed_everything",
@@ -33,17 +33,14 @@ TRAINING_FREE = ("AFCL", "STSA", "STSAE", "FedNCM", "FedRAN", "FedRidge", "Froze
 CENTRALISED = ("Joint", "JointLSCL")
 """Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
 CENTRALISED_NOTE, UNFINISHED = "all data (centralised), not ranked", "unfinished runs, not ranked"
-
-
-CONVERGED = 1 / 3
-"""Share of the cross-entropy of guessing up to which a training loss counts as converged (ours). In the cpu preset
-FedL2P and FedMGP end at 0.47 to 0.82 with two rounds, and still gain accuracy with more; others end at 0.01 to 0.22."""
-NOT_CONVERGED = (
-    "Not converged at this budget (in a task's last round the training cross-entropy is still above a third of that of "
-    "guessing, mean over clients and tasks; more rounds or epochs would change the row): "
-)
 READOUTS = "readouts/"
 """Begins the figure of a readout's accuracy, readouts/NAME/MASK."""
+ALL_UP = "all_up_bytes"
+"""The figure of the bytes that a method and its readouts upload."""
+NOT_CONVERGED = (
+    "† not converged at this budget: the training cross-entropy of a stage, mean over clients and tasks, still fell by "
+    f"more than {100 * MIN_FALL:.0f} % in the last round, and was more than {100 * MAX_LEFT:.0f} % of that of guessing."
+)
 
 
 class Spread(NamedTuple):
@@ -80,11 +77,6 @@ class Group:
         return self.tasks >= self.runs[0].goal
 
     @property
-    def is_converged(self) -> bool:
-        """Whether no stage's training loss stayed above ``CONVERGED``; True where losses are not known."""
-        return all(level <= CONVERGED for run in self.runs for level in run.results.get("loss_levels", {}).values())
-
-    @property
     def is_centralised(self) -> bool:
         """Whether the method pools all data."""
         return self.runs[0].results["method"]["name"] in CENTRALISED
@@ -106,6 +98,17 @@ class Group:
     def is_ranked(self) -> bool:
         """Whether it takes part in the ranking of its section."""
         return self.is_finished and not self.is_centralised
+
+    @property
+    def is_converged(self) -> bool | None:
+        """Whether all runs have converged, see `has_converged`; None if that cannot be told."""
+        known = [run.is_converged for run in self.runs]
+        return None if None in known and False not in known else all(known)
+
+    @property
+    def mark(self) -> str:
+        """A dagger after the name of a group that has not converged."""
+        return "†" if self.is_converged is False else ""
 
     def final(self, figure: str) -> Spread | None:
         """A figure after the last task, see `final`; None if a run does not have it."""
@@ -133,6 +136,8 @@ class Group:
 
 def final(run: Run, figure: str) -> float | None:
     """A figure of one run after its last task: of the summary, bytes, seconds, or images."""
+    if figure == ALL_UP:
+        return run.results["traffic"]["up_bytes"] + run.results["traffic"].get("readout_up_bytes", 0)
     if figure.endswith("_bytes"):
         return run.results["traffic"].get(figure)
     if figure.startswith(READOUTS):
@@ -283,12 +288,6 @@ def inequalities(groups: Sequence[Group]) -> list[str]:
     return notes + [f"Identical results (copies of one run?): {', '.join(n)}." for n in copies.values() if len(n) > 1]
 
 
-def unconverged(groups: Sequence[Group]) -> list[str]:
-    """One sentence that names the groups whose training loss has not converged, if any."""
-    names = [group.name for group in groups if not group.is_converged]
-    return [f"{NOT_CONVERGED}{', '.join(names)}."] if names else []
-
-
 def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
     data, trainer, foundation = (run.results[name] for name in ("data", "trainer", "foundation"))
     yield "Data set", f"{data['dataset']} {data['fingerprint'][:12]}"
@@ -298,6 +297,7 @@ def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
     if "local_epochs" in run.results["method"]["fields"]:
         yield "Local epochs", run.results["method"]["fields"]["local_epochs"]
     yield "Classifier", classifier(run)
+    yield "Readouts", ", ".join(run.results.get("readouts", {})) or "none"
     yield "Precision", trainer["precision"]
     yield "Seeds", ", ".join(map(str, group.seeds))
     yield f"Split of seed {run.seed}", split_hash(run)

@@ -11,15 +11,14 @@ from urllib.parse import quote
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, in_hours, parameter_line, percent
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.metrics import to_csv
-from fedlscl.report.groups import Group, classifier, grouped, inequalities, readouts, unconverged
+from fedlscl.report.groups import Group, classifier, grouped, inequalities, readouts
 from fedlscl.report.plots import Picture, against_cost, clients, for_page, looks, matrices, over_tasks
-from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, Run, left_out, read_runs
-from fedlscl.report.table import cell, columns, per_task_rows, table_latex, table_markdown, table_rows
-from fedlscl.report.table import sections as table_sections
+from fedlscl.report.runs import CONFIG, COSTS, MATRIX, RESULTS, ROUNDS, Run, left_out, read_runs
+from fedlscl.report.table import per_task_rows, table, table_latex, table_markdown, table_rows
 
 PAGE = "index.html"
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-BESIDE = (CONFIG, COSTS, MATRIX, "rounds.csv", "manifest.json")
+BESIDE = (CONFIG, COSTS, MATRIX, ROUNDS, "manifest.json")
 """Files of a run that the page links to."""
 
 
@@ -39,7 +38,7 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
     """
     runs = read_runs(paths)
     groups, unshown = grouped(runs), left_out(paths, runs)
-    notes = unconverged(groups) + inequalities(groups) + unshown
+    notes = inequalities(groups) + unshown
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -93,8 +92,8 @@ def figures(groups: Sequence[Group]) -> list[Section]:
         *(
             (
                 f"Accuracy of {name} against uploaded bytes",
-                "The same classifier on the features of every method that has them. Bytes are those of the method; the "
-                "sums of the readout come on top.",
+                "Hollow: the own head, at the bytes of the method. Filled: the same classifier on the features "
+                "of every method that has them, with the bytes of all readouts of the run on top.",
                 partial(against_cost, groups, "up_bytes", readout=name),
             )
             for name in readouts(groups)
@@ -131,11 +130,10 @@ def page(
     return environment.from_string(TEMPLATE.read_text()).render(
         title=_title(groups),
         findings=_findings(groups),
-        unshown=[*unconverged(groups), *unshown],
+        unshown=unshown,
         inequalities=inequalities(groups),
-        columns=columns(groups),
-        tables=table_sections(groups),
-        cell=cell,
+        table=table(groups),
+        has_readouts=bool(readouts(groups)),
         colours={name: look.colour for name, look in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),

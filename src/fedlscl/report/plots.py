@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, percent
-from fedlscl.report.groups import READOUTS, Group
+from fedlscl.report.groups import ALL_UP, READOUTS, Group, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,16 +121,18 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
 def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "") -> Picture | None:
     """Final accuracy by the cost of the whole run, on a logarithmic axis; None if no run has such a cost.
 
-    The accuracy is that of the own heads, or of a readout.
-
-    A run whose cost is zero is a dashed line at its accuracy.
+    With a readout, hollow markers are own heads, filled ones the readout, at the bytes of method and readouts. A run
+    whose cost is zero is a dashed line at its accuracy.
     """
     file, what, unit = COSTS[cost]
-    figure = f"{READOUTS}{readout}/{mask}" if readout else f"{mask}/average"
-    found = {group.name: (group.final(cost), group.final(figure)) for group in groups}
-    known = {name: (spent, reached) for name, (spent, reached) in found.items() if spent and reached}
-    positive = [spent.mean for spent, _ in known.values() if spent.mean > 0]
-    names = [name if spent.mean > 0 else f"{name} (none)" for name, (spent, _) in known.items()]
+    points: dict[str, list[tuple[Spread, Spread]]] = {}
+    for group in groups:
+        pairs = [(group.final(cost), group.final(f"{mask}/average"))]
+        pairs += [(group.final(ALL_UP), group.final(f"{READOUTS}{readout}/{mask}"))] if readout else []
+        if found := [(spent, reached) for spent, reached in pairs if spent and reached]:
+            points[group.name] = found
+    positive = [spent.mean for found in points.values() for spent, _ in found if spent.mean > 0]
+    names = [name if any(spent.mean > 0 for spent, _ in found) else f"{name} (none)" for name, found in points.items()]
     if not positive:
         return None
 
@@ -138,13 +140,20 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "
         from matplotlib.ticker import LogLocator, NullLocator
 
         handles, styles = [], looks(groups)
-        for name, ((x, dx), (y, dy)) in known.items():
-            colour = styles[name].colour
-            if x > 0:
-                handles += axes.plot(x, y, styles[name].marker, color=colour, alpha=0.85, markersize=9)
-                axes.errorbar(x, y, dy, dx, "none", ecolor=colour, elinewidth=1.2)
-            else:
-                handles.append(axes.axhline(y, color=colour, linestyle="--"))
+        for name, found in points.items():
+            colour, marker = styles[name].colour, styles[name].marker
+            drawn: list[Line2D] = []
+            for number, ((x, dx), (y, dy)) in enumerate(found):
+                if x > 0:
+                    face = "none" if readout and number == 0 else colour
+                    drawn += axes.plot(x, y, marker, color=colour, mfc=face, alpha=0.85, markersize=9)
+                    axes.errorbar(x, y, dy, dx, "none", ecolor=colour, elinewidth=1.2)
+                else:
+                    drawn.append(axes.axhline(y, color=colour, linestyle="--"))
+            if len(found) > 1 and found[0][0].mean > 0:
+                (x, y), (x1, y1) = ((spent.mean, reached.mean) for spent, reached in found)
+                axes.plot([x, x1], [y, y1], color=colour, linewidth=0.8, alpha=0.6)
+            handles.append(drawn[-1])
         # Wide enough for a tick at 1, 2 or 5 times a power of ten on either side.
         low, high = min(positive), max(positive)
         axes.set_xscale("log")
@@ -157,10 +166,14 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "
         axes.set_ylabel("final accuracy, %")
         return handles
 
-    points = ", ".join(f"{name} {percent(y.mean)} % at {unit(x.mean)}" for name, (x, y) in known.items())
-    whose = f"Final accuracy of {readout}" if readout else "Final accuracy"
+    words = ", ".join(
+        f"{name}{' with the readout' * bool(number)} {percent(reached.mean)} % at {unit(spent.mean)}"
+        for name, found in points.items()
+        for number, (spent, reached) in enumerate(found)
+    )
+    whose = f"Final accuracy of own heads and {readout}" if readout else "Final accuracy"
     title = f"{whose}, {MASK_TITLES[mask]}, against {what}"
-    alt = f"Scatter plot of {title[0].lower()}{title[1:]}: {points}."
+    alt = f"Scatter plot of {title[0].lower()}{title[1:]}: {words}."
     suffix = "".join(f"_{part}" for part in re.findall(r"\w+", readout))
     return chart(f"{file}{suffix}_{mask}", title, alt, names, draw)
 

@@ -4,11 +4,12 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import yaml
 from fedlscl.federated.metrics import MASKS, PHASES, SCHEMA, matrix_rows
 
 RESULTS, MATRIX, COSTS, CONFIG = "results.json", "matrix.csv", "costs.json", "config.yaml"
+ROUNDS = "rounds.csv"
 VERSION = re.compile(r"version_(\d+)")
 SEED = re.compile(r"seed[_-]?\d+")
 SCHEMA_1_MASKS = {"task": "task_il", "seen": "class_il"}
@@ -32,6 +34,8 @@ class Run:
     costs: dict[str, Any] | None
     config: str | None
     """Text of config.yaml."""
+    is_converged: bool | None = None
+    """See `has_converged`."""
 
     @property
     def name(self) -> str:
@@ -175,11 +179,13 @@ SHAPE: dict[str, Any] = {
     "tasks_done": int,
     "accuracy": {phase: dict.fromkeys(MASKS, list) for phase in PHASES},
     "summary": [{f"{mask}/{name}": (float,) if name == PER_TASK[-1] else float for mask in MASKS for name in PER_TASK}],
-    "traffic": {"up_bytes": int, "down_bytes": int, "up": [[[int]]]},
+    "traffic": {
+        **{"up_bytes": int, "down_bytes": int, "up": [[[int]]]},
+        **{"readout_up_bytes?": int, "readout_down_bytes?": int},
+    },
     # Files of the first versions have neither.
     "parameters?": {"foundation": int, "trainable": [int], "total": [int]},
     "readouts?": dict,
-    "loss_levels?": dict,
     "quarantined?": [{"client": object, "task": int, "round": int, "reason": object}],
 }
 """What a report reads of results.json: float is any finite number, a tuple may be null, a name with '?' be absent."""
@@ -219,7 +225,53 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{str(config)!r} is not a configuration in YAML: restore it, or leave the run out.")
     spent = read_json(costs) if costs.is_file() else None
     _refuse(costs, _faults(spent or {}, COSTS_SHAPE))
-    return Run(path, results, spent, text)
+    return Run(path, results, spent, text, _convergence(path.with_name(ROUNDS), results["data"]["classes"]))
+
+
+MIN_FALL, MAX_LEFT = 0.02, 0.25
+"""Of a stage that has not converged: least fall in the last round, and least part of the loss of guessing (ours)."""
+
+
+def has_converged(rows: Iterable[Mapping[str, str]], classes: Sequence[Sequence[Sequence[int]]]) -> bool | None:
+    """Whether the training loss has converged at the run's budget (ours); None if that cannot be told.
+
+    Not converged: in some stage the cross-entropy, mean over clients, still falls by more than 2 % from the last round
+    but one to the last one, and is then more than 25 % of ln K, that of guessing among the K classes that the client
+    has met so far (some methods train on those of the task alone, which makes the rule lenient to them); both are means
+    over tasks. A loss near zero may fall by any percentage: there is little left to train.
+
+    Args:
+        rows: of rounds.csv.
+        classes: of each client and task.
+    """
+    losses: dict[str, dict[int, dict[int, dict[int, float]]]] = {}
+    for row in rows:
+        client, task, round_ = (int(row[name]) for name in ("client", "task", "round"))
+        for name, value in row.items():
+            if value and client >= 0 and name.endswith("/cross_entropy") and len(classes[client][task]) > 1:
+                of_task = losses.setdefault(name, {}).setdefault(task, {})
+                of_task.setdefault(round_, {})[client] = float(value)
+    verdicts = []
+    for tasks in losses.values():
+        falls, left = [], []
+        for task, rounds in tasks.items():
+            if len(rounds) > 1:
+                *_, before, last = (rounds[round_] for round_ in sorted(rounds))
+                falls.append(1 - fmean(last.values()) / max(fmean(before.values()), 1e-12))
+                met = {client: len(set(chain(*classes[client][: task + 1]))) for client in last}
+                left.append(fmean(loss / math.log(met[client]) for client, loss in last.items()))
+        verdicts += [fmean(falls) <= MIN_FALL or fmean(left) <= MAX_LEFT] if falls else []
+    return all(verdicts) if verdicts else None
+
+
+def _convergence(file: Path, classes: Any) -> bool | None:
+    if not file.is_file():
+        return None
+    try:
+        with file.open(newline="") as lines:
+            return has_converged(csv.DictReader(lines), classes)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{str(file)!r} does not fit the {RESULTS} beside it: restore both.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

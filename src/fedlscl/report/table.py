@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlscl.federated.metrics import MASKS
-from fedlscl.report.groups import READOUTS, Group, Spread, grouped, inequalities, readouts, unconverged
+from fedlscl.report.groups import NOT_CONVERGED, READOUTS, Group, Spread, grouped, inequalities, readouts
 from fedlscl.report.runs import PER_TASK, left_out, read_runs
 
 
@@ -31,44 +31,60 @@ COLUMNS = (
     Column("total_seconds", "seconds", 1, 0),
 )
 """Accuracies are means over clients; bytes are those of all clients in all rounds."""
-UNKNOWN, PM = "–", r"\pm"
+UNKNOWN, PM, DAGGER = "–", r"\pm", "†"
 TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}", DAGGER: r"$^\dagger$"}
 
 
-def columns(groups: Sequence[Group]) -> list[Column]:
-    """`COLUMNS`, with the accuracies of each readout beside those of the own heads, and the bytes of readouts."""
-    found: list[Column] = []
-    names = readouts(groups)
-    for column in COLUMNS:
-        mask, _, name = column.figure.partition("/")
-        titles = {"class_il": "class-IL %", "task_il": "task-IL %"}
-        found.append(column._replace(title=f"own {column.title}") if names and name == "average" else column)
-        if name == "average":
-            found += [Column(f"{READOUTS}{readout}/{mask}", f"{readout} {titles[mask]}", 100, 1) for readout in names]
-        if names and column.figure == "up_bytes":
-            found.append(Column("readout_up_bytes", "readouts up MB", 1e-6, 2))
-    return found
+class Body(NamedTuple):
+    """Rows under one heading, usually the only one and without a title."""
+
+    title: str
+    rows: list[tuple[Group, list[str]]]
+    """Each group, and its figures as text."""
 
 
-def header(groups: Sequence[Group]) -> list[str]:
-    """Titles of all columns."""
-    return ["run", "n", *(column.title for column in columns(groups))]
+class Table(NamedTuple):
+    """What every format shows."""
+
+    columns: list[Column]
+    header: list[str]
+    bodies: list[Body]
+    footnotes: list[str]
 
 
-def sections(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Groups by section, in their order; usually one section without a heading."""
-    return [(title, list(found)) for title, found in groupby(groups, key=lambda group: group.section)]
+def table(groups: Sequence[Group]) -> Table:
+    """One row per group in the order of ``groups``: number of seeds, and mean ± standard deviation of each figure.
+
+    Accuracies of each readout stand beside those of the own heads, and their bytes beside the method's.
+    """
+    names, shown = readouts(groups), list(COLUMNS)
+    if names:
+        shown = []
+        for column in COLUMNS:
+            mask, _, name = column.figure.partition("/")
+            is_average, title = name == "average", column.title
+            shown.append(column._replace(title=f"own {title}") if is_average else column)
+            shown += [Column(f"{READOUTS}{n}/{mask}", f"{n} {title}", 100, 1) for n in names] if is_average else []
+            if column.figure == "up_bytes":
+                shown.append(Column("readout_up_bytes", "readouts up MB", 1e-6, 2))
+    bodies = [
+        Body(title, [(group, cells(group, shown)) for group in found])
+        for title, found in groupby(groups, key=lambda group: group.section)
+    ]
+    footnotes = [NOT_CONVERGED] if any(group.mark for group in groups) else []
+    return Table(shown, ["run", "n", *(column.title for column in shown)], bodies, footnotes)
 
 
 def table_markdown(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
-    """One row per group; mean ± standard deviation over n seeds; a row in italics begins a section with a heading."""
-    shown, titles = columns(groups), header(groups)
-    rows = [titles]
-    for title, found in sections(groups):
-        rows += [[f"*{title}*", *[""] * (len(titles) - 1)]] if title else []
-        rows += [[group.name.replace("\\", "\\\\").replace("|", "\\|"), *cells(group, shown)] for group in found]
-    return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])]) + "\n"
+    """The table in Markdown; a row in italics begins a section with a heading."""
+    made = table(groups)
+    rows = [made.header]
+    for title, body in made.bodies:
+        rows += [[f"*{title}*", *[""] * (len(made.header) - 1)]] if title else []
+        rows += [[f"{group.name}{group.mark}".replace("\\", "\\\\").replace("|", "\\|"), *c] for group, c in body]
+    below = [*made.footnotes, *(f"- {note}" for note in notes)]
+    return "\n".join([markdown(rows), *([""] if below else []), *below]) + "\n"
 
 
 def markdown(rows: list[list[str]], rule: str = "---:") -> str:
@@ -87,41 +103,42 @@ def markdown(rows: list[list[str]], rule: str = "---:") -> str:
 
 def table_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     """The same for CSV, unrounded, accuracies as fractions; the deviation of one seed is empty."""
-    shown = columns(groups)
+    figures = [*(column.figure for column in table(groups).columns), "images"]
     for group in groups:
         row: dict[str, Any] = {"run": group.name, "method": group.runs[0].results["method"]["name"]}
         row |= {"n": len(group.runs), "seeds": " ".join(map(str, group.seeds)), "tasks": group.tasks}
-        row |= {"tasks of data": group.runs[0].planned, "section": group.section}
-        for figure in (*(column.figure for column in shown), "images"):
-            found = group.final(figure)
-            row[f"{figure} mean"], row[f"{figure} std"] = (None, None) if found is None else found
+        row |= {"tasks of data": group.runs[0].planned, "section": group.section, "converged": group.is_converged}
+        for figure in figures:
+            row[f"{figure} mean"], row[f"{figure} std"] = group.final(figure) or (None, None)
         yield row
 
 
 def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """The same in LaTeX; needs the package booktabs."""
-    rows, shown, titles = [], columns(groups), header(groups)
-    for number, (title, found) in enumerate(sections(groups)):
+    made, rows = table(groups), []
+    width = len(made.header)
+    for number, (title, body) in enumerate(made.bodies):
         rows += ["\\midrule"] if number else []
-        rows += [f"\\multicolumn{{{len(titles)}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
-        for group in found:
-            texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in cells(group, shown)]
-            rows.append(" & ".join([tex(group.name), *texts]) + " \\\\")
+        rows += [f"\\multicolumn{{{width}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
+        for group, found in body:
+            texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in found]
+            rows.append(" & ".join([tex(group.name + group.mark), *texts]) + " \\\\")
     lines = [
         "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
         *(f"% {' '.join(note.split())}" for note in notes),
-        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
         "\\toprule",
-        " & ".join(map(tex, titles)) + " \\\\",
+        " & ".join(map(tex, made.header)) + " \\\\",
         "\\midrule",
         *rows,
         "\\bottomrule",
+        *(f"\\multicolumn{{{width}}}{{p{{0.9\\linewidth}}}}{{{tex(note)}}} \\\\" for note in made.footnotes),
         "\\end{tabular}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def cells(group: Group, shown: Sequence[Column]) -> list[str]:
+def cells(group: Group, shown: Sequence[Column] = COLUMNS) -> list[str]:
     """Number of seeds, and the figures as text."""
     return [str(len(group.runs)), *(cell(column, group.final(column.figure)) for column in shown)]
 
@@ -170,25 +187,25 @@ def print_comparison(paths: Sequence[Path]) -> None:
     """
     runs = read_runs(paths)
     groups = grouped(runs)
-    notes = unconverged(groups) + inequalities(groups) + left_out(paths, runs)
+    notes = inequalities(groups) + left_out(paths, runs)
     if not sys.stdout.isatty():
         print(table_markdown(groups, notes), end="")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table(title="After the last finished task: all tasks, mean over clients, mean ± deviation over n seeds")
-    shown, titles = columns(groups), header(groups)
-    for title in titles:
-        table.add_column(title, justify="left" if title == "run" else "right")
-    for title, found in sections(groups):
+    made = table(groups)
+    shown = RichTable(title="After the last finished task: all tasks, mean over clients, mean ± deviation over n seeds")
+    for title in made.header:
+        shown.add_column(title, justify="left" if title == "run" else "right")
+    for title, body in made.bodies:
         if title:
-            table.add_row(Text(title, style="italic"), *[""] * (len(titles) - 1))
-        for group in found:
-            table.add_row(Text(group.name), *cells(group, shown))
-        table.add_section()
+            shown.add_row(Text(title, style="italic"))
+        for group, found in body:
+            shown.add_row(Text(group.name + group.mark), *found)
+        shown.add_section()
     console = Console()
-    console.print(table)
-    for note in notes:
+    console.print(shown)
+    for note in made.footnotes + notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
