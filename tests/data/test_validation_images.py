@@ -1,9 +1,11 @@
 """Images held out of training, on which hyper-parameters are chosen."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlscl.data import SpatialTemporalDataModule
@@ -94,6 +96,29 @@ def test_a_saved_split_keeps_them_out(make, tmp_path):
     plain.save_manifest(str(tmp_path / "plain.json"))
     removed = make(manifest=str(tmp_path / "plain.json"))
     assert not torch.isin(pooled(removed, "train_ids"), pooled(removed, "validation_ids")).any()
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 5), st.integers(1, 24))
+def test_a_saved_split_keeps_a_sample_of_every_class_of_every_client_or_is_refused(tmp_path_factory, seed, per_class):
+    """The shares of a saved split were drawn before: small ones may consist of validation samples alone."""
+    options: dict[str, Any] = {"dataset": "fake", "fake_classes": 6, "num_clients": 4, "num_tasks": 2, "image_size": 16}
+    options |= {"private_classes": 0, "public_classes": 4, "dirichlet_alpha": 3.0, "train_per_class": 40, "seed": seed}
+    plain = SpatialTemporalDataModule(**options)
+    path = str(tmp_path_factory.mktemp("split") / "split.json")
+    plain.save_manifest(path)
+    data = SpatialTemporalDataModule(**options, manifest=path, validation_per_class=per_class)
+    labels = plain.data.train_labels.numpy()
+    mask = held_out(labels, per_class, seed, plain.class_names)
+    parts = [ids for split in plain.splits for ids in split.train]
+    if all(set(labels[ids]) == set(labels[ids[~mask[ids]]]) for ids in parts):
+        kept = [ids for split in data.splits for ids in split.train]
+        assert all(np.array_equal(*pair) for pair in zip(kept, (ids[~mask[ids]] for ids in parts), strict=True))
+    else:
+        with pytest.raises(
+            ValueError, match=r"validation_per_class must leave client \d of manifest .* a train sample"
+        ):
+            data.setup()
 
 
 @pytest.mark.parametrize(

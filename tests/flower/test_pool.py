@@ -57,6 +57,17 @@ def test_every_method_ends_as_in_simulation(name, network, federate):
     same_files(served, trainer)
 
 
+def test_results_of_nodes_name_validation_images_as_those_of_a_simulation_do(network, federate, make_data):
+    def data(**own):
+        return make_data(validation_per_class=3, evaluate_on="validation", **own)
+
+    served = network(METHODS["FedNCM"](), data=data).fit()
+    trainer = federate(METHODS["FedNCM"](), data())
+    same_run(served, trainer)
+    same_files(served, trainer)
+    assert served.run.data["evaluated_on"] == "validation"
+
+
 class Killed(Exception):
     """Stands for SIGKILL."""
 

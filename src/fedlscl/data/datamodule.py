@@ -243,7 +243,17 @@ class SpatialTemporalDataModule(L.LightningDataModule):
             )
         if not self.validation_per_class:
             return splits
-        return [replace(split, train=tuple(ids[~self._held_out[ids]] for ids in split.train)) for split in splits]
+        rest = [replace(split, train=tuple(ids[~self._held_out[ids]] for ids in split.train)) for split in splits]
+        labels = self.data.train_labels.numpy()
+        for client, (before, after) in enumerate(zip(splits, rest, strict=True)):
+            for task, pair in enumerate(zip(before.train, after.train, strict=True)):
+                if len(gone := np.setdiff1d(*(labels[ids] for ids in pair))):
+                    raise ValueError(
+                        f"validation_per_class must leave client {client} of manifest {self.manifest} a train sample "
+                        f"of class {self.class_names[gone[0]]!r} in task {task}, got {self.validation_per_class}: "
+                        "lower it."
+                    )
+        return rest
 
     def save_manifest(self, path: str) -> None:
         """Save the split, so that any project can run the very same one."""

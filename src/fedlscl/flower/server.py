@@ -327,6 +327,7 @@ class FlowerPool(ClientPool):
             "classes": table("classes"),
             "train_samples": table("train_samples"),
             "test_samples": table("test_samples"),
+            **({} if (images := self.federation.datamodule.evaluate_on) == "test" else {"evaluated_on": images}),
         }
         if not self.run.remote_nets and (stream := self.stream) is not None:
             runner = ClientRunner(self.run.method, self.run.engine, self.run.seed, self.run.readout_config)
