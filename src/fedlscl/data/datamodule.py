@@ -246,8 +246,8 @@ class SpatialTemporalDataModule(L.LightningDataModule):
         rest = [replace(split, train=tuple(ids[~self._held_out[ids]] for ids in split.train)) for split in splits]
         labels = self.data.train_labels.numpy()
         for client, (before, after) in enumerate(zip(splits, rest, strict=True)):
-            for task, pair in enumerate(zip(before.train, after.train, strict=True)):
-                if len(gone := np.setdiff1d(*(labels[ids] for ids in pair))):
+            for task, (ids, kept) in enumerate(zip(before.train, after.train, strict=True)):
+                if len(gone := np.setdiff1d(labels[ids], labels[kept])):
                     raise ValueError(
                         f"validation_per_class must leave client {client} of manifest {self.manifest} a train sample "
                         f"of class {self.class_names[gone[0]]!r} in task {task}, got {self.validation_per_class}: "
