@@ -2,11 +2,11 @@
 
     python benchmarks/search.py --preset cpu --data_root DATA [--only fedridge-1 ...]
 
-The trials of each method are in search.yaml. A trial is a run of the first two tasks at one seed, evaluated on training
-images that no client trains on (`data.validation_per_class`); as many images are left for training as in the table, and
-no test image is read. All trials and the values with the highest class-incremental accuracy of the method's own head go
-to benchmarks/results/search_PRESET.json; a method is in it once all its trials have finished both tasks, and its entry
-is kept if `--out` holds none of them.
+The trials of each method, and of variants of Fed-LSCL (`readouts.CONTROLS`), are in search.yaml. A trial is a run of
+the first two tasks at one seed, evaluated on training images that no client trains on (`data.validation_per_class`); as
+many images are left for training as in the table, and no test image is read. All trials and the values with the highest
+class-incremental accuracy of the method's own head go to benchmarks/results/search_PRESET.json; a method is in it once
+all its trials have finished both tasks, and its entry is kept if `--out` holds none of them.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from presets import Run, configuration, parse
+from readouts import CONTROLS
 from sweep import place, sweep
 
 from fedlscl.federated.checkpoint import write_atomically
@@ -42,9 +43,11 @@ def trials(options: argparse.Namespace) -> dict[str, list[tuple[Run, dict[str, A
     held_out += ["--trainer.max_tasks", str(TASKS)]
     found: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
     for name, values in spaces.items():
+        method = "fedlscl" if name in CONTROLS else name
         for number, tried in enumerate(values):
-            words = [word for key, value in tried.items() for word in (f"--method.{key}", str(value))]
-            run = Run(f"{name}-{number}", configuration(options.data, name), [*held_out, *words], [SEED])
+            changes = {**CONTROLS.get(name, {}), **tried}
+            words = [word for key, value in changes.items() for word in (f"--method.{key}", str(value))]
+            run = Run(f"{name}-{number}", configuration(options.data, method), [*held_out, *words], [SEED])
             found.setdefault(name, []).append((run, tried))
     return found
 
