@@ -5,7 +5,10 @@ from hypothesis import strategies as st
 
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
-from fedlscl.methods.prompts import FedMGP, PromptingModule
+from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.flower.federation import Federation
+from fedlscl.methods.prompts import FedMGP, FusionModule, PromptingModule
+from fedlscl.nets.prompts import embed
 from fedlscl.nets.vit import FoundationConfig
 
 TINY = {"length": 3, "fine_length": 2, "hidden": 8, "local_epochs": 2, "batch_size": 8}
@@ -200,3 +203,118 @@ def test_two_runs_are_the_same_to_the_bit(make, federate, same):
 def test_bf16_runs(make, federate):
     trainer = federate(make(), precision="bf16-mixed")
     assert all(p.isfinite().all() for client in trainer.clients for p in client.net.parameters())
+
+
+@pytest.fixture
+def distilled(make, make_data, federate):
+    """Fits with the fusion by distillation."""
+
+    def run(**options):
+        data = make_data(validation_per_class=2)
+        return federate(make(fusion="distill", **options), data), data
+
+    return run
+
+
+def coarse_nets(method, count):
+    torch.manual_seed(1)
+    return [method.build_net(0, StreamShape(6, 2, 2)).coarse for _ in range(count)]
+
+
+def test_the_distance_is_that_of_all_tokens_to_every_client(make, data):
+    """Beside a literal loop over clients, images, tokens and dimensions."""
+    student, *clients = coarse_nets(make(), 3)
+    batch = data.fetch(torch.arange(3))
+    module = FusionModule(student, clients, lr=0.1, max_norm=1.0)
+    expected = 0.0
+    for client in clients:
+        for image in range(3):
+            pair = [net.tokens(batch.images[image : image + 1])[0].double() for net in (student, client)]
+            assert len(pair[0]) == embed(student.foundation, batch.images).shape[1] + 3
+            expected += ((pair[0] - pair[1]) ** 2).sum().item() / 3
+    assert module.loss(batch)["fusion"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_equal_clients_are_a_fixed_point_of_the_fusion(make, data):
+    method = make(fusion="distill")
+    (net,) = coarse_nets(method, 1)
+    sent = {name: value.clone() for name, value in net.state_dict().items()}
+    method.use_public_images(lambda *_: [data.fetch(torch.arange(4))])
+    stages = method.server_stages([upload(i, sent, [1, 1, 0, 0, 0, 0]) for i in range(2)], Progress(0, 0))
+    module = next(stages).module.train()
+    loss = module.loss(data.fetch(torch.arange(4)))["fusion"]
+    loss.backward()
+    assert loss.item() == 0 and not module.net.pool.prompts.grad.any()
+    assert torch.equal(module.net.pool.prompts, net.pool.prompts)
+
+
+def test_the_fusion_moves_the_prompts_and_then_the_head(make, data):
+    method, images = make(fusion="distill"), data.fetch(torch.arange(4))
+    method.use_public_images(lambda *_: [images])
+    nets = coarse_nets(method, 2)
+    uploads = [upload(i, dict(net.state_dict()), [1, 1, 0, 0, 0, 0]) for i, net in enumerate(nets)]
+    states = []
+    for stage in method.server_stages(uploads, Progress(0, 0)):
+        optimizer, module = stage.module.configure_optimizers(), stage.module.train()
+        states.append(copied(module.net))
+        before = module.loss(images)
+        torch.stack(list(before.values())).sum().backward()
+        optimizer.step()
+        states.append(copied(module.net))
+    assert moved(states[0], states[1]) == {"pool.prompts"}
+    assert moved(states[2], states[3]) == {"hidden.0.weight", "hidden.0.bias", "head.weight", "head.bias"}
+    rows = (states[2]["head.weight"] != states[3]["head.weight"]).any(1)
+    assert rows.tolist() == [True, True, False, False, False, False]  # the classes of the uploads
+    assert all(not moved(states[3], answer) for answer in method.aggregate(uploads, Progress(0, 0)))
+    assert moved(states[3], method.aggregate(uploads, Progress(0, 1))[0])  # nothing of it is left
+
+
+def test_the_server_sees_held_out_images_of_the_rounds_classes_only(distilled, monkeypatch):
+    seen = []
+    loss = FusionModule.loss
+    monkeypatch.setattr(FusionModule, "loss", lambda self, batch: (seen.append(batch), loss(self, batch))[1])
+    trainer, data = distilled(surrogate_per_class=1)
+    held = data.stream(0).held_out
+    assert seen and all(torch.isin(batch.ids, held).all() for batch in seen)
+    assert not torch.isin(
+        torch.cat([batch.ids for batch in seen]),
+        torch.cat([s.train_ids(t) for s in map(data.stream, (0, 1)) for t in (0, 1)]),
+    ).any()
+    first = torch.cat([batch.labels for batch in seen if len(batch.labels)][:1])
+    known = torch.cat([data.stream(client).classes(0) for client in (0, 1)])
+    assert torch.isin(first, known).all()
+    entries = [entry["stage"] for entry in trainer.history if entry["client"] == -1]
+    assert entries == ["fusion", "head"] * 2
+
+
+def test_runs_with_the_fusion_are_the_same_to_the_bit_and_differ_from_averages(
+    distilled, make, make_data, federate, same
+):
+    once = distilled()[0]
+    assert same(once, distilled()[0])
+    assert not same(once, federate(make(), make_data(validation_per_class=2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "validation_per_class must be >= 1 for FedMGP with these options"),
+        ({"validation_per_class": 2, "evaluate_on": "validation"}, "evaluate_on must be 'test' for FedMGP"),
+    ],
+)
+def test_a_server_without_images_or_with_those_of_the_evaluation_is_refused(
+    make, make_data, federate, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        federate(make(fusion="distill"), make_data(**options))
+
+
+def test_a_server_without_data_is_refused(make, make_data):
+    with pytest.raises(ValueError, match="FedMGP with these options must run in a simulation"):
+        Federation(make(fusion="distill"), make_data(validation_per_class=2), FederatedTrainer(), 42, "")
+
+
+@pytest.mark.parametrize(("option", "value"), [("fusion", "median"), ("surrogate_per_class", 0)])
+def test_impossible_options_of_the_fusion_are_refused(make, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be .*, got {value!r}"):
+        make(**{option: value})

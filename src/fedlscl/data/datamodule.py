@@ -207,6 +207,14 @@ class SpatialTemporalDataModule(L.LightningDataModule):
 
     predict_dataloader = test_dataloader
 
+    def public_images(self, classes: Tensor, per_class: int, batch_size: int) -> DataLoader:
+        """Shuffled validation samples of ``classes`` (n,), at most ``per_class`` of each, for a server to train on."""
+        _ = self.splits
+        held = torch.from_numpy(self._held_out.nonzero()[0])
+        labels = self.data.labels(held)
+        ids = torch.cat([held[labels == label][:per_class] for label in classes])
+        return batches(self.data, ids, batch_size, True, None, self.num_workers)
+
     def _streams_at(self, client: int | None, task: int | None) -> list[tuple["ClientStream", int]]:
         check_integers(0, self.num_tasks - 1, task=task)
         clients = range(self.num_clients) if client is None else [client]

@@ -1,11 +1,13 @@
 """Method: the hooks by which a federated continual-learning method differs from FedAvg."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+from torch import Tensor
 
 from fedlscl.data import Batch
 from fedlscl.federated.client import Client
@@ -24,6 +26,10 @@ from fedlscl.nets.net import Net
 
 Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]
 """How a server averages uploads."""
+
+
+PublicImages = Callable[[Tensor, int, int], Iterable[Batch]]
+"""Batches of held-out images of classes (n,), at most so many of each class, and at most so many in a batch."""
 
 
 class StreamShape(NamedTuple):
@@ -157,6 +163,14 @@ class Method(ABC):
         Returns the reason for rejection in one line, or an empty string.
         """
         return ""
+
+    @property
+    def needs_public_images(self) -> bool:
+        """Whether the server trains on labelled images that no client has, which only a simulation can give it."""
+        return False
+
+    def use_public_images(self, images: PublicImages) -> None:
+        """Keep the loader of such images; called at the start of a simulation, where ``needs_public_images``."""
 
     def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
         """Yield stages that the server trains before ``aggregate``; none by default."""

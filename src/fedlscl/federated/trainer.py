@@ -158,6 +158,9 @@ class FederatedTrainer:
                 "sums of readouts would be sent without it."
             )
         datamodule.run_seed = seed
+        if method.needs_public_images:
+            check_public_images(method, datamodule, is_remote=pool is not None)
+            method.use_public_images(datamodule.public_images)
         if pool is None:
             datamodule.setup()
         self.fabric = connect(self.accelerator, self.devices, self.precision, self.deterministic)
@@ -343,6 +346,23 @@ class FederatedTrainer:
     def history(self) -> list[dict[str, Any]]:
         """Loss terms of the run's stages."""
         return self.run.history
+
+
+def check_public_images(method: Method, data: SpatialTemporalDataModule, is_remote: bool) -> None:
+    """Raise a ValueError where a server has no labelled images to train on, or those that clients are evaluated on."""
+    name = type(method).__name__
+    if is_remote:
+        raise ValueError(f"{name} with these options must run in a simulation: its server trains on labelled images.")
+    if not data.validation_per_class:
+        raise ValueError(
+            f"validation_per_class must be >= 1 for {name} with these options, whose server trains on the images held "
+            "out, got 0."
+        )
+    if data.evaluate_on == "validation":
+        raise ValueError(
+            f"evaluate_on must be 'test' for {name} with these options, whose server trains on the validation images, "
+            "got 'validation'."
+        )
 
 
 def train_server(method: Method, seed: int, uploads: list[Upload], progress: Progress, train_stage: TrainStage) -> None:

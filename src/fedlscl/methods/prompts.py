@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,18 @@ from typing_extensions import override
 
 from fedlscl.data.images import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Stage, StreamShape
+from fedlscl.federated.method import Method, MethodCard, Progress, PublicImages, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
-from fedlscl.modules.learner import ClassificationModule
-from fedlscl.nets.net import Net
+from fedlscl.modules.learner import ClassificationModule, Learner
+from fedlscl.nets.net import Frozen, Net
 from fedlscl.nets.prompts import PrefixedViT, Prefixes, Prompted, PromptedViT, PromptPool, cosine, run_blocks, uniform
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
 
 PrefixOf = Literal["nearest", "another", "label"]
 """Whose prefix an image gets in FedMGP's fine training."""
+Fusion = Literal["average", "distill"]
+"""How FedMGP's server fuses the coarse parts."""
 
 
 class PromptingModule(ClassificationModule):
@@ -205,13 +207,36 @@ class MultiGranularityViT(FrozenViTNet):
         return Prompted(features, by_task.gather(1, tasks)[:, 0], similarity.gather(1, matched)[:, 0], slots[:, None])
 
 
+class FusionModule(Learner):
+    """Selective prompt fusion: ``sum_j ||F(x; P) - F(x; P_j)||^2`` over the clients j; trains the prompts P alone.
+
+    F (B, N + prompts, width) are all tokens after the ViT's last norm. The mean is over images; ours, since Adam does
+    not see the difference to their sum.
+    """
+
+    def __init__(self, net: PromptedViT, clients: Sequence[PromptedViT], lr: float, max_norm: float | None) -> None:
+        super().__init__(net.requires_grad_(False), lr, max_norm=max_norm)
+        net.pool.prompts.requires_grad_(True)
+        self.clients = nn.ModuleList(Frozen(client) for client in clients)
+
+    @override
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        tokens = self.net.tokens(batch.images, batch.prefix)
+        with torch.no_grad():
+            targets = [cast(Frozen, client).net.tokens(batch.images, batch.prefix) for client in self.clients]
+        distances = [(tokens.float() - target.float()).square().sum((1, 2)).mean() for target in targets]
+        return {"fusion": torch.stack(distances).sum()}
+
+
 @dataclass(kw_only=True)
 class FedMGP(PromptMethod):
     """FedMGP (Yu et al., KDD 2024, arXiv 2407.00113): a shared coarse prompt; private class-wise prefixes predict.
 
     Not "FedMGP: Multi-Group Text-Visual Prompts" (arXiv 2511.00480). Deviations:
-    - The server averages P_g, its keys and h_g, as the release does for Office-Home. The fusion by distillation needs a
-      labelled surrogate set and training on the server, which no other baseline has; it is not implemented.
+    - By default the server averages P_g, its keys and h_g, as the release does for Office-Home. ``fusion: distill``
+      needs labelled images at the server, which no other baseline has; they are held out of the training images, where
+      the release takes test images. It begins at the average, and learns from all clients alike (release: at the first
+      client, from the others). All clients get h_g (release: none does).
     - No weight decay (1e-3 officially): coupled with Adam it moves every prompt without a gradient by about the
       learning rate in each step, and the prompts of earlier tasks' classes would be lost.
     - In fine training the prefix of an image is that of the nearest key, as at test time (``prefix_of``). In the paper
@@ -221,6 +246,7 @@ class FedMGP(PromptMethod):
     - Private modules are never exchanged (release: clients pass heads to each other).
     """
 
+    averages: ClassVar = True
     card: ClassVar = MethodCard(
         "KDD 2024",
         "2407.00113",
@@ -245,19 +271,34 @@ class FedMGP(PromptMethod):
     prefix_of: PrefixOf = "nearest"
     """Prefix of an image in fine training: of the nearest key (ours), of another image's class in the batch (in effect
     the released code's), or of its own class, which shows the label to the head (the paper's)."""
+    fusion: Fusion = "average"
+    """Averages of the coarse parts (ours), or 'distill', training on ``data.validation_per_class`` images of each
+    class of the round (the paper's); in simulations only."""
+    surrogate_per_class: int = 20
+    """Held-out images of each class that 'distill' trains on, at most."""
 
     def __post_init__(self) -> None:
         """Validate the options."""
         super().__post_init__()
+        if self.fusion not in get_args(Fusion):
+            raise ValueError(f"fusion must be one of {', '.join(get_args(Fusion))}, got {self.fusion!r}.")
+        if self.surrogate_per_class < 1:
+            raise ValueError(f"surrogate_per_class must be >= 1, got {self.surrogate_per_class}.")
+        self._fused: Payload = {}
         if self.prefix_of not in get_args(PrefixOf):
             raise ValueError(f"prefix_of must be one of {', '.join(get_args(PrefixOf))}, got {self.prefix_of!r}.")
 
     def build_net(self, client: int, stream: StreamShape) -> Net:
         """A coarse and a fine part over one ViT."""
-        pool = PromptPool(self.pool, self.length, foundation(self.foundation).width, self.top)
-        coarse = PromptedViT(self.foundation, stream.num_classes, pool, self.hidden)
         fine = self.fine_blocks, self.fine_length, self.hidden, stream.num_tasks
-        return MultiGranularityViT(coarse, stream.num_classes, *fine)
+        return MultiGranularityViT(self._build_coarse(stream.num_classes), stream.num_classes, *fine)
+
+    def _build_coarse(self, num_classes: int, weights: Payload | None = None) -> PromptedViT:
+        pool = PromptPool(self.pool, self.length, foundation(self.foundation).width, self.top)
+        net = PromptedViT(self.foundation, num_classes, pool, self.hidden)
+        if weights is not None:
+            net.load_state_dict(weights)
+        return net
 
     @override
     def begin_task(self, client: Client) -> None:
@@ -276,6 +317,37 @@ class FedMGP(PromptMethod):
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         return dict(net.coarse.state_dict())
+
+    @property
+    @override
+    def needs_public_images(self) -> bool:
+        return self.fusion == "distill"
+
+    @override
+    def use_public_images(self, images: PublicImages) -> None:
+        self._public_images = images
+
+    @override
+    def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
+        if self.fusion == "average":
+            return
+        counts = torch.stack([upload.class_counts for upload in uploads]).sum(0)
+        classes = counts.nonzero()[:, 0]
+        batches = self._public_images(classes, self.surrogate_per_class, self.batch_size)
+        net = self._build_coarse(len(counts), self.average(uploads))
+        clients = [self._build_coarse(len(counts), upload.payload) for upload in uploads]
+        yield Stage("fusion", FusionModule(net, clients, self.lr, self.max_norm), batches, self.local_epochs)
+        for part in (net.hidden, net.head):
+            part.requires_grad_(True)
+        net.pool.requires_grad_(False)
+        module = ClassificationModule(net, classes, lr=self.lr, max_norm=self.max_norm)
+        yield Stage("head", module, batches, self.local_epochs)
+        self._fused = outgoing(net.state_dict())
+
+    @override
+    def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
+        fused, self._fused = self._fused or self.average(uploads), {}
+        return [fused] * len(uploads)
 
     @override
     def download(self, client: Client, payload: Payload) -> None:

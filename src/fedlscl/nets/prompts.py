@@ -81,6 +81,11 @@ class PromptedViT(FoundationClassifier):
         features = self.prompt_features(run_blocks(self.foundation, x, 0, self.foundation.depth, {}))
         return Prompted(features, self.head(self.hidden(features)), match, chosen)
 
+    def tokens(self, images: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """All tokens (B, N + prompts, width) after the last norm."""
+        x = self.embed_with_prompts(images, prefix)[0]
+        return self.foundation.vit.norm(run_blocks(self.foundation, x, 0, self.foundation.depth, {}))
+
     def embed_with_prompts(self, images: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N + prompts, width) of images with their prompts, match (B,) and indices (B, top)."""
         query = self.frozen_prefix(images) if prefix is None else prefix
