@@ -11,7 +11,7 @@ from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import StreamShape
 from fedlscl.federated.metrics import summary
 from fedlscl.methods import FedAvg
-from fedlscl.nets.heads import FoundationClassifier
+from fedlscl.nets.vit import FoundationClassifier
 from fedlscl.testing import check_method
 
 

@@ -18,8 +18,7 @@ from fedlscl.federated.method import StreamShape
 from fedlscl.federated.pool import Turn, seed_turn
 from fedlscl.methods import FedLSCL
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
-from fedlscl.nets.heads import FoundationClassifier
-from fedlscl.nets.vit import FoundationConfig
+from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
 from fedlscl.testing import Recorded
 
 KNOWLEDGE = {

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.modules.collaborative import ContinualFineTuningModule
 from fedlscl.nets.cnn import SmallModel
 from fedlscl.nets.net import prepare
 from fedlscl.nets.vit import Foundation

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlscl.nets.lora import LowRankShape, split_lora
-from fedlscl.nets.vit import Foundation, FoundationConfig, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, LowRankShape, foundation, split_lora
 
 from .clock import side_by_side
 from .literal import literal_path

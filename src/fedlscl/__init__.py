@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from fedlscl.federated.trainer import FederatedTrainer
     from fedlscl.functional.distillation import one_by_one_distill
     from fedlscl.methods.fedlscl import FedLSCL
-    from fedlscl.modules.collaborative import CollaborativeModule
-    from fedlscl.modules.continual import ContinualFineTuningModule
+    from fedlscl.modules.collaborative import CollaborativeModule, ContinualFineTuningModule
     from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
     from fedlscl.nets.vit import FoundationConfig
 
@@ -20,7 +19,7 @@ _MODULES = {
     "Collaborator": "fedlscl.nets.collaborator",
     "CollaboratorConfig": "fedlscl.nets.collaborator",
     "CollaborativeModule": "fedlscl.modules.collaborative",
-    "ContinualFineTuningModule": "fedlscl.modules.continual",
+    "ContinualFineTuningModule": "fedlscl.modules.collaborative",
     "FedLSCL": "fedlscl.methods.fedlscl",
     "FederatedTrainer": "fedlscl.federated.trainer",
     "FoundationConfig": "fedlscl.nets.vit",

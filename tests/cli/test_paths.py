@@ -12,10 +12,9 @@ import tiny
 from fedlscl import methods
 from fedlscl.__main__ import main
 from fedlscl.callbacks import Callback
-from fedlscl.cli import doctor, report
+from fedlscl.cli import PATHS, doctor, expanded, report, with_expanded_paths
 from fedlscl.cli.app import FederatedCLI
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.paths import PATHS, expanded, with_expanded_paths
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.trainer import FederatedTrainer
 
@@ -70,7 +69,7 @@ FOUND = [
 
 def test_every_text_option_is_a_path_or_known_to_be_none():
     last = {option.rpartition(".")[2] for _, option in TEXTS}
-    assert last - PATHS == NO_PATHS, "name a new option in cli.paths.PATHS, or here if it is no path"
+    assert last - PATHS == NO_PATHS, "name a new option in cli.PATHS, or here if it is no path"
     assert {"root", "cache_dir", "manifest", "default_root_dir", "weights", "ckpt_path", "images", "out"} <= last
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import tiny_methods
-from fedlscl.nets.lora import LowRankShape, split_lora
-from fedlscl.nets.vit import Foundation, fingerprint, foundation
+from fedlscl.nets.vit import Foundation, LowRankShape, fingerprint, foundation, split_lora
 from fedlscl.testing import learn, same
 
 

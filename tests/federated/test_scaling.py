@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision as StockMixedPrecision
 from fedlscl.federated.engine import INITIAL_SCALE, Engine
 from fedlscl.federated.method import Stage
 from fedlscl.modules.learner import ClassificationModule
-from fedlscl.nets.heads import FoundationClassifier
+from fedlscl.nets.vit import FoundationClassifier
 
 
 def scaler(scale=2.0**16):

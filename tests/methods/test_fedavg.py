@@ -7,7 +7,7 @@ from fedlscl.callbacks import Callback
 from fedlscl.federated.method import StreamShape
 from fedlscl.methods import EWC, FedAvg, FedProx, Local, LwF
 from fedlscl.nets.cnn import SmallClassifier
-from fedlscl.nets.heads import FoundationClassifier
+from fedlscl.nets.vit import FoundationClassifier
 
 
 @pytest.fixture(scope="module")

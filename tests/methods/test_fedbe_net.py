@@ -6,8 +6,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from fedlscl.methods.fedbe import ExpandedViT, expansion_positions, identity_copy
-from fedlscl.nets.heads import LinearHead
-from fedlscl.nets.net import prepare
+from fedlscl.nets.net import LinearHead, prepare
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation, run_block
 
 

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from fedlscl.federated.method import StreamShape
-from fedlscl.methods.prompts import FedL2P, PromptingModule
-from fedlscl.nets.prompts import PromptPool
+from fedlscl.methods.prompts import FedL2P, PromptingModule, PromptPool
 from fedlscl.nets.vit import fingerprint
 
 TINY = {"pool": 12, "length": 2, "top": 2, "local_epochs": 2, "batch_size": 8}

@@ -7,8 +7,7 @@ from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower.federation import Federation
-from fedlscl.methods.prompts import FedMGP, FusionModule, PromptingModule
-from fedlscl.nets.prompts import embed
+from fedlscl.methods.prompts import FedMGP, FusionModule, PromptingModule, embed
 from fedlscl.nets.vit import FoundationConfig
 
 TINY = {"length": 3, "fine_length": 2, "hidden": 8, "local_epochs": 2, "batch_size": 8}

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.methods.prompts import MultiGranularityViT
-from fedlscl.nets.prompts import PromptedViT, PromptPool, run_blocks
+from fedlscl.methods.prompts import MultiGranularityViT, PromptedViT, PromptPool, run_blocks
 from fedlscl.nets.vit import foundation
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.methods.prompts import MultiGranularityViT, PromptingModule
-from fedlscl.nets.prompts import PrefixedViT, PromptedViT, PromptPool
+from fedlscl.methods.prompts import MultiGranularityViT, PrefixedViT, PromptedViT, PromptingModule, PromptPool
 
 NUM_CLASSES = 6
 

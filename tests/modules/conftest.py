@@ -3,8 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from fedlscl.modules.collaborative import CollaborativeModule
-from fedlscl.modules.continual import ContinualFineTuningModule
+from fedlscl.modules.collaborative import CollaborativeModule, ContinualFineTuningModule
 from fedlscl.modules.learner import (
     ClassificationModule,
     ConsolidationModule,
@@ -14,7 +13,7 @@ from fedlscl.modules.learner import (
 )
 from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
-from fedlscl.nets.heads import FoundationClassifier
+from fedlscl.nets.vit import FoundationClassifier
 
 NUM_CLASSES = 6
 

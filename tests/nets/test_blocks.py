@@ -3,8 +3,7 @@ import torch
 from timm.models.vision_transformer import Block
 
 from fedlscl.nets import vit as blocks
-from fedlscl.nets.lora import LowRank, low_rank_hook
-from fedlscl.nets.vit import first_token_only, is_plain, run_block
+from fedlscl.nets.vit import LowRank, first_token_only, is_plain, low_rank_hook, run_block
 
 OPTIONS = [
     {"qkv_bias": True},

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.nets.heads import CosineHead, FoundationClassifier, LinearHead, make_head
-from fedlscl.nets.net import prepare
+from fedlscl.nets.net import CosineHead, LinearHead, make_head, prepare
+from fedlscl.nets.vit import FoundationClassifier
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**32))

@@ -7,9 +7,8 @@ import torch
 
 from fedlscl.nets import vit
 from fedlscl.nets.collaborator import Collaborator
-from fedlscl.nets.lora import split_lora
 from fedlscl.nets.net import prepare
-from fedlscl.nets.vit import fingerprint
+from fedlscl.nets.vit import fingerprint, split_lora
 from reference import lora as literal
 
 PARTS = {"small", "unit", "generator", "head"}

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlscl.nets.collaborator import PHI_SCALE, ParameterGenerator
-from fedlscl.nets.lora import LowRankShape, split_lora
+from fedlscl.nets.vit import LowRankShape, split_lora
 
 SHAPES = [LowRankShape(6, 9, 2), LowRankShape(5, 4, 2)]
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 
-from fedlscl.nets.lora import LowRank, LowRankShape, low_rank_hook, low_rank_update, split_lora
+from fedlscl.nets.vit import LowRank, LowRankShape, low_rank_hook, low_rank_update, split_lora
 from reference import lora as literal
 
 

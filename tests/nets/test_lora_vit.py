@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedlscl.nets.heads import LinearHead
 from fedlscl.nets.lora_vit import LoraViT, OneTask
-from fedlscl.nets.net import prepare
+from fedlscl.nets.net import LinearHead, prepare
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation
 
 EVERYWHERE = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
-from fedlscl.nets.prompts import PrefixedViT, Prefixes, embed, run_blocks
+from fedlscl.methods.prompts import PrefixedViT, Prefixes, embed, run_blocks
 from fedlscl.nets.vit import FoundationConfig, attend, fingerprint, foundation, run_block
 from reference import prompts as literal
 

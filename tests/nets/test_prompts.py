@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
+from fedlscl.methods.prompts import PromptedViT, PromptPool, insert_prompts, majority
 from fedlscl.nets.net import prepare
-from fedlscl.nets.prompts import PromptedViT, PromptPool, insert_prompts, majority
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation
 from reference import prompts as literal
 

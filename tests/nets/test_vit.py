@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 
 from fedlscl.nets import vit
-from fedlscl.nets.lora import LowRank
-from fedlscl.nets.vit import Foundation, FoundationConfig, fingerprint, foundation
+from fedlscl.nets.vit import Foundation, FoundationConfig, LowRank, fingerprint, foundation
 from reference import lora as literal
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -1,7 +1,12 @@
-"""The command line over LightningCLI, which starts in ``app``: commands, errors in one line, and ``report``."""
+"""The command line over LightningCLI, which starts in ``app``: errors in one line, paths among options, ``report``.
+
+``~`` and variables in paths are expanded, and weights are also looked up under data.root.
+"""
 
 import argparse
 import errno
+import os
+import re
 import traceback
 import warnings
 from argparse import ArgumentError
@@ -12,11 +17,18 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from fedlscl.cli.paths import expand_paths
-
 COMMANDS = ("fit", "validate", "test", "predict", "report", "methods", "doctor", "completion")
 PACKAGE = str(Path(__file__).parents[1])
 FULL = (errno.ENOSPC, errno.EDQUOT)
+PATHS = frozenset(
+    "cache_dir ckpt_path config data data_root dataset default_root_dir images manifest method out root runs "
+    "small_weights trainer weights".split()
+)
+"""Last parts of the names of options whose text is a path, as in ``--data FILE`` for a group; an option of type
+`pathlib.Path` need not be named here."""
+SHORT = {"-c": "--config"}
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+NAMED_WEIGHTS = ("timm", "bundled", "random")
 
 
 def explain(error: Exception) -> str | None:
@@ -79,6 +91,93 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         given, rest = super().parse_known_args(args, namespace)
         return expand_paths(given), rest
+
+
+def expanded(path: str, name: str = "path") -> str:
+    """Expand ``$NAME``, ``${NAME}``, ``~`` and ``~user``; an existing path with an unset variable stays as it is.
+
+    Args:
+        path: as given.
+        name: of the option, for messages.
+
+    Raises:
+        ValueError: if a variable is not set or empty, or a user unknown.
+
+    Example:
+        >>> os.environ["SCRATCH"] = "/scratch"
+        >>> expanded("${SCRATCH}/runs"), expanded("runs/~")
+        ('/scratch/runs', 'runs/~')
+    """
+    unset = [found for pair in VARIABLE.findall(path) for found in pair if found and not os.environ.get(found)]
+    if unset and not os.path.exists(path):
+        raise ValueError(
+            f"{name} must be a path whose variables are set, got {path!r}: set {unset[0]}, or write the path in full."
+        )
+    full = path if unset else os.path.expandvars(path)
+    home = os.path.expanduser(full)
+    if home.startswith("~") and not os.path.exists(full):
+        raise ValueError(
+            f"{name} must begin with the home of a known user, got {path!r}: write the path in full, or ./{full} "
+            "below the current directory."
+        )
+    return home
+
+
+def expand_paths(options: Any, name: str = "") -> Any:
+    """Nested options with every path `expanded`: those named in `PATHS`, and every `pathlib.Path`.
+
+    Raises:
+        ValueError: as `expanded`, naming the option.
+    """
+    if isinstance(options, argparse.Namespace):  # jsonargparse's, too
+        return type(options)(**expand_paths(vars(options), name))
+    if isinstance(options, dict):
+        names = {key: name if key == "init_args" else f"{name}.{key}".lstrip(".") for key in options}
+        return {key: expand_paths(value, names[key]) for key, value in options.items()}
+    if isinstance(options, list):
+        return [expand_paths(value, name) for value in options]
+    if isinstance(options, Path):
+        return Path(expanded(str(options), name))
+    is_path = isinstance(options, str) and name.rpartition(".")[2] in PATHS
+    return expanded(options, name) if is_path else options
+
+
+def with_expanded_paths(arguments: list[str]) -> list[str]:
+    """Expand paths on a command line, since some are needed before it is parsed and a shell expands no ``--out=~/a``.
+
+    Example:
+        >>> os.environ["SCRATCH"] = "/scratch"
+        >>> with_expanded_paths(["fit", "--config=$SCRATCH/a.yaml", "--data.root", "$SCRATCH", "--method.lr", "$1"])
+        ['fit', '--config=/scratch/a.yaml', '--data.root', '/scratch', '--method.lr', '$1']
+    """
+    changed, before = [], ""
+    for word in arguments:
+        option, is_joined, value = word.partition("=")
+        option = SHORT.get(option, option)
+        if is_joined and option.startswith("--"):
+            changed.append(f"{option}={expand_paths(value, option[2:])}")
+        else:
+            changed.append(expand_paths(word, before))
+        before = "" if is_joined or not option.startswith("--") else option[2:]
+    return changed
+
+
+def weights_found(config: Any) -> Any:
+    """Look up weights files under data.root if they are not in the current directory."""
+    found, root = config.clone(), config.data.root
+    for name, value in config.items():
+        if root is None or not name.endswith((".weights", ".small_weights")):
+            continue
+        if isinstance(value, str):
+            found[name] = _weights_found(value, root)
+        elif isinstance(value, list):
+            found[name] = [_weights_found(file, root) for file in value]
+    return found
+
+
+def _weights_found(file: str, root: str) -> str:
+    is_elsewhere = file and file not in NAMED_WEIGHTS and not Path(file).is_file() and Path(root, file).is_file()
+    return str(Path(root, file)) if is_elsewhere else file
 
 
 def report(arguments: list[str]) -> None:

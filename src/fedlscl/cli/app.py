@@ -26,9 +26,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from fedlscl import __version__, methods
-from fedlscl.cli import brief_warnings
+from fedlscl.cli import brief_warnings, expand_paths, weights_found, with_expanded_paths
 from fedlscl.cli.commands import Commands
-from fedlscl.cli.paths import expand_paths, weights_found, with_expanded_paths
 from fedlscl.cli.runs import CONFIG, find_checkpoint
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import Method

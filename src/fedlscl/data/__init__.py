@@ -1,6 +1,5 @@
 """Data sets, their split into clients and tasks, batches and the replay buffer."""
 
-from fedlscl.data.buffer import Buffer, lowest_loss
 from fedlscl.data.datamodule import ClientStream, ClientTaskDataModule, SpatialTemporalDataModule
 from fedlscl.data.datasets import (
     CIFAR100,
@@ -14,7 +13,7 @@ from fedlscl.data.datasets import (
     load_images,
 )
 from fedlscl.data.images import Batch, ImageData
-from fedlscl.data.loader import EvenBatches, batches
+from fedlscl.data.loader import Buffer, EvenBatches, batches, lowest_loss
 from fedlscl.data.split import ClientSplit, dirichlet_split, load_manifest, save_manifest, spatial_temporal_split
 
 __all__ = [

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlscl.cli.paths import expanded
+from fedlscl.cli import expanded
 from fedlscl.federated.payload import one_line
 
 if TYPE_CHECKING:

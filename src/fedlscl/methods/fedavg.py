@@ -20,9 +20,8 @@ from fedlscl.modules.learner import (
     trainable,
 )
 from fedlscl.nets.cnn import SmallClassifier
-from fedlscl.nets.heads import FoundationClassifier
 from fedlscl.nets.net import Net
-from fedlscl.nets.vit import FoundationConfig
+from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
 
 
 @dataclass(kw_only=True)

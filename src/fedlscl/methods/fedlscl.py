@@ -25,8 +25,14 @@ from fedlscl.functional.distillation import Factors, one_by_one_distill, second_
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
-from fedlscl.modules.continual import CONSISTENCY, ContinualFineTuningModule
+from fedlscl.modules.collaborative import (
+    BIAS_LR,
+    CONSISTENCY,
+    GENERATOR_LR,
+    HEAD_LR,
+    CollaborativeModule,
+    ContinualFineTuningModule,
+)
 from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net

@@ -27,8 +27,7 @@ from fedlscl.functional.objectives import retention
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules.learner import ClassificationModule
 from fedlscl.nets.cnn import SmallModel
-from fedlscl.nets.heads import LinearHead
-from fedlscl.nets.net import Classification, Net
+from fedlscl.nets.net import Classification, LinearHead, Net
 
 UNKNOWN = -100.0
 """Log-probability of a class of no task so far."""

@@ -25,9 +25,8 @@ from fedlscl.federated.method import Method, MethodCard, Progress, Stage, Stream
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import is_gram, pack_symmetric, unpack_symmetric
 from fedlscl.modules.learner import ClassificationModule
-from fedlscl.nets.heads import make_head
 from fedlscl.nets.lora_vit import LoraViT, OneTask
-from fedlscl.nets.net import Net
+from fedlscl.nets.net import Net, make_head
 from fedlscl.nets.vit import FoundationConfig, foundation
 
 # RegMean (Jin et al., ICLR 2023, arXiv 2212.09849). A Gram G = X X^T is a matrix (d, d), or its diagonal (d,) alone.

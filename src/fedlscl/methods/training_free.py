@@ -48,9 +48,8 @@ from fedlscl.functional.analytic import (
     unit_columns,
     unpack_sums,
 )
-from fedlscl.nets.heads import FoundationClassifier
 from fedlscl.nets.net import Net
-from fedlscl.nets.vit import FoundationConfig
+from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.nets.heads import LinearHead
-from fedlscl.nets.net import Classification, Net, prepare
+from fedlscl.nets.net import Classification, LinearHead, Net, prepare
 from fedlscl.nets.vit import check_timm_name, first_line
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.nets.cnn import ProjectedFeatures, SmallModel
-from fedlscl.nets.heads import make_head
-from fedlscl.nets.lora import LowRankShape, split_lora
-from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, foundation
+from fedlscl.nets.net import make_head
+from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, LowRankShape, foundation, split_lora
 
 GeneratorStart = Literal["split", "per_image"]
 PHI_SCALE = 0.3

@@ -1,22 +1,25 @@
-"""The frozen ViT: one object per process, run in two parts, of which the first can be cached."""
+"""The frozen ViT, run in two parts, of which the first can be cached, with LoRA of each sample on its layers.
+
+LoRA: Hu et al., ICLR 2022, arXiv 2106.09685.
+"""
 
 import difflib
 import hashlib
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fedlscl.nets.lora import LowRank, low_rank_hook, low_rank_update
-from fedlscl.nets.net import Net, prepare
+from fedlscl.nets.net import Classification, Net, make_head, prepare
 
 GLYPH_WEIGHTS = Path(__file__).with_name("glyph_vit.safetensors")
 """Weights in float16 without a classification head; they load strictly into the model with `num_classes=0`."""
@@ -73,6 +76,70 @@ def vit_glyph_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **{**shape, **kwargs},
     )
+
+
+class LowRank(NamedTuple):
+    """The update ``scale * up @ down`` of one linear layer, one pair of factors for each sample of a batch."""
+
+    down: Tensor
+    """(B, rank, in_features)."""
+    up: Tensor
+    """(B, out_features, rank)."""
+    scale: float
+    """alpha / rank."""
+
+
+class LowRankShape(NamedTuple):
+    """Sizes of the factors of one linear layer in a generated vector: A (down-projection), then B (up-projection)."""
+
+    in_features: int
+    out_features: int
+    rank: int
+
+    @property
+    def down_size(self) -> int:
+        """Entries of A."""
+        return self.rank * self.in_features
+
+    @property
+    def size(self) -> int:
+        """Entries of both factors."""
+        return self.down_size + self.rank * self.out_features
+
+
+def split_lora(lora: Tensor, shapes: list[LowRankShape], scale: float) -> list[LowRank]:
+    """Cut generated weights W (B, lora_dim) into the factors of each adapted layer.
+
+    Example:
+        >>> (update,) = split_lora(torch.arange(10.0).view(1, 10), [LowRankShape(2, 3, 2)], 1.0)
+        >>> update.down.shape, update.up.shape
+        (torch.Size([1, 2, 2]), torch.Size([1, 3, 2]))
+    """
+    updates, start = [], 0
+    for shape in shapes:
+        middle, end = start + shape.down_size, start + shape.size
+        down = lora[:, start:middle].unflatten(1, (shape.rank, shape.in_features))
+        up = lora[:, middle:end].unflatten(1, (shape.out_features, shape.rank))
+        updates.append(LowRank(down, up, scale))
+        start = end
+    return updates
+
+
+def low_rank_update(x: Tensor, update: LowRank) -> Tensor:
+    """Change of a layer's output: ``scale * (x @ down^T) @ up^T``, (B, N, in) to (B, N, out).
+
+    The product of the factors, (B, out, in), is never formed.
+    """
+    return torch.bmm(torch.bmm(x, update.down.mT) * update.scale, update.up.mT)
+
+
+def low_rank_hook(update: LowRank) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """A forward hook that adds the update to a linear layer's output; the layer itself is unchanged."""
+
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + low_rank_update(inputs[0], update)
+
+    return hook
 
 
 def is_plain(block: Block) -> bool:
@@ -284,6 +351,19 @@ class FrozenViTNet(Net):
         """Tokens (B, N, width) that enter block ``entry``; features (B, width) at the depth."""
         model = self.foundation.to(images.device)
         return model.tokens(prepare(images, model.image_size, model.mean, model.std), self.entry)
+
+
+class FoundationClassifier(FrozenViTNet):
+    """A frozen ViT with a trainable head (the paper's FedAvg+ViT)."""
+
+    def __init__(self, config: FoundationConfig, num_classes: int, head: str = "linear") -> None:
+        super().__init__(foundation(config))
+        self.head = make_head(head, self.foundation.width, num_classes)
+
+    @override
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+        features = self.frozen_prefix(images) if prefix is None else prefix.float()
+        return Classification(features, self.head(features))
 
 
 def fingerprint(module: nn.Module) -> str:
