@@ -269,9 +269,8 @@ class FedLSCL(privacy.PrivateSums):
         if self.continual == "lwf" and client.previous is not None:
             teacher = client.previous, client.old, self.lwf_alpha, 2.0
             return DistillationModule(client.net, *teacher, client.classes, **parts, **rates)
-        anchor, fisher = consolidated(client)
-        if fisher:
-            return ConsolidationModule(client.net, anchor, fisher, self.ewc_strength, client.classes, **parts, **rates)
+        if self.continual == "ewc" and (consolidation := consolidated(client))[1]:
+            return ConsolidationModule(client.net, *consolidation, self.ewc_strength, client.classes, **parts, **rates)
         return CollaborativeModule(client.net, client.classes, **rates, **self._rates())
 
     def _rates(self) -> dict[str, Any]:
