@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import yaml
 from presets import CONFIGS
-from speed_sections import machine, vit
+from speed_sections import machine, together, vit
 from typing_extensions import override
 
 from fedlscl.data import SpatialTemporalDataModule
@@ -49,6 +49,7 @@ LOSS_TOLERANCE = 1e-4
 TITLES = {
     "tests": "Tests on the device",
     "vit": "ViT part of a Stage 1 step, 224 px, warm cache, forward and backward",
+    "together": "Stage 1 step of five clients one after the other, and with one pass of the ViT over all their images",
     "rounds": "Rounds of the paper's run: five clients, ResNet-18 and ViT, random weights and images",
     "parity": "Float32 on the device against the CPU, tiny nets",
     "precision": "bf16 against float32 on the device, tiny nets",
@@ -104,6 +105,12 @@ def cases_of_vit(options: argparse.Namespace) -> dict[str, Callable[[float], Row
     if options.tiny:
         return {"test_vit block 0": lambda left: vit.compare("test_vit", 0, 4, 2)}
     return {name: lambda left, call=call: call() for name, call in vit.cases().items()}
+
+
+def cases_of_together(options: argparse.Namespace) -> dict[str, Callable[[float], Rows | None]]:
+    if options.tiny:
+        return {"test_vit batch 2": lambda left: together.compare("test_vit", 2, "test_resnet", 2)}
+    return {name: lambda left, call=call: call() for name, call in together.cases().items()}
 
 
 class Rounds(Timed):
@@ -278,6 +285,7 @@ def table1(options: argparse.Namespace, left: float) -> Rows | None:
 CASES: dict[str, Callable[[argparse.Namespace], dict[str, Callable[[float], Rows | None]]]] = {
     "tests": cases_of_tests,
     "vit": cases_of_vit,
+    "together": cases_of_together,
     "rounds": cases_of_rounds,
     "parity": cases_of_parity,
     "precision": cases_of_precision,

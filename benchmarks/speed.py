@@ -1,6 +1,6 @@
 """How fast Fed-LSCL is, against what a straightforward implementation does on the same machine in the same minutes.
 
-    python benchmarks/speed.py [--only vit step cnn run loop o2d memory start] [--match 'block 9'] [--threads 2]
+    python benchmarks/speed.py [--only vit step cnn run loop together o2d memory start] [--match 'block 9']
     python benchmarks/speed.py --publish    # tables only, from what was measured before
 
 Ratios come from interleaved repetitions and are medians. Results go to benchmarks/results/speed, a folder per machine
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from speed_sections import cnn, machine, memory, o2d, start, step, vit, whole
+from speed_sections import cnn, machine, memory, o2d, start, step, together, vit, whole
 from speed_sections.page import publish
 
 from fedlscl.federated.engine import keep_freed_memory
@@ -28,6 +28,7 @@ SECTIONS = {
     "cnn": cnn.cases,
     "run": whole.cases,
     "loop": step.loop_cases,
+    "together": together.cases,
     "o2d": lambda: {"closed form": o2d.measure},
     "memory": lambda: {"resnet18": memory.measure},
     "start": lambda: {"start": start.measure},

@@ -12,6 +12,7 @@ TITLES = {
     "cnn": "The small model's training step, channels_last against the default format",
     "run": "Whole run (2 clients, 2 tasks, 2 rounds, ResNet-18 at 64 px, cold cache, server, evaluation)",
     "loop": "The engine's loop against a plain PyTorch loop of the same steps",
+    "together": "Stage 1 step of five clients one after the other, and with one pass of the ViT over all their images",
     "o2d": "One-by-One Distillation, 5 clients, d = 512, m = 12,288",
     "memory": "One more idle client, predecessor included",
     "start": "Cold start",
@@ -41,6 +42,10 @@ COLUMNS = {
     "loop": [
         ("ViT", "vit"), ("block", "block"), ("precision", "precision"), ("engine ms/step", "engine_ms_per_step"),
         ("plain ms/step", "plain_ms_per_step"), ("overhead", "overhead"),
+    ],
+    "together": [
+        ("ViT", "vit"), ("images per client", "batch"), ("precision", "precision"), ("apart ms", "apart_ms"),
+        ("together ms", "together_ms"), ("ratio", "ratio"), ("difference of gradients", "gradient_difference"),
     ],
     "o2d": [
         ("closed form s", "closed_seconds"), ("500 Adam steps s", "adam_seconds"), ("ratio", "ratio"),
