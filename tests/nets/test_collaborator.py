@@ -185,3 +185,14 @@ def test_without_collaboration_the_frozen_vit_and_the_head_remain(collaborator_c
 def test_shapes_that_cannot_be_are_refused(collaborator_config, changed, message):
     with pytest.raises(ValueError, match=message):
         Collaborator(replace(collaborator_config, **changed), 5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_features_of_a_cnn_that_is_not_trained_are_the_same_in_training(collaborator_config, images, frozen):
+    """Without dropout or stochastic depth; a trained CNN keeps its own."""
+    config = replace(collaborator_config, freeze_small=frozen, small_options={"drop_path_rate": 0.9})
+    net = awake(config)
+    tested = net.small(images)
+    net.train()
+    assert torch.equal(net.small(images), tested) == frozen
+    assert net.head.training and net.small.training != frozen

@@ -153,6 +153,14 @@ class Collaborator(FrozenViTNet):
             self.generator = ParameterGenerator(self.feature_dim, self.shapes, config.generator_start)
         self.head = make_head(config.head, self.foundation.width, num_classes)
 
+    @override
+    def train(self, mode: bool = True) -> "Collaborator":
+        """Set the mode; a CNN that is not trained stays in eval mode, its dropout included."""
+        super().train(mode)
+        if self.has_small_model and self.config.freeze_small:
+            self.small.eval()
+        return self
+
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """E = theta_i(x) and W = phi_i(E), Eq. 2: (B, feature_dim) and (B, lora_dim)."""
         if not self.config.collaboration:

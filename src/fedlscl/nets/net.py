@@ -1,4 +1,4 @@
-"""Interface of all nets: logits in a NamedTuple, a head with a row per class, a frozen part that can be cached; heads."""
+"""Interface of all nets (logits in a NamedTuple, a head with a row per class, a frozen part to cache), and heads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
