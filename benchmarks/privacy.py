@@ -20,7 +20,7 @@ from privacy_sections.members import members
 from privacy_sections.noise import noise, noisy
 from privacy_sections.page import PAGE, filled, readme
 from privacy_sections.plots import draw, draw_strip
-from privacy_sections.world import KNOWLEDGE, World, has_adapted_head
+from privacy_sections.world import KNOWLEDGE, World, draw_pools
 
 from fedlscl.data import NpzFile
 
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data = NpzFile(str(options.data_root / options.dataset)).load()
     world = World(
-        has_adapted_head(data, options.shadow, options.own, options.others),
+        draw_pools(data, options.shadow, options.own, options.others),
         options.small_model,
         options.feature_dim,
         options.epochs,

@@ -19,7 +19,7 @@ from speed_sections import machine
 
 OUT = Path(__file__).parent / "results/scale"
 VIT = {"name": "test_vit", "weights": "random", "image_size": 32}
-TINY = {"foundation": VIT, "small_model": "test_resnet", "small_image_size": 16, "feature_dim": 16, "block": 1}
+TINY = {"foundation": VIT, "small_model": "test_resnet", "small_image_size": 16, "feature_dim": 16, "blocks": [1]}
 FEDLSCL = {"collaborator": TINY, "local_epochs": 1, "batch_size": 16, "buffer_per_class": 2}
 DATA = {
     "dataset": "fake", "fake_classes": 8, "image_size": 16, "num_clients": 1000, "num_tasks": 2,

@@ -59,7 +59,7 @@ def shrunk(words):
     if "--data.dataset" not in words and method is None:
         wanted += [*tiny.options("data", tiny.DATA), "--data.root", "null"]
     if not any(re.search(r"digits/\w+\.yaml|my\.yaml", word) for word in words):
-        small = {**tiny.SMALL, "feature_dim": 16, "block": 3}
+        small = {**tiny.SMALL, "feature_dim": 16, "blocks": "[3]"}
         wanted += tiny.options("method.collaborator", small)
         wanted += tiny.options("method.collaborator.foundation", glyph)
     pairs = zip(wanted[::2], wanted[1::2], strict=True)

@@ -30,8 +30,8 @@ class Attacker:
 
     def __init__(self, world: World, steps: int, victims: int) -> None:
         self.world, self.steps = world, steps
-        self.shadow = world.has_adapted_head["shadow"].images / 255
-        self.images = world.has_adapted_head["own"].images[:victims] / 255
+        self.shadow = world.pools["shadow"].images / 255
+        self.images = world.pools["own"].images[:victims] / 255
         self.decoder = cache(self._decoder)
 
     def _decoder(self, net: str, kind: str, pairs: int) -> Decoder:

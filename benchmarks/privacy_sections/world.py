@@ -50,7 +50,7 @@ class Pool(NamedTuple):
 class World:
     """Pools of images that share none, and what three nets make of them."""
 
-    has_adapted_head: dict[str, Pool]
+    pools: dict[str, Pool]
     """'shadow' is the attacker's, 'own' the client's training set, 'others' is in nobody's."""
     small_model: str = "resnet18"
     feature_dim: int = 512
@@ -66,12 +66,12 @@ class World:
             return
         trained_on = {"start": None, "trained": "own", "imitated": "shadow"}
         for name, place in trained_on.items():
-            net = self.start() if place is None else self.learn(self.has_adapted_head[place].first(self.size))
-            for pool in self.has_adapted_head:
-                self.features[name, pool] = inferred(net.eval().embed, self.has_adapted_head[pool].images)
+            net = self.start() if place is None else self.learn(self.pools[place].first(self.size))
+            for pool in self.pools:
+                self.features[name, pool] = inferred(net.eval().embed, self.pools[pool].images)
         vit = FoundationClassifier(VIT, 1)
-        for pool in self.has_adapted_head:
-            self.features["vit", pool] = F.normalize(inferred(vit.frozen_prefix, self.has_adapted_head[pool].images))
+        for pool in self.pools:
+            self.features["vit", pool] = F.normalize(inferred(vit.frozen_prefix, self.pools[pool].images))
         if kept is not None:
             torch.save(self.features, kept)
 
@@ -83,12 +83,12 @@ class World:
     @property
     def size(self) -> int:
         """Samples of the client."""
-        return len(self.has_adapted_head["own"].images)
+        return len(self.pools["own"].images)
 
     @property
     def num_classes(self) -> int:
         """Classes of all pools."""
-        return int(max(pool.labels.max() for pool in self.has_adapted_head.values())) + 1
+        return int(max(pool.labels.max() for pool in self.pools.values())) + 1
 
     def method(self) -> FedLSCL:
         """Fed-LSCL with its defaults and a small frozen ViT."""
@@ -96,7 +96,7 @@ class World:
             foundation=VIT,
             small_model=self.small_model,
             feature_dim=self.feature_dim,
-            small_image_size=self.has_adapted_head["own"].images.shape[-1],
+            small_image_size=self.pools["own"].images.shape[-1],
         )
         return FedLSCL(collaborator=config, local_epochs=self.epochs)
 
@@ -118,7 +118,7 @@ class World:
         return run.clients[0].net
 
 
-def has_adapted_head(data: ImageData, shadow: int, own: int, others: int) -> dict[str, Pool]:
+def draw_pools(data: ImageData, shadow: int, own: int, others: int) -> dict[str, Pool]:
     """Disjoint random parts of the training images, with equally many of each class as far as they go."""
     if (wanted := shadow + own + others) > len(data.train_images):
         raise ValueError(f"{wanted} images are needed, {data.name} has {len(data.train_images)}: ask for fewer.")
