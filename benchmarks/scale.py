@@ -31,6 +31,7 @@ def federation(trainer: dict, method: dict, data: dict) -> dict:
     """Fit Fed-LSCL once in this process; resident memory in MB and seconds after every round."""
     from fedlscl.callbacks import Callback
     from fedlscl.data import SpatialTemporalDataModule
+    from fedlscl.federated.state import RunState
     from fedlscl.federated.trainer import FederatedTrainer
     from fedlscl.methods import FedLSCL
     from fedlscl.nets.collaborator import CollaboratorConfig
@@ -40,14 +41,14 @@ def federation(trainer: dict, method: dict, data: dict) -> dict:
         def __init__(self) -> None:
             self.rows: list[dict] = []
 
-        def on_fit_start(self, trainer: FederatedTrainer) -> None:
+        def on_fit_start(self, run: RunState) -> None:
             self.began = time.perf_counter()
 
-        def on_round_start(self, trainer: FederatedTrainer) -> None:
+        def on_round_start(self, run: RunState) -> None:
             self.round_began = time.perf_counter()
 
-        def on_round_end(self, trainer: FederatedTrainer) -> None:
-            task, round_ = trainer.progress.position
+        def on_round_end(self, run: RunState) -> None:
+            task, round_ = run.progress.position
             seconds = time.perf_counter() - self.round_began
             self.rows.append({"task": task, "round": round_, "seconds": seconds, "rss_mb": resident()})
 
@@ -57,7 +58,7 @@ def federation(trainer: dict, method: dict, data: dict) -> dict:
     federated = FederatedTrainer(accelerator="cpu", callbacks=[meter], **trainer)
     federated.fit(FedLSCL(collaborator=CollaboratorConfig(**shape), **method), SpatialTemporalDataModule(**data))
     client = federated.clients[0]
-    with federated.engine.on_device(client):
+    with federated.run.engine.on_device(client):
         client_mb = client.num_bytes / 1e6
     return {
         "rounds": meter.rows,

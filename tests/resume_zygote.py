@@ -24,7 +24,6 @@ from fedlscl.__main__ import main
 from fedlscl.callbacks.results import Results
 from fedlscl.cli import commands
 from fedlscl.federated import checkpoint, trainer
-from fedlscl.federated import trainer as server
 from fedlscl.modules.learner import Learner
 
 EVENTS: list[str] = []
@@ -54,12 +53,12 @@ def lay_traps(method, deadly):
     before(checkpoint.os, "replace", "file written, not yet in place")
     aggregate = method.aggregate
 
-    def num_synced_rounds(*args):
+    def aggregate_and_happen(*args):
         answers = aggregate(*args)
         happens("server", deadly)
         return answers
 
-    method.aggregate = num_synced_rounds
+    method.aggregate = aggregate_and_happen
     original = checkpoint.write_atomically
 
     def torn(path, *parts, **options):
@@ -121,7 +120,7 @@ def run(arguments, folder, method, deadly, watched, traced=False, full=None):
         commands.observers = lambda: (Results(),)
     lay_traps(getattr(methods, method), deadly)
     if traced:
-        trace(server.Server, "aggregate", "line of the server step", deadly)
+        trace(trainer.FederatedTrainer, "_aggregate", "line of the server step", deadly)
         trace(trainer, "save_checkpoint", "line of saving a checkpoint", deadly)
     if full is not None:
         fill_disk(full)

@@ -35,7 +35,7 @@ def outcome(rate: float, seed: int, rounds: int) -> tuple[str, float]:
         if not str(error).startswith("quorum 1 is not met: 0 of 5 clients answered"):
             raise
         end, trainer = "stopped for want of a quorum", learn(rate, seed, rounds, quorum=0)
-    return end, summary(trainer.matrix, trainer.num_tasks - 1)["class_il/average"]
+    return end, summary(trainer.matrix, trainer.run.num_tasks - 1)["class_il/average"]
 
 
 def learn(rate: float, seed: int, rounds: int, quorum: int) -> FederatedTrainer:

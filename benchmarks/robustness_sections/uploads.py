@@ -1,4 +1,4 @@
-"""Malformed uploads at the door: are all refused, and is the round's result that of a round without the sender?"""
+"""Malformed uploads: are all rejected, and is the round's result that of a round without the sender?"""
 
 import random
 from copy import deepcopy
@@ -33,10 +33,10 @@ class Moment(NamedTuple):
 class Moments(Recorded):
     """Keeps the moments before all server steps."""
 
-    def _server_round(self, uploads: list[Upload]) -> None:
-        state = deepcopy(self.validator.state_dict())
-        self.moments = [*getattr(self, "moments", []), Moment(deepcopy(self.method), state, uploads, self.progress)]
-        super()._server_round(uploads)
+    def _server_step(self, uploads: list[Upload]) -> None:
+        run, state = self.run, deepcopy(self.validator.state_dict())
+        self.moments = [*getattr(self, "moments", []), Moment(deepcopy(run.method), state, uploads, run.progress)]
+        super()._server_step(uploads)
 
 
 def moments_of(name: str, clients: int) -> tuple[Moments, list[Moment]]:
@@ -100,7 +100,7 @@ def step(
 
 
 def norms(validator: UploadValidator) -> dict[str, torch.Tensor]:
-    """What the door remembers."""
+    """Norms that the validator remembers."""
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in validator.norms.items()}
 
 
