@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from fedlscl.__main__ import main
 from fedlscl.cli.commands import Predictor
 from fedlscl.data import load_images
 from fedlscl.data.split import read_manifest, save_manifest
+from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 
 SPLIT = {"num_clients": 2, "num_tasks": 1, "private_classes": 2, "public_classes": 2}
 LEARN = {"local_epochs": 2, "batch_size": 8}
@@ -195,3 +197,31 @@ def test_a_run_without_readouts_names_the_option_that_makes_them(tmp_path, capsy
     assert main(["predict", "--ckpt_path", str(run), *asked]) == 2
     error = capsys.readouterr().err
     assert "readout must be one of own, got 'adapted/lda': train with --trainer.readouts.heads" in error
+
+
+def test_a_readout_is_not_of_a_task_that_has_only_begun(with_readouts, tmp_path, capsys):
+    """Its head knows neither the classes nor the features of that task."""
+    run, png = with_readouts
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint.pt"
+    state = load_last_good(file)
+    save_checkpoint(file, {**state, "progress": [1, 1]})
+    asked = ["predict", "--ckpt_path", str(tmp_path / "run"), "--images", str(png), "--readout"]
+    assert main([*asked, "adapted/lda"]) == 2
+    assert "readout must be own while task 2 is not finished, got 'adapted/lda'" in capsys.readouterr().err
+    assert main([*asked, "own"]) == 0
+
+
+def test_a_run_chosen_on_validation_images_is_tested_on_test_images(tmp_path, capsys):
+    options = {"validation_per_class": 2, "evaluate_on": "validation"}
+    assert main(["fit", *tiny.FEDAVG, *tiny.options("data", options), *tiny.inside(tmp_path)]) == 0
+    run, found = str(tmp_path / "FedAvg/version_0"), []
+    for images in ("validation", "test"):
+        capsys.readouterr()
+        assert main(["test", "--ckpt_path", run, "--data.evaluate_on", images]) == 0
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert f"accuracy on {images} images in percent" in first
+        found.append(rest)
+    assert found[0] != found[1]
+    resumed = ["fit", *tiny.FEDAVG, "--data.validation_per_class", "2", *tiny.inside(tmp_path), "--ckpt_path", run]
+    assert main(resumed) == 2

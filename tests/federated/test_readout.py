@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.federated.method import Progress
+from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
-from fedlscl.federated.readout import ReadoutConfig, client_sums
+from fedlscl.federated.readout import ReadoutConfig, check_widths, client_sums
 from fedlscl.functional.analytic import moment_sums
 from fedlscl.methods import FedNCM, FedRidge
 from fedlscl.testing import Recorded, Stop, Stopped, fake_data
@@ -148,11 +148,20 @@ def test_features_of_small_models(federate):
     assert torch.allclose(gram[: net.foundation.width, : net.foundation.width].trace(), samples / 2, rtol=1e-5)
 
 
-def test_small_models_of_different_widths_are_refused(federate):
+def test_small_models_of_different_widths_are_refused():
+    """Also where a method says that they are equal."""
     method = replace(METHODS["FedLSCL"](), small_models=["test_resnet", "test_efficientnet"])
     config = ReadoutConfig(heads=["ncm"], features=["adapted", "small"])
+    nets = [method.build_net(client, StreamShape(6, 2, 2)) for client in (0, 1)]
     with pytest.raises(ValueError, match=r"readouts.features must be features of one width on all clients, got small"):
-        federate(method, readouts=config)
+        check_widths(config, nets)
+
+
+@pytest.mark.parametrize(("method", "missing"), [("FedAvg", "adapted, frozen"), ("FedNCM", "small")])
+def test_features_that_nets_do_not_have_are_named(federate, caplog, method, missing):
+    features = ["adapted", "frozen"] if method == "FedAvg" else ["frozen", "small"]
+    federate(METHODS[method](), readouts=ReadoutConfig(heads=["ncm"], features=features), max_tasks=1)
+    assert f"the method's nets have no features {missing}, and so no readouts of them" in caplog.text
 
 
 def test_sums_without_noise_are_refused(federate):

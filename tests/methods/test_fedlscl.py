@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from fedlscl.callbacks import Callback
+from fedlscl.federated.client import Client
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
+from fedlscl.federated.readout import ReadoutConfig
 from fedlscl.functional.analytic import unpack_symmetric
 from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
 from fedlscl.functional.objectives import sample_losses
@@ -566,3 +568,55 @@ def test_impossible_factors_are_rejected(make_method, federate, spoil, reason):
 def test_combinations_that_factors_do_not_allow_are_refused(make_method, options, message):
     with pytest.raises(ValueError, match=message):
         make_method({}, **options)
+
+
+@pytest.mark.parametrize("upload", [{"upload_rank": "auto"}, {"upload_rank": 0.9}, {"upload_dtype": "float16"}])
+def test_clients_without_samples_do_not_decide_what_a_usual_norm_is(make_method, federate, make_data, upload):
+    """Two of three clients have no sample of the first task: their factors are zero."""
+    options = {"protocol": "global", "private_classes": 0, "public_classes": 4, "num_clients": 3, "train_per_class": 6}
+    data = make_data(**options, dirichlet_alpha=0.02)
+    empty = [len(data.stream(client).train_ids(0)) == 0 for client in range(3)]
+    assert sum(empty) == 2
+    trainer = federate(make_method(**({"upload_rank": 4} | upload)), data, rounds_per_task=2)
+    free = federate(make_method(**({"upload_rank": 4} | upload)), data, rounds_per_task=2, max_norm_ratio=0)
+    assert trainer.validator.rejected == [] and (trainer.traffic["down"][:, :, 0] > 0).all()
+    for one, other in zip(trainer.clients, free.clients, strict=True):
+        assert all(map(torch.equal, one.net.state_dict().values(), other.net.state_dict().values()))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_norms_are_calibrated_in_the_first_task_that_has_two_images(make_method, make_data, engine, first):
+    method, data = make_method({"freeze_small": True}, calibrate_norm=True), make_data()
+    stream = data.stream(0)
+    few = (stream.train_ids(0).numpy()[:first], stream.train_ids(1).numpy())
+    net = method.build_net(0, StreamShape(6, 2, 2))
+    client = Client(id=0, net=net, data=replace(stream, split=replace(stream.split, train=few)), engine=engine)
+    norm = next(part for part in client.net.small.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    norm.running_mean.fill_(7.0)
+    means = []
+    for task in (0, 1):
+        client.task = task
+        method.begin_task(client)
+        means.append(norm.running_mean.clone())
+    assert (means[0] == 7).all() and not (means[1] == 7).any()
+
+
+def test_clients_that_fuse_generators_all_have_a_cnn_or_none_has(make_method):
+    with pytest.raises(ValueError, match=r"small_models must all be CNNs, or all 'none'.*got none, test_resnet"):
+        make_method(small_models=["none", "test_resnet"])
+    assert make_method(small_models=["none", "test_resnet"], distill=False)
+
+
+@pytest.mark.parametrize("options", [{"small_models": ["test_resnet", "resnet10t"]}, {"shared_initialisation": False}])
+def test_features_of_different_small_models_are_not_added_up(make_method, federate, options):
+    readouts = ReadoutConfig(heads=["ncm"], features=["adapted", "frozen+small"])
+    with pytest.raises(
+        ValueError, match=r"readouts.features must leave out small models that differ.*got frozen\+small"
+    ):
+        federate(make_method(**options), readouts=readouts)
+    federate(make_method(**options), readouts=replace(readouts, features=["adapted"]), max_tasks=1)
+
+
+def test_a_rank_of_true_is_refused(make_method):
+    with pytest.raises(ValueError, match="upload_rank must be an integer >= 1, a share < 1, exact or auto, got True"):
+        make_method(upload_rank=True)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fedlscl.report.groups import classifier, final, grouped
+from fedlscl.report.groups import classifier, final, grouped, inequalities
 from fedlscl.report.runs import read_runs
 
 
@@ -101,3 +102,25 @@ def test_the_published_table_says_that_its_classifiers_differ():
     assert (
         "They do not have the same classifier: fedlscl has trained and closed-form heads, lorm a trained head." in page
     )
+
+
+def test_accuracies_on_validation_and_on_test_images_are_not_ranked_together(four):
+    other = dataclasses.replace(
+        four[2], results={**four[2].results, "data": {**four[2].results["data"], "evaluated_on": "validation"}}
+    )
+    groups = grouped([four[0], other])
+    assert {group.comparable for group in groups} == {"set 1", "set 2"}
+    notes = inequalities(groups)
+    assert any("Accuracy on: test images" in note and "validation images" in note for note in notes)
+
+
+def test_a_run_of_a_version_without_an_option_repeats_one_at_its_default(four):
+    lines = four[1].config.splitlines(keepends=True)
+    older = dataclasses.replace(
+        four[1],
+        config="".join(
+            line for line in lines if not re.match(r" *(evaluate_on|validation_per_class|max_tasks):", line)
+        ),
+    )
+    assert older.config != four[1].config
+    assert [group.seeds for group in grouped([four[0], older])] == [[1, 2]]

@@ -74,7 +74,13 @@ class Predictor:
         net = method.build_net(client, StreamShape(len(manifest.class_names), len(splits), len(splits[0].classes)))
         identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
         state = load_last_good(checkpoint, identity)
-        learned = Progress(*state["progress"]).last_trained_task + 1
+        progress = Progress(*state["progress"])
+        learned = progress.last_trained_task + 1
+        if readout != "own" and progress.round:
+            raise ValueError(
+                f"readout must be own while task {learned} is not finished, got {readout!r}: its sums are taken at the "
+                "end of a task; finish it with fit --ckpt_path."
+            )
         classes = sorted(label for task in manifest.splits[client].classes[:learned] for label in task)
         self.prepared = preparation(manifest)
         self.num_reshaped = 0
@@ -228,7 +234,8 @@ class Commands:
         for client in run.clients:
             client.task = task
             rows.append(runner.evaluate(client))
-        print(f"{checkpoint}: accuracy in percent after {task + 1} of {run.num_tasks} tasks")
+        images = f"{datamodule.evaluate_on} images"
+        print(f"{checkpoint}: accuracy on {images} in percent after {task + 1} of {run.num_tasks} tasks")
         print("\n".join([*accuracy_table(torch.stack(rows)), "", LEGEND]))
 
     validate = test

@@ -30,10 +30,10 @@ DECIDING = (
 
 
 def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]) -> str:
-    """Fingerprint of a run: 'configuration-data-precision', three hashes.
+    """Fingerprint of a run: 'configuration-data-measurement', three hashes.
 
     Data count by pixels, labels, class names and split, weights files by content; paths, names and callbacks do not
-    count. Evaluation compares the first two, so that a run may be tested in another precision.
+    count. Evaluation compares the first two, so that a run may be tested in another precision, or on other images.
 
     Args:
         config: the resolved configuration.
@@ -41,11 +41,13 @@ def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]
         splits: one per client.
     """
     trainer, configuration = config["trainer"], decisive_options(config)
-    for name, default in (("augment", "none"), ("evaluate_on", "test"), ("validation_per_class", 0)):
+    for name, default in (("augment", "none"), ("validation_per_class", 0)):
         if (value := config["data"].get(name, default)) != default:
             configuration[name] = value
-    precision = chosen_precision(trainer["precision"], trainer["accelerator"])
-    return f"{hash_of(configuration)}-{identify_data(fingerprint, splits)}-{hash_of(precision)}"
+    measured: Any = chosen_precision(trainer["precision"], trainer["accelerator"])
+    if (images := config["data"].get("evaluate_on", "test")) != "test":
+        measured = [measured, images]
+    return f"{hash_of(configuration)}-{identify_data(fingerprint, splits)}-{hash_of(measured)}"
 
 
 def decisive_options(config: dict[str, Any]) -> dict[str, Any]:

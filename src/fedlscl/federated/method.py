@@ -201,6 +201,11 @@ class Method(ABC):
         """Whether uploads get noise, which sums of readouts would not have."""
         return False
 
+    @property
+    def has_equal_small_models(self) -> bool:
+        """Whether all clients' small models start from the same weights, so that sums of their features make sense."""
+        return True
+
     def mask_sums(self, client: Client, sums: Payload) -> Payload:
         """A client's masked summands, where ``masks_sums``: int64, of equal shapes on all clients."""
         raise NotImplementedError(f"{type(self).__name__} masks no sums")

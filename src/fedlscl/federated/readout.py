@@ -7,6 +7,7 @@ once follow from sums of disjoint parts, so a readout forgets nothing but what t
 the family is described at `fedlscl.methods.training_free`.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -37,6 +38,7 @@ from fedlscl.functional.analytic import (
 )
 from fedlscl.nets.net import Net
 
+logger = logging.getLogger(__name__)
 ReadoutHead = Literal["lda", "ridge", "ncm"]
 FeatureView = Literal["adapted", "frozen", "small", "frozen+small"]
 
@@ -118,6 +120,11 @@ def check_widths(config: ReadoutConfig, nets: Sequence[Net]) -> dict[str, int]:
         ValueError: if they differ, since sums of different widths do not add up.
     """
     widths = [config.widths(net) for net in nets]
+    missing = [name for name in config.features if config.heads and widths and name not in widths[0]]
+    if missing:
+        logger.warning(
+            f"readouts.features: the method's nets have no features {', '.join(missing)}, and so no readouts of them"
+        )
     for name in widths[0] if widths else ():
         if len(found := {each.get(name) for each in widths}) > 1:
             raise ValueError(

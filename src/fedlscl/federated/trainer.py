@@ -157,6 +157,13 @@ class FederatedTrainer:
                 f"readouts.heads must be empty for a method that adds noise, got {', '.join(self.readouts.heads)}: the "
                 "sums of readouts would be sent without it."
             )
+        small = [name for name in self.readouts.features if "small" in name] if self.readouts.heads else []
+        if small and not method.has_equal_small_models:
+            raise ValueError(
+                "readouts.features must leave out small models that differ between clients, whose features do not add "
+                f"up, got {', '.join(small)}: name others, or give all clients one small model and "
+                "shared_initialisation."
+            )
         datamodule.run_seed = seed
         if method.needs_public_images:
             check_public_images(method, datamodule, is_remote=pool is not None)

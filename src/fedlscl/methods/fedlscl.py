@@ -75,7 +75,7 @@ class FedLSCL(privacy.PrivateSums):
     in training, at test and in all clients, but with MobileNetV3 from scratch it hardly depends on the image. If false,
     the first task updates the statistics of a CNN that is not pretrained."""
     calibrate_norm: bool = False
-    """Before the first task, set BatchNorm's statistics to those of the client's images of that task, once (ours)."""
+    """Before the first task of two or more images, set BatchNorm's statistics to those of these images, once (ours)."""
     balance: bool = True
     """Balance the softmax by the client's samples of each class (ours; not in the paper)."""
     imprint: bool = True
@@ -121,11 +121,16 @@ class FedLSCL(privacy.PrivateSums):
             raise ValueError(f"upload_dtype must be one of {', '.join(DTYPES)}, got {self.upload_dtype!r}.")
         rank = self.upload_rank
         is_rank = rank >= 1 if isinstance(rank, int) else isinstance(rank, float) and 0 < rank < 1
-        if not is_rank and rank not in ("exact", "auto"):
+        if isinstance(rank, bool) or (not is_rank and rank not in ("exact", "auto")):
             raise ValueError(f"upload_rank must be an integer >= 1, a share < 1, exact or auto, got {rank!r}.")
         if rank not in ("exact", "auto") and (self.secure_sum or self.noise_multiplier):
             what = "secure_sum: factors do not add up" if self.secure_sum else "noise, which is of the exact terms"
             raise ValueError(f"upload_rank must be exact with {what}, got {rank!r}.")
+        if self.distill and self.collaborator.collaboration and len({name == "none" for name in self.small_models}) > 1:
+            raise ValueError(
+                "small_models must all be CNNs, or all 'none', for clients to fuse their generators, got "
+                f"{', '.join(self.small_models)}: leave 'none' out, or set distill to false."
+            )
         if self.noise_multiplier and not self.has_unit_features:
             raise ValueError(
                 "noise_multiplier must be 0 with raw features, whose moments have no bound, got "
@@ -136,6 +141,11 @@ class FedLSCL(privacy.PrivateSums):
     @override
     def has_unit_features(self) -> bool:
         return self.collaborator.unit_features
+
+    @property
+    @override
+    def has_equal_small_models(self) -> bool:
+        return self.shared_initialisation and len({*self.small_models}) < 2 and len({*self.small_weights}) < 2
 
     def build_net(self, client: int, stream: StreamShape) -> Collaborator:
         """Build a collaborator with this client's small model."""
@@ -152,7 +162,7 @@ class FedLSCL(privacy.PrivateSums):
         """Imprint the head's rows of the new classes."""
         if self._federates(client.net):
             self.remember_start(client)
-        if self.calibrate_norm and client.task == 0 and client.net.has_small_model:
+        if self.calibrate_norm and client.net.has_small_model and is_first_with_two(client):
             calibrate(client)
         if self.imprint and len(client.train_ids):
             client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
@@ -305,8 +315,9 @@ def packed_factors(factors: Factors, dtype: str) -> Payload:
     payload: Payload = {"trace": factors.trace.float().reshape(1)}
     for name in ("factor", "projected"):
         value = getattr(factors, name)
-        scale = value.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        payload |= {name: (value / scale).to(DTYPES[dtype]), f"{name}_scale": scale.float().reshape(1)}
+        scale = value.abs().max()  # 0 without samples; a positive number in its place would be a norm to compare with
+        rounded = (value / scale.where(scale > 0, 1)).to(DTYPES[dtype])
+        payload |= {name: rounded, f"{name}_scale": scale.float().reshape(1)}
     return payload
 
 
@@ -411,6 +422,12 @@ def warn_if_constant(client: Client, features: Tensor) -> None:
             f"buffer, less than {MIN_SPREAD}, so that it works as a constant: try another small_model, small_weights "
             "or calibrate_norm."
         )
+
+
+def is_first_with_two(client: Client) -> bool:
+    """Whether the task is the client's first one with two images; one image has no variance."""
+    counts = [len(client.data.train_ids(task)) for task in range(client.task + 1)]
+    return counts[-1] > 1 and max(counts[:-1], default=0) < 2
 
 
 @torch.no_grad()

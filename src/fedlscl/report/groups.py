@@ -26,6 +26,8 @@ NOT_A_SETTING = {
 
 Some are options of earlier versions, which configurations of old runs still have.
 """
+NEUTRAL = {"data.evaluate_on": "test", "data.validation_per_class": 0}
+"""Values of newer options with which they change nothing."""
 MAX_NAMED = 3
 """Maximum number of differing options in a group's name."""
 TRAINING_FREE = ("AFCL", "STSA", "STSAE", "FedNCM", "FedRAN", "FedRidge", "FrozenLDA")
@@ -218,7 +220,8 @@ def _terms(run: Run) -> tuple[object, ...]:
     """Conditions that two runs must share to be ranked against each other."""
     data = run.results["data"]
     rounds = run.results["trainer"]["rounds_per_task"]
-    return data["fingerprint"], data["num_clients"], run.planned, run.tasks, rounds, split_hash(run)
+    images = data.get("evaluated_on", "test")
+    return data["fingerprint"], data["num_clients"], run.planned, run.tasks, rounds, split_hash(run), images
 
 
 def classifier(run: Run) -> str:
@@ -241,6 +244,8 @@ def setting(run: Run) -> dict[str, str]:
     """Options that runs of one group share, as text; weights by their hash, the method by its name."""
     options = {name: value for name, value in run.options.items() if name not in NOT_A_SETTING}
     options = {name: value for name, value in options.items() if name.split(".")[-1] != "weights"}
+    # An option that a run's version did not have yet is one at its default, if that changes nothing.
+    options = {name: value for name, value in options.items() if value is not None and NEUTRAL.get(name) != value}
     data, foundation = run.results["data"], run.results.get("foundation") or {}
     hashes = {"data_hash": data.get("fingerprint"), "weights_hash": foundation.get("fingerprint")}
     found = {**options, "method": run.results["method"]["name"], **hashes, "tasks_done": f"{run.tasks} of {run.goal}"}
@@ -268,7 +273,7 @@ def _progress(run: Run) -> str:
     return f"{run.tasks} of {run.planned} tasks"
 
 
-SETS = "Sets differ in data, clients, tasks, rounds per task or split: rank runs only within one set."
+SETS = "Sets differ in data, clients, tasks, rounds per task, split or test images: rank runs only within one set."
 
 
 def inequalities(groups: Sequence[Group]) -> list[str]:
@@ -291,6 +296,7 @@ def inequalities(groups: Sequence[Group]) -> list[str]:
 def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
     data, trainer, foundation = (run.results[name] for name in ("data", "trainer", "foundation"))
     yield "Data set", f"{data['dataset']} {data['fingerprint'][:12]}"
+    yield "Accuracy on", f"{data.get('evaluated_on', 'test')} images"
     yield "Clients", data["num_clients"]
     yield "Finished tasks", f"{run.tasks} of {run.planned}"
     yield "Rounds per task", trainer["rounds_per_task"]
