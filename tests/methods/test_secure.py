@@ -158,3 +158,9 @@ def test_a_first_task_without_a_second_exchange_is_refused():
 def test_one_client_alone_is_refused(run):
     with pytest.raises(ValueError, match="two clients or more"):
         make().aggregate(run.uploads[:1], Progress(0, 0))
+
+
+@pytest.mark.parametrize("options", [{"participation": 0.5}, {"failure_rate": 0.1}])
+def test_rounds_without_some_clients_are_refused_at_the_start(options):
+    with pytest.raises(ValueError, match="participation must be 1 and failure_rate 0 with secure_sum"):
+        learn(make(), **options)

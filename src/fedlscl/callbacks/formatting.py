@@ -137,6 +137,7 @@ def print_table(run: RunState, console: "Console | None" = None) -> None:
     up, down = in_bytes(traffic["up_bytes"]), in_bytes(traffic["down_bytes"])
     facts = {
         "sent": f"{up} up, {down} down by all clients in {rounds} rounds",
+        **({"readouts": f"{in_bytes(traffic['readout_up_bytes'])} of sums up"} if run.readouts.names else {}),
         "parameters": f"{parameter_line(done['parameters'])}, per client",
     }
     if run.run_dir is not None:

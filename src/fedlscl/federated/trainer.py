@@ -157,6 +157,11 @@ class FederatedTrainer:
                 f"readouts.heads must be empty for a method that adds noise, got {', '.join(self.readouts.heads)}: the "
                 "sums of readouts would be sent without it."
             )
+        if method.masks_sums and (self.sampling.participation < 1 or self.sampling.failure_rate > 0):
+            raise ValueError(
+                "participation must be 1 and failure_rate 0 with secure_sum, whose masks cancel out only in the sum of "
+                f"all clients, got {self.sampling.participation:g} and {self.sampling.failure_rate:g}."
+            )
         small = [name for name in self.readouts.features if "small" in name] if self.readouts.heads else []
         if small and not method.has_equal_small_models:
             raise ValueError(
