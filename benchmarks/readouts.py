@@ -13,7 +13,7 @@ import yaml
 from presets import Run, configuration, methods, once
 from sweep import drive
 
-REPEATED = ("fedlscl", "fedlscl_exact", "fedlscl_static", "lorm", "frozenlda")
+REPEATED = ("fedlscl", "fedlscl_exact", "fedlscl_pretrained", "fedlscl_static", "lorm", "frozenlda")
 """What the cpu preset repeats over `TWO`: Fed-LSCL, its controls, LoRM, and the control without training."""
 TWO = (42, 1999)
 READOUTS = ("--trainer.readouts.heads", "[lda]", "--trainer.readouts.features")
@@ -27,7 +27,7 @@ CONTROLS: dict[str, dict[str, str]] = {
     "fedlscl_pretrained": {
         **{f"collaborator.{name}": value for name, value in PRETRAINED.items()},
         "collaborator.small_image_size": "96",
-        "lr": "1e-05",
+        "lr": "0.00001",
     },
 }
 """Fed-LSCL without a small model, with a random one that is not trained, and with a pretrained one, trained slowly."""
