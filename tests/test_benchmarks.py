@@ -34,7 +34,7 @@ def test_damaged_checkpoints_are_noticed(tmp_path):
 
 
 def test_malformed_uploads_change_nothing():
-    for counts in uploads(Notes(), number=2, clients=2).values():
+    for counts in uploads(Notes(), number=2, clients=4).values():
         assert counts["sent"] == counts["refused"] == counts["equal"] == 2
 
 
