@@ -39,6 +39,7 @@ def experiments(options: argparse.Namespace) -> dict[str, list[Run]]:
     """A row for each method of the preset, Fed-LSCL and its controls first."""
     rows: list[Run] = []
     for name in sorted(methods(options.data), key=lambda name: name != "fedlscl"):
+        # JointLSCL trains a new net in every task: sums of earlier tasks are of nets that are gone.
         if not has_vit(name, options) or name == "joint_lscl":
             continue
         rows.append(row(name, name, {}, options))
