@@ -387,5 +387,10 @@ def describe_data(data: SpatialTemporalDataModule, num_tasks: int) -> dict[str, 
         "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
         "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
         "test_samples": [[len(stream.evaluation_ids(task)) for task in tasks] for stream in streams],
-        **({} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}),
+        **evaluated_on(data),
     }
+
+
+def evaluated_on(data: SpatialTemporalDataModule) -> dict[str, str]:
+    """What results say of the images that clients are evaluated on: nothing for test images."""
+    return {} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}

@@ -113,6 +113,23 @@ class ReadoutConfig:
         return {head: solutions[head]() for head in self.heads}
 
 
+def check_readouts(config: ReadoutConfig, method: Method) -> None:
+    """Raise a ValueError where sums of a method's features would break its privacy, or do not add up."""
+    if not config.heads:
+        return
+    if method.adds_noise:
+        raise ValueError(
+            f"readouts.heads must be empty for a method that adds noise, got {', '.join(config.heads)}: the sums of "
+            "readouts would be sent without it."
+        )
+    small = [name for name in config.features if "small" in name]
+    if small and not method.has_equal_small_models:
+        raise ValueError(
+            "readouts.features must leave out small models that differ between clients, whose features do not add up, "
+            f"got {', '.join(small)}: name others, or give all clients one small model and shared_initialisation."
+        )
+
+
 def check_widths(config: ReadoutConfig, nets: Sequence[Net]) -> dict[str, int]:
     """Widths of the features of all clients' nets.
 

@@ -21,7 +21,7 @@ from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload, num_bytes
 from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, train_seeded
-from fedlscl.federated.readout import ReadoutConfig
+from fedlscl.federated.readout import ReadoutConfig, check_readouts
 from fedlscl.federated.state import Callback, RunState, Traffic, count
 from fedlscl.federated.validation import UploadValidator
 
@@ -152,26 +152,15 @@ class FederatedTrainer:
     ) -> None:
         """Build Fabric, the run's state and the clients without training; the method is copied."""
         method = deepcopy(method)
-        if self.readouts.heads and method.adds_noise:
-            raise ValueError(
-                f"readouts.heads must be empty for a method that adds noise, got {', '.join(self.readouts.heads)}: the "
-                "sums of readouts would be sent without it."
-            )
+        check_readouts(self.readouts, method)
         if method.masks_sums and (self.sampling.participation < 1 or self.sampling.failure_rate > 0):
             raise ValueError(
                 "participation must be 1 and failure_rate 0 with secure_sum, whose masks cancel out only in the sum of "
                 f"all clients, got {self.sampling.participation:g} and {self.sampling.failure_rate:g}."
             )
-        small = [name for name in self.readouts.features if "small" in name] if self.readouts.heads else []
-        if small and not method.has_equal_small_models:
-            raise ValueError(
-                "readouts.features must leave out small models that differ between clients, whose features do not add "
-                f"up, got {', '.join(small)}: name others, or give all clients one small model and "
-                "shared_initialisation."
-            )
         datamodule.run_seed = seed
         if method.needs_public_images:
-            check_public_images(method, datamodule, is_remote=pool is not None)
+            check_public_images(method, datamodule)
             method.use_public_images(datamodule.public_images)
         if pool is None:
             datamodule.setup()
@@ -360,11 +349,9 @@ class FederatedTrainer:
         return self.run.history
 
 
-def check_public_images(method: Method, data: SpatialTemporalDataModule, is_remote: bool) -> None:
+def check_public_images(method: Method, data: SpatialTemporalDataModule) -> None:
     """Raise a ValueError where a server has no labelled images to train on, or those that clients are evaluated on."""
     name = type(method).__name__
-    if is_remote:
-        raise ValueError(f"{name} with these options must run in a simulation: its server trains on labelled images.")
     if not data.validation_per_class:
         raise ValueError(
             f"validation_per_class must be >= 1 for {name} with these options, whose server trains on the images held "

@@ -14,7 +14,7 @@ from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.engine import Engine, connect
 from fedlscl.federated.method import Method
 from fedlscl.federated.pool import ClientRunner
-from fedlscl.federated.trainer import FederatedTrainer, check_public_images
+from fedlscl.federated.trainer import FederatedTrainer
 
 NODE_OPTIONS = ("root", "manifest", "cache_dir", "num_workers", "download")
 """Data options that may differ between nodes."""
@@ -40,7 +40,10 @@ class Federation:
                 f"method must not pool the data of all clients, got {type(self.method).__name__}: use fedlscl fit."
             )
         if self.method.needs_public_images:
-            check_public_images(self.method, self.datamodule, is_remote=True)
+            name = type(self.method).__name__
+            raise ValueError(
+                f"{name} with these options must run in a simulation: its server trains on labelled images."
+            )
         self.datamodule.run_seed = self.seed
 
     @property

@@ -19,7 +19,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
-from fedlscl.federated.pool import ClientPool, ClientRunner, Uploads
+from fedlscl.federated.pool import ClientPool, ClientRunner, Uploads, evaluated_on
 from fedlscl.federated.readout import check_widths
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
@@ -327,7 +327,7 @@ class FlowerPool(ClientPool):
             "classes": table("classes"),
             "train_samples": table("train_samples"),
             "test_samples": table("test_samples"),
-            **({} if (images := self.federation.datamodule.evaluate_on) == "test" else {"evaluated_on": images}),
+            **evaluated_on(self.federation.datamodule),
         }
         if not self.run.remote_nets and (stream := self.stream) is not None:
             runner = ClientRunner(self.run.method, self.run.engine, self.run.seed, self.run.readout_config)

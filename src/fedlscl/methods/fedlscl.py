@@ -32,6 +32,7 @@ from fedlscl.modules.collaborative import (
     HEAD_LR,
     CollaborativeModule,
     ContinualFineTuningModule,
+    part_rates,
 )
 from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
@@ -275,7 +276,7 @@ class FedLSCL(privacy.PrivateSums):
             "freeze_norm": self.freeze_norm or client.task > 0 or is_given,
             "counts": self._counts(client, client.train_ids),
         }
-        parts = {"lr_of": {"generator": self.generator_lr, "generator.bias": self.bias_lr, "head": self.head_lr}}
+        parts = {"lr_of": part_rates(**self._rates())}
         if self.continual == "lwf" and client.previous is not None:
             teacher = client.previous, client.old, self.lwf_alpha, 2.0
             return DistillationModule(client.net, *teacher, client.classes, **parts, **rates)

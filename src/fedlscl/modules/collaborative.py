@@ -50,7 +50,7 @@ class CollaborativeModule(ClassificationModule):
     ) -> None:
         """``net`` is a collaborator, or its description in a checkpoint."""
         net = as_collaborator(net)
-        parts = {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
+        parts = part_rates(generator_lr, bias_lr, head_lr)
         super().__init__(net, classes, counts, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
         rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
         self.save_hyperparameters({"net": describe(net), **rates, "freeze_norm": freeze_norm})
@@ -89,7 +89,7 @@ class ContinualFineTuningModule(Learner):
         be among them.
         """
         net, previous = as_collaborator(net), as_collaborator(previous)
-        parts = {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
+        parts = part_rates(generator_lr, bias_lr, head_lr)
         super().__init__(net, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
         weights = {"lambda_features": lambda_features, "lambda_lora": lambda_lora, "consistent_bias": consistent_bias}
         rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
@@ -128,6 +128,11 @@ class ContinualFineTuningModule(Learner):
         index = torch.searchsorted(self.kept_ids, batch.ids).clamp_max(len(self.kept_ids) - 1)
         features = self.kept_features[index]
         return features, net.generator(features)
+
+
+def part_rates(generator_lr: float, bias_lr: float, head_lr: float) -> dict[str, float]:
+    """Learning rates of a collaborator's parts other than the CNN, as `Learner` takes them."""
+    return {"generator": generator_lr, "generator.bias": bias_lr, "head": head_lr}
 
 
 def describe(net: Collaborator) -> dict[str, Any]:
