@@ -351,17 +351,11 @@ class FederatedTrainer:
 
 def check_public_images(method: Method, data: SpatialTemporalDataModule) -> None:
     """Raise a ValueError where a server has no labelled images to train on, or those that clients are evaluated on."""
-    name = type(method).__name__
+    whose = f"{type(method).__name__} with these options, whose server trains on the validation images"
     if not data.validation_per_class:
-        raise ValueError(
-            f"validation_per_class must be >= 1 for {name} with these options, whose server trains on the images held "
-            "out, got 0."
-        )
+        raise ValueError(f"validation_per_class must be >= 1 for {whose}, got 0.")
     if data.evaluate_on == "validation":
-        raise ValueError(
-            f"evaluate_on must be 'test' for {name} with these options, whose server trains on the validation images, "
-            "got 'validation'."
-        )
+        raise ValueError(f"evaluate_on must be 'test' for {whose}, got 'validation'.")
 
 
 def train_server(method: Method, seed: int, uploads: list[Upload], progress: Progress, train_stage: TrainStage) -> None:
