@@ -5,11 +5,10 @@ from hypothesis import settings
 from lightning.fabric import Fabric
 
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.engine import Engine
+from fedlscl.federated.engine import Engine, PrefixCache
 from fedlscl.federated.trainer import FederatedTrainer
-from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import CollaboratorConfig
+from fedlscl.nets.net import SmallClassifier
 from fedlscl.nets.vit import FoundationConfig
 
 torch.set_num_threads(1)

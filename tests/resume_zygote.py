@@ -24,7 +24,7 @@ from fedlscl.__main__ import main
 from fedlscl.callbacks.results import Results
 from fedlscl.cli import commands
 from fedlscl.federated import checkpoint, trainer
-from fedlscl.modules.learner import Learner
+from fedlscl.modules import Learner
 
 EVENTS: list[str] = []
 COUNTS: Counter[str] = Counter()

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import fedlscl
+from fedlscl.federated.trainer import FederatedTrainer
+from fedlscl.testing import fake_data
+from tiny_methods import METHODS
 
 ROOT = Path(fedlscl.__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
@@ -70,7 +73,7 @@ def imported(path, everywhere=True):
 
 def test_the_walk_finds_imports():
     assert "nets/vit.py" in set(imported("nets/collaborator.py"))
-    assert "functional/objectives.py" in set(imported("modules/learner.py"))
+    assert "functional/objectives.py" in set(imported("modules.py"))
     assert len(FILES) > 40 and layer("methods/fedavg.py") == 4 and layer("functional/objectives.py") == 0
 
 
@@ -96,6 +99,30 @@ def test_files_are_named_after_an_idea():
     assert not {Path(path).stem for path in FILES} & {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
+@pytest.mark.parametrize(("name", "most"), [("FedAvg", 10), ("FedLSCL", 12)])
+def test_few_files_from_a_round_to_its_first_loss(name, most):
+    visited = {}
+
+    def record(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT):
+            visited.setdefault(path.relative_to(ROOT).as_posix())
+            if frame.f_code.co_name == "cross_entropy":
+                raise InterruptedError
+
+    class Traced(FederatedTrainer):
+        def _round(self, progress):
+            sys.setprofile(record)
+            try:
+                super()._round(progress)
+            finally:
+                sys.setprofile(None)
+
+    with pytest.raises(InterruptedError):
+        Traced(accelerator="cpu", rounds_per_task=1).fit(METHODS[name](), fake_data())
+    assert "functional/objectives.py" in visited and len(visited) <= most, list(visited)
+
+
 def test_the_package_stays_small():
-    assert len(FILES) <= 75
+    assert len(FILES) <= 71
     assert sum(len((ROOT / path).read_text().splitlines()) for path in FILES) <= 17400

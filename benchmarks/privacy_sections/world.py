@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.data.images import ImageData
+from fedlscl.data.loader import ImageData
 from fedlscl.federated.method import StreamShape
 from fedlscl.federated.pool import Turn, seed_turn
 from fedlscl.methods import FedLSCL

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedlscl.nets.cnn import SmallModel
+from fedlscl.nets.net import SmallModel
 
 from .clock import side_by_side
 from .literal import literal_path

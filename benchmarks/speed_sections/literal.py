@@ -13,9 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fedlscl.modules.collaborative import ContinualFineTuningModule
-from fedlscl.nets.cnn import SmallModel
-from fedlscl.nets.net import prepare
+from fedlscl.modules import ContinualFineTuningModule
+from fedlscl.nets.net import SmallModel, prepare
 from fedlscl.nets.vit import Foundation
 
 

@@ -18,8 +18,7 @@ def measure() -> list[dict]:
     """Resident memory of clients that have been on the device and came back, by client."""
     from lightning.fabric import Fabric
 
-    from fedlscl.federated.cache import PrefixCache
-    from fedlscl.federated.engine import Engine
+    from fedlscl.federated.engine import Engine, PrefixCache
     from fedlscl.federated.method import StreamShape
 
     shape = CollaboratorConfig(foundation=FoundationConfig(name="deit_tiny_patch16_224", weights="random"))

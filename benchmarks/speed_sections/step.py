@@ -9,10 +9,9 @@ from lightning.fabric import Fabric
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.engine import Engine
+from fedlscl.federated.engine import Engine, PrefixCache
 from fedlscl.federated.method import Stage
-from fedlscl.modules.collaborative import CollaborativeModule
+from fedlscl.modules import CollaborativeModule
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.vit import FoundationConfig
 

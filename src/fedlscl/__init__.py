@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from fedlscl.federated.trainer import FederatedTrainer
     from fedlscl.functional.distillation import one_by_one_distill
     from fedlscl.methods.fedlscl import FedLSCL
-    from fedlscl.modules.collaborative import CollaborativeModule, ContinualFineTuningModule
+    from fedlscl.modules import CollaborativeModule, ContinualFineTuningModule
     from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
     from fedlscl.nets.vit import FoundationConfig
 
 _MODULES = {
     "Collaborator": "fedlscl.nets.collaborator",
     "CollaboratorConfig": "fedlscl.nets.collaborator",
-    "CollaborativeModule": "fedlscl.modules.collaborative",
-    "ContinualFineTuningModule": "fedlscl.modules.collaborative",
+    "CollaborativeModule": "fedlscl.modules",
+    "ContinualFineTuningModule": "fedlscl.modules",
     "FedLSCL": "fedlscl.methods.fedlscl",
     "FederatedTrainer": "fedlscl.federated.trainer",
     "FoundationConfig": "fedlscl.nets.vit",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedlscl.callbacks.results import Flops, flops_by_client, flops_per_image
-from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
+from fedlscl.nets.net import SmallClassifier
 
 TOKENS, WIDTH, DEPTH, PATCH = 5, 64, 6, 16
 """Of the tiny ViT: a class token and four patches of 16 pixels."""

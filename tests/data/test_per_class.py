@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.data.images import first_per_class, split_per_class
+from fedlscl.data.loader import first_per_class, split_per_class
 
 labels = st.lists(st.integers(0, 4), min_size=1, max_size=60).map(np.array)
 

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from lightning.fabric import Fabric
 
 from fedlscl.data import Batch
-from fedlscl.federated import cache as module
-from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.engine import Engine
-from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.federated import engine as module
+from fedlscl.federated.engine import Engine, PrefixCache
 from fedlscl.nets.collaborator import Collaborator
+from fedlscl.nets.net import SmallClassifier
 
 ROW_BYTES = 5 * 64 * 4
 """Five tokens of width 64 in single precision."""

@@ -4,13 +4,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.client import Client
-from fedlscl.federated.engine import Engine
+from fedlscl.federated.engine import Engine, PrefixCache
 from fedlscl.federated.method import Stage
-from fedlscl.modules.learner import ClassificationModule, Learner
-from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.modules import ClassificationModule, Learner
 from fedlscl.nets.collaborator import Collaborator
+from fedlscl.nets.net import SmallClassifier
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision as StockMixedPrecision
 
 from fedlscl.federated.engine import INITIAL_SCALE, Engine
 from fedlscl.federated.method import Stage
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 from fedlscl.nets.vit import FoundationClassifier
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fedlscl.federated.cache import FileRows, MemoryRows, checksum
+from fedlscl.federated.engine import FileRows, MemoryRows, checksum
 
 SHAPE = (3, 4)
 CHUNKS = {0: slice(0, 5), 1: slice(5, 8)}
@@ -59,7 +59,7 @@ def test_one_changed_byte_and_the_chunk_does_not_count(tmp_path, damaged):
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from fedlscl.federated import cache as store
+from fedlscl.federated import engine as store
 rows = store.FileRows(Path(sys.argv[1]) / "a.tokens", 2, 8, (3, 4), torch.bfloat16)
 rows.put(0, slice(0, 5), torch.ones(5, 3, 4))
 store.checksum = lambda values: os.kill(os.getpid(), signal.SIGKILL)

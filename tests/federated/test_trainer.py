@@ -10,7 +10,7 @@ from fedlscl.federated.payload import Upload, num_bytes
 from fedlscl.federated.pool import LocalPool
 from fedlscl.federated.trainer import FederatedTrainer, aggregate
 from fedlscl.methods import EWC, FedAvg, FedLSCL, FedNCM, Local, LwF
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 from tiny_methods import METHODS
 
 TASKS, ROUNDS = 2, 2

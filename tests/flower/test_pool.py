@@ -11,7 +11,7 @@ from flwr.app import Message
 from absences import NamedAbsences
 from fedlscl.callbacks.results import write_results
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.data.images import names_hash
+from fedlscl.data.loader import names_hash
 from fedlscl.federated.checkpoint import load_checkpoint
 from fedlscl.federated.method import Progress
 from fedlscl.federated.readout import ReadoutConfig

@@ -4,9 +4,8 @@ import torch
 from fedlscl.federated.client import Client
 from fedlscl.methods import EWC, FedAvg
 from fedlscl.methods.fedavg import ANCHOR, FISHER, consolidate, consolidated, fisher_diagonal
-from fedlscl.modules.learner import ClassificationModule, ConsolidationModule
-from fedlscl.nets.cnn import SmallClassifier
-from fedlscl.nets.net import Classification, Net
+from fedlscl.modules import ClassificationModule, ConsolidationModule
+from fedlscl.nets.net import Classification, Net, SmallClassifier
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from fedlscl.callbacks import Callback
 from fedlscl.federated.method import StreamShape
 from fedlscl.methods import EWC, FedAvg, FedProx, Local, LwF
-from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.nets.net import SmallClassifier
 from fedlscl.nets.vit import FoundationClassifier
 
 

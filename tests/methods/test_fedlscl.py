@@ -14,8 +14,16 @@ from fedlscl.functional.distillation import Factors, one_by_one_distill, second_
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import FedLSCL, fedlscl
 from fedlscl.methods.fedlscl import draw_per_class, feature_moment, packed_factors, unpacked_factors, updated_buffer
-from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule, ContinualFineTuningModule
-from fedlscl.modules.learner import LR, ConsolidationModule, DistillationModule
+from fedlscl.modules import (
+    BIAS_LR,
+    GENERATOR_LR,
+    HEAD_LR,
+    LR,
+    CollaborativeModule,
+    ConsolidationModule,
+    ContinualFineTuningModule,
+    DistillationModule,
+)
 
 M = 3
 RATES = {"generator": GENERATOR_LR, "generator.bias": BIAS_LR, "head": HEAD_LR}

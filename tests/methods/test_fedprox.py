@@ -2,7 +2,7 @@ import torch
 
 from fedlscl.federated.client import Client
 from fedlscl.methods import FedProx
-from fedlscl.modules.learner import ProximalModule, trainable
+from fedlscl.modules import ProximalModule, trainable
 
 
 def test_every_round_is_anchored_at_the_weights_just_received(federate, small):

@@ -11,7 +11,7 @@ from fedlscl.methods.fedweit import (
     pack_sparse,
     unpack_sparse,
 )
-from fedlscl.nets.cnn import SmallClassifier
+from fedlscl.nets.net import SmallClassifier
 from reference import fedweit
 
 SHAPE = {"num_tasks": 3, "num_clients": 2, "threshold": 1e-3}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.functional.objectives import cross_entropy, retention
 from fedlscl.methods.fedweit import DecomposedClassifier, DecompositionModule
 from reference import fedweit

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.functional.objectives import compensation_weights
 from fedlscl.methods.glfc import CompensationModule
 from fedlscl.nets.net import Classification, Net

@@ -1,7 +1,7 @@
 import torch
 
 from fedlscl.methods import LwF
-from fedlscl.modules.learner import ClassificationModule, DistillationModule
+from fedlscl.modules import ClassificationModule, DistillationModule
 
 
 def test_the_teacher_is_the_global_net_at_the_end_of_the_last_task(federate, small):

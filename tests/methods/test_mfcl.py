@@ -4,7 +4,7 @@ import torch
 from fedlscl.methods import MFCL, FedAvg
 from fedlscl.methods.mfcl import NET, MimickingModule
 from fedlscl.methods.target import CLASSES
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 from tiny_methods import SMALL, SYNTHESIS
 
 TINY = {"synthesis_steps": 3, "replay_size": 8, **SYNTHESIS}

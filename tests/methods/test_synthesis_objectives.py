@@ -13,7 +13,7 @@ from fedlscl.methods.target import (
     Synthesizer,
     SyntheticDistillationModule,
 )
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 
 CLASSES = torch.tensor([1, 4])
 

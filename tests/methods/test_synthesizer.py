@@ -15,7 +15,7 @@ from fedlscl.methods.target import (
     norm_distance,
     norm_statistics,
 )
-from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
+from fedlscl.nets.net import MEAN, STD, SmallClassifier
 from reference import synthesis as literal
 
 

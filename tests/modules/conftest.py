@@ -3,16 +3,17 @@ from copy import deepcopy
 import pytest
 import torch
 
-from fedlscl.modules.collaborative import CollaborativeModule, ContinualFineTuningModule
-from fedlscl.modules.learner import (
+from fedlscl.modules import (
     ClassificationModule,
+    CollaborativeModule,
     ConsolidationModule,
+    ContinualFineTuningModule,
     DistillationModule,
     ProximalModule,
     trainable,
 )
-from fedlscl.nets.cnn import SmallClassifier
 from fedlscl.nets.collaborator import Collaborator
+from fedlscl.nets.net import SmallClassifier
 from fedlscl.nets.vit import FoundationClassifier
 
 NUM_CLASSES = 6

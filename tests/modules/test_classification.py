@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlscl.federated.method import Stage
-from fedlscl.modules.learner import (
+from fedlscl.modules import (
     ClassificationModule,
     ConsolidationModule,
     DistillationModule,

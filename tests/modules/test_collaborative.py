@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedlscl.federated.method import Stage
-from fedlscl.modules.collaborative import CollaborativeModule, as_collaborator, describe
+from fedlscl.modules import CollaborativeModule, as_collaborator, describe
 from fedlscl.nets.collaborator import Collaborator
 from reference import objectives as literal
 

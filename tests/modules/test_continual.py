@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fedlscl.federated.method import Stage
-from fedlscl.modules.collaborative import ContinualFineTuningModule
+from fedlscl.modules import ContinualFineTuningModule
 from fedlscl.nets.collaborator import Collaborator
 from reference import objectives as literal
 

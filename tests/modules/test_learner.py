@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedlscl.data import Batch
 from fedlscl.federated.method import Stage
-from fedlscl.modules.learner import ClassificationModule, as_batch
+from fedlscl.modules import ClassificationModule, as_batch
 from fedlscl.nets.net import Frozen
 from fedlscl.nets.vit import fingerprint
 

@@ -10,7 +10,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from fedlscl import SpatialTemporalDataModule
-from fedlscl.nets.cnn import MEAN, STD, ProjectedFeatures, SmallClassifier, SmallModel
+from fedlscl.nets.net import MEAN, STD, ProjectedFeatures, SmallClassifier, SmallModel
 
 WIDTHS = {
     "resnet18": 512,

@@ -5,7 +5,7 @@ import torch
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.method import StreamShape
 from fedlscl.methods import FedAvg
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 
 
 def build():

@@ -35,8 +35,7 @@ from fedlscl.federated.metrics import (
     to_json,
 )
 from fedlscl.federated.state import RunState
-from fedlscl.nets.cnn import SmallModel
-from fedlscl.nets.net import Net
+from fedlscl.nets.net import Net, SmallModel
 
 COSTS_SCHEMA = 1
 

@@ -26,7 +26,8 @@ from fedlscl.cli.runs import (
 from fedlscl.data import Batch, SpatialTemporalDataModule
 from fedlscl.data.folders import ENDINGS, find_images
 from fedlscl.data.images import centre_crop, covering, read_image
-from fedlscl.data.split import check_integers, preparation, read_manifest
+from fedlscl.data.loader import check_integers
+from fedlscl.data.split import preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import connect
 from fedlscl.federated.method import Method, Progress, StreamShape

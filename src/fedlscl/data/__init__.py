@@ -12,8 +12,7 @@ from fedlscl.data.datasets import (
     TorchDatasets,
     load_images,
 )
-from fedlscl.data.images import Batch, ImageData
-from fedlscl.data.loader import Buffer, EvenBatches, batches, lowest_loss
+from fedlscl.data.loader import Batch, Buffer, EvenBatches, ImageData, batches, lowest_loss
 from fedlscl.data.split import ClientSplit, dirichlet_split, load_manifest, save_manifest, spatial_temporal_split
 
 __all__ = [

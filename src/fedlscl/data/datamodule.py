@@ -11,11 +11,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from fedlscl.data.datasets import ImageSource, check_sizes, load_images
-from fedlscl.data.images import Batch, ImageData
-from fedlscl.data.loader import Augment, batches
+from fedlscl.data.loader import Augment, Batch, ImageData, batches, check_integers
 from fedlscl.data.split import (
     ClientSplit,
-    check_integers,
     check_split,
     dirichlet_split,
     held_out,

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from fedlscl.data.folders import Files, imagenet_r_folder, list_folder
-from fedlscl.data.images import ImageData, centre_crop, decode, first_per_class, split_per_class
-from fedlscl.data.split import check_integers
+from fedlscl.data.images import centre_crop, decode
+from fedlscl.data.loader import ImageData, check_integers, first_per_class, split_per_class
 
 MAX_SIDE, MAX_FAKE_BYTES = 4096, 2**31
 """Largest image_size in pixels, and most bytes of 'fake' images (ours)."""

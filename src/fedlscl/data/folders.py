@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from lightning.fabric.utilities import rank_zero_warn
 
-from fedlscl.data.images import split_per_class
+from fedlscl.data.loader import split_per_class
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 ENDINGS = ", ".join(sorted(SUFFIXES))

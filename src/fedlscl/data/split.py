@@ -5,13 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlscl.data.images import plain_name
+from fedlscl.data.loader import check_integers, plain_name
 
 # One independent random stream per purpose: changing one draw leaves the others as they were.
 CLASS_ORDER, TASK_ORDER, SAMPLES, VALIDATION = range(4)
@@ -219,15 +218,6 @@ def check_split(
             f"dirichlet_alpha must be in (0, {MAX_DIRICHLET_ALPHA:g}], got {dirichlet_alpha}: 1 gives uneven shares, "
             "1000 nearly even ones."
         )
-
-
-def check_integers(low: int, high: int | None = None, /, **values: int | None) -> None:
-    """Raise a ValueError that names the first value that is not an integer in range; None is an option left out."""
-    for name, value in values.items():
-        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if value is not None and not (is_whole and low <= value <= (value if high is None else high)):
-            bounds = f">= {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name} must be {'' if is_whole else 'an integer '}{bounds}, got {value}.")
 
 
 def _check_equal_tasks(what: str, num_classes: int, num_tasks: int) -> None:

@@ -21,7 +21,7 @@ from fedlscl.functional.aggregation import (
     trimmed_mean,
     weighted_average,
 )
-from fedlscl.modules.learner import LR, ClassificationModule, Learner
+from fedlscl.modules import LR, ClassificationModule, Learner
 from fedlscl.nets.net import Net
 
 Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]

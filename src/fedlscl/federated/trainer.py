@@ -12,10 +12,9 @@ import torch
 from lightning.fabric.loggers.logger import Logger
 
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.cache import PrefixCache
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client, ClientOffloader
-from fedlscl.federated.engine import Engine, Precision, Ranks, chosen_precision, connect
+from fedlscl.federated.engine import Engine, Precision, PrefixCache, Ranks, chosen_precision, connect
 from fedlscl.federated.loggers import LoggerCallback
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix

@@ -10,8 +10,7 @@ import torch
 from fedlscl.cli.app import build
 from fedlscl.cli.runs import decisive_options, hash_of
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.cache import PrefixCache
-from fedlscl.federated.engine import Engine, connect
+from fedlscl.federated.engine import Engine, PrefixCache, connect
 from fedlscl.federated.method import Method
 from fedlscl.federated.pool import ClientRunner
 from fedlscl.federated.trainer import FederatedTrainer

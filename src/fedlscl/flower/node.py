@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlscl.cli.runs import identify_data
-from fedlscl.data.images import names_hash
+from fedlscl.data.loader import names_hash
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import StreamShape

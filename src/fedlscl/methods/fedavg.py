@@ -12,15 +12,14 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import sample_losses
-from fedlscl.modules.learner import (
+from fedlscl.modules import (
     ClassificationModule,
     ConsolidationModule,
     DistillationModule,
     ProximalModule,
     trainable,
 )
-from fedlscl.nets.cnn import SmallClassifier
-from fedlscl.nets.net import Net
+from fedlscl.nets.net import Net, SmallClassifier
 from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
 
 

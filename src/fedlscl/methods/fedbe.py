@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 from fedlscl.nets.net import Classification, Net, make_head
 from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
 

@@ -25,16 +25,18 @@ from fedlscl.functional.distillation import Factors, one_by_one_distill, second_
 from fedlscl.functional.objectives import sample_losses
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.modules.collaborative import (
+from fedlscl.modules import (
     BIAS_LR,
     CONSISTENCY,
     GENERATOR_LR,
     HEAD_LR,
     CollaborativeModule,
+    ConsolidationModule,
     ContinualFineTuningModule,
+    DistillationModule,
+    Learner,
     part_rates,
 )
-from fedlscl.modules.learner import ConsolidationModule, DistillationModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 

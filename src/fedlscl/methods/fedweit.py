@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import masked_average
 from fedlscl.functional.objectives import retention
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules.learner import ClassificationModule
-from fedlscl.nets.cnn import SmallModel
-from fedlscl.nets.net import Classification, LinearHead, Net
+from fedlscl.modules import ClassificationModule
+from fedlscl.nets.net import Classification, LinearHead, Net, SmallModel
 
 UNKNOWN = -100.0
 """Log-probability of a class of no task so far."""

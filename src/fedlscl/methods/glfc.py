@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.data import Buffer
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Progress, Stage
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import compensation_weights
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules.learner import Learner
-from fedlscl.nets.cnn import SmallClassifier
-from fedlscl.nets.net import Frozen, Net
+from fedlscl.modules import Learner
+from fedlscl.nets.net import Frozen, Net, SmallClassifier
 
 BEST = "best."
 """Prefix in a client's memory: the best model of the current task."""

@@ -16,8 +16,7 @@ from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules.collaborative import BIAS_LR, GENERATOR_LR, HEAD_LR, CollaborativeModule
-from fedlscl.modules.learner import ClassificationModule, Learner
+from fedlscl.modules import BIAS_LR, GENERATOR_LR, HEAD_LR, ClassificationModule, CollaborativeModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 

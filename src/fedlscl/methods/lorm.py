@@ -24,7 +24,7 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import is_gram, pack_symmetric, unpack_symmetric
-from fedlscl.modules.learner import ClassificationModule
+from fedlscl.modules import ClassificationModule
 from fedlscl.nets.lora_vit import LoraViT, OneTask
 from fedlscl.nets.net import Net, make_head
 from fedlscl.nets.vit import FoundationConfig, foundation

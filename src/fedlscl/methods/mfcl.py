@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Stage
 from fedlscl.federated.payload import Payload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods.target import CLASSES, SYNTHESIS, DataFree, GeneratorWithTeacher, Statistics, Synthesizer
-from fedlscl.modules.learner import ClassificationModule, Learner
-from fedlscl.nets.cnn import SmallClassifier
-from fedlscl.nets.net import Frozen, Net, fit
+from fedlscl.modules import ClassificationModule, Learner
+from fedlscl.nets.net import Frozen, Net, SmallClassifier, fit
 
 NET = SYNTHESIS + "net."
 """Prefix of the synthesizer's weights in a payload and in a client's memory."""

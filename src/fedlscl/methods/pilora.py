@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import weighted_average
 from fedlscl.functional.objectives import cross_entropy
-from fedlscl.modules.learner import Learner
+from fedlscl.modules import Learner
 from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation

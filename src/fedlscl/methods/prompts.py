@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, PublicImages, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
-from fedlscl.modules.learner import ClassificationModule, Learner
+from fedlscl.modules import ClassificationModule, Learner
 from fedlscl.nets.net import Frozen, LinearHead, Net, prepare
 from fedlscl.nets.vit import (
     Foundation,

@@ -21,15 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.data.images import Batch
+from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import cross_entropy, knowledge_distillation
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules.learner import ClassificationModule, Learner
-from fedlscl.nets.cnn import MEAN, STD, SmallClassifier
-from fedlscl.nets.net import Frozen, Net
+from fedlscl.modules import ClassificationModule, Learner
+from fedlscl.nets.net import MEAN, STD, Frozen, Net, SmallClassifier
 
 
 class Synthesizer(nn.Module):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.nets.cnn import ProjectedFeatures, SmallModel
-from fedlscl.nets.net import make_head
+from fedlscl.nets.net import ProjectedFeatures, SmallModel, make_head
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, LowRankShape, foundation, split_lora
 
 GeneratorStart = Literal["split", "per_image"]

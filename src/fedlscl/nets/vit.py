@@ -3,10 +3,8 @@
 LoRA: Hu et al., ICLR 2022, arXiv 2106.09685.
 """
 
-import difflib
 import hashlib
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from timm.models import VisionTransformer, build_model_with_cfg, generate_defaul
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.nets.net import Classification, Net, make_head, prepare
+from fedlscl.nets.net import Classification, Net, check_timm_name, first_line, make_head, prepare
 
 GLYPH_WEIGHTS = Path(__file__).with_name("glyph_vit.safetensors")
 """Weights in float16 without a classification head; they load strictly into the model with `num_classes=0`."""
@@ -473,21 +471,3 @@ def _without_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             "tensors: keep one model's."
         )
     return {name.removeprefix(found[0]): value for name, value in state.items()} if found else state
-
-
-def check_timm_name(name: str, field: str) -> None:
-    """Raise ValueError for a name that timm does not know, with the nearest known ones."""
-    import timm
-
-    if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5))
-        raise ValueError(
-            f"{field} {name!r} is unknown to timm: {'did you mean ' + near if near else 'see timm.list_models()'}."
-        )
-
-
-def first_line(error: Exception) -> str:
-    """Message of another library's error in at most 160 characters, cut at a word, without a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
-    return textwrap.shorten(line.rstrip("."), 160, placeholder=" ...")
