@@ -1,16 +1,12 @@
 """Client sampling with named absences."""
 
-from dataclasses import dataclass
 
-from fedlscl.federated.trainer import ClientSampling
+def leave_out(trainer, absences):
+    """Leave out the given (client, task, round) triples besides those that a trainer leaves out."""
+    sample = trainer.sample_clients
 
+    def sample_clients(num_clients, seed, progress):
+        sampled = sample(num_clients, seed, progress)
+        return [client for client in sampled if (client, *progress.position) not in absences]
 
-@dataclass(frozen=True, kw_only=True)
-class NamedAbsences(ClientSampling):
-    """Leaves out the given (client, task, round) triples besides."""
-
-    absences: frozenset = frozenset()
-
-    def sample(self, num_clients, seed, progress):
-        sampled = super().sample(num_clients, seed, progress)
-        return [client for client in sampled if (client, *progress.position) not in self.absences]
+    trainer.sample_clients = sample_clients

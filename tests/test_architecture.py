@@ -17,6 +17,7 @@ ROOT = Path(fedlscl.__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 LAYERS = {
     "functional": 0,
+    "options": 0,
     "data": 1,
     "nets": 1,
     "modules": 2,

@@ -79,7 +79,7 @@ def refused(tmp_path, capsys):
         ("--trainer.rounds_per_task", "argument --trainer.rounds_per_task: expected one argument"),
         ("--trainer.rounds_per_task 0", "rounds_per_task must be >= 1, got 0."),
         ("--method.lr 0", "lr must be > 0, got 0.0."),
-        ("--method.batch_size 0", "batch_size must be > 0, got 0."),
+        ("--method.batch_size 0", "batch_size must be >= 1, got 0."),
         ("--method.generator_lr -1", "generator_lr must be > 0, got -1.0."),
         ("--method.lambda_proximal 0", "lambda_proximal must be > 0, got 0.0."),
         ("--method.buffer_per_class -1", "buffer_per_class must be >= 0, got -1."),

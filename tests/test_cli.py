@@ -136,7 +136,7 @@ def test_help_of_a_command_explains_groups_and_options(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: fedlscl {command} [--config FILE]")
-    assert "communication rounds between two tasks" in text
+    assert "Communication rounds between two tasks" in text
     assert "--ckpt_path" in text
 
 

@@ -181,10 +181,10 @@ def test_random_features_replace_the_width(federate, foundation_config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": ["svm"]}, r"readouts.heads must be different ones of lda, ridge, ncm, got \['svm'\]"),
+        ({"heads": ["svm"]}, r"readouts.heads must be one of lda, ridge, ncm, got \['svm'\]"),
         ({"heads": ["lda", "lda"]}, "readouts.heads must be different ones"),
         ({"heads": ["lda"], "features": []}, "readouts.features must name features"),
-        ({"features": ["raw"]}, "readouts.features must be different ones of adapted, frozen"),
+        ({"features": ["raw"]}, "readouts.features must be one of adapted, frozen"),
         ({"random_features": -1}, "readouts.random_features must be >= 0, got -1"),
         ({"shrinkage": 0.0}, r"readouts.shrinkage must be in \(0, 1\], got 0.0"),
         ({"ridge": 0.0}, "readouts.ridge must be > 0, got 0.0"),

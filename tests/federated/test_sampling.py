@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from fedlscl.callbacks import Callback
 from fedlscl.federated.method import Progress
-from fedlscl.federated.trainer import ClientSampling
+from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.testing import Recorded, fake_data
 from tiny_methods import METHODS
 
@@ -14,24 +14,24 @@ PLACES = [Progress(task, round_) for task in range(4) for round_ in range(50)]
 
 @given(st.floats(0.01, 1), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_as_many_are_asked_as_the_share_says(participation, clients, seed):
-    participants = ClientSampling(participation=participation).sample(clients, seed, Progress(1, 2))
+    participants = FederatedTrainer(participation=participation).sample_clients(clients, seed, Progress(1, 2))
     assert len(participants) == max(1, round(participation * clients))
     assert participants == sorted(set(participants)) and set(participants) <= set(range(clients))
 
 
 def test_everybody_comes_unless_told_otherwise():
-    assert ClientSampling().sample(5, 42, Progress(0, 0)) == [0, 1, 2, 3, 4]
+    assert FederatedTrainer().sample_clients(5, 42, Progress(0, 0)) == [0, 1, 2, 3, 4]
 
 
 def test_each_round_draws_anew_and_alike_for_the_same_seed():
-    half = ClientSampling(participation=0.5)
-    draws = [tuple(half.sample(10, 42, place)) for place in PLACES]
-    assert draws == [tuple(half.sample(10, 42, place)) for place in PLACES]
+    half = FederatedTrainer(participation=0.5)
+    draws = [tuple(half.sample_clients(10, 42, place)) for place in PLACES]
+    assert draws == [tuple(half.sample_clients(10, 42, place)) for place in PLACES]
     assert len(set(draws)) > len(draws) / 2 and {client for draw in draws for client in draw} == set(range(10))
 
 
 def test_failures_come_as_often_as_asked():
-    attended = [len(ClientSampling(failure_rate=0.3).sample(10, 42, place)) for place in PLACES]
+    attended = [len(FederatedTrainer(failure_rate=0.3).sample_clients(10, 42, place)) for place in PLACES]
     assert abs(sum(attended) / (10 * len(PLACES)) - 0.7) < 0.03
 
 
@@ -41,7 +41,7 @@ def test_failures_come_as_often_as_asked():
 def test_what_makes_no_sense_is_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
-        ClientSampling(**options)
+        FederatedTrainer(**options)
 
 
 class Absences(Callback):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import malformed
-from absences import NamedAbsences
+from absences import leave_out
 from fedlscl import methods
 from fedlscl.callbacks.results import Results
 from fedlscl.callbacks.tensorboard import TensorBoard
@@ -74,7 +74,7 @@ def test_malformed_uploads_are_refused_and_the_others_pass(kind, run):
 def without_one(four):
     """A run that one client misses in the last round, without that client."""
     trainer = Recorded()
-    trainer.sampling = NamedAbsences(absences=frozenset({(2, 1, 1)}))
+    leave_out(trainer, frozenset({(2, 1, 1)}))
     trainer.fit(FAST["FedAvg"](), deepcopy(four))
     trainer.clients.pop(2)
     assert trainer.validator.rejected == []
@@ -99,7 +99,7 @@ def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four, without_one):
 def test_who_misses_a_whole_task_comes_back(name, federate):
     """No honest upload is refused, whoever was there when."""
     trainer = Recorded(rounds_per_task=1)
-    trainer.sampling = NamedAbsences(absences=frozenset({(1, 0, 0)}))
+    leave_out(trainer, frozenset({(1, 0, 0)}))
     trainer.fit(METHODS[name](), fake_data())
     assert trainer.validator.rejected == []
     assert [len(answers) for answers in trainer.answers] == [1, 2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flwr.app import Message
 
-from absences import NamedAbsences
+from absences import leave_out
 from fedlscl.callbacks.results import write_results
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.data.loader import names_hash
@@ -165,7 +165,7 @@ def test_a_node_that_is_away_misses_its_round_as_in_simulation(network, federate
     served = made.fit(deadline=3.0)
     absences = frozenset({(1, 0, 1)})
     trainer = FederatedTrainer(rounds_per_task=2, accelerator="cpu")
-    trainer.sampling = NamedAbsences(absences=absences)
+    leave_out(trainer, absences)
     trainer.fit(small(), made.federation().datamodule)
     same_run(served, trainer)
     assert json.loads((served.run_dir / "network.json").read_text())[1]["missed"] == [1]

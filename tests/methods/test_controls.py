@@ -173,9 +173,9 @@ def test_impossible_statistics_are_rejected(foundation_config, method, name, rea
         (AFCL, {"gamma": 0}, "gamma must be > 0, got 0"),
         (FrozenLDA, {"shrinkage": 0}, r"shrinkage must be in \(0, 1\], got 0"),
         (FedRidge, {"ridge": -1}, "ridge must be > 0, got -1"),
-        (STSA, {"width": 0}, "width must be > 0, got 0"),
-        (STSAE, {"groups": 0}, "groups must be > 0, got 0"),
-        (FedRAN, {"rank": 0}, "rank must be > 0, got 0"),
+        (STSA, {"width": 0}, "width must be >= 1, got 0"),
+        (STSAE, {"groups": 0}, "groups must be >= 1, got 0"),
+        (FedRAN, {"rank": 0}, "rank must be >= 1, got 0"),
     ],
 )
 def test_invalid_options_are_refused(method, options, message):

@@ -196,5 +196,5 @@ def test_competing_prototypes_matter_from_the_second_task_on(make, federate):
 
 
 def test_an_unknown_set_of_prototypes_is_refused(make):
-    with pytest.raises(ValueError, match="competing must be seen or task, got 'all'"):
+    with pytest.raises(ValueError, match="competing must be one of seen, task, got 'all'"):
         make(competing="all")

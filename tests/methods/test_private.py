@@ -66,7 +66,7 @@ def test_what_travels_is_clipped_and_noisy():
         ({"noise_multiplier": -1.0}, "noise_multiplier must be >= 0, got -1.0"),
         ({"noise_multiplier": float("nan")}, "noise_multiplier must be >= 0, got nan"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),
-        ({"noise_delta": 1.0}, "noise_delta must be between 0 and 1, got 1.0"),
+        ({"noise_delta": 1.0}, "noise_delta must be in \\(0, 1\\), got 1.0"),
     ],
 )
 def test_noise_that_cannot_be_counted_is_refused(options, message):

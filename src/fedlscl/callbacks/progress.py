@@ -16,7 +16,7 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Stage
 from fedlscl.federated.metrics import summary
 from fedlscl.federated.state import Callback, RunState, extrapolated
-from fedlscl.federated.trainer import ClientSampling, FederatedTrainer
+from fedlscl.federated.trainer import FederatedTrainer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -204,10 +204,10 @@ def forecast(
     few._splits, few.num_clients = [datamodule.splits[client] for client in chosen], len(chosen)
     short, rehearsal = copy(trainer), _Rehearsal(trainer.cache_gb > 0)
     short.rounds_per_task, short.max_tasks = min(ROUNDS, trainer.rounds_per_task), min(TASKS, num_tasks)
-    short.sampling, short.max_norm_ratio = ClientSampling(quorum=0), 0.0
+    short.participation, short.failure_rate, short.quorum, short.max_norm_ratio = 1.0, 0.0, 0, 0
     short.callbacks, short.run_dir, short.devices = [rehearsal], None, 1
     short.fit(method, few, seed)
-    participation, up, down, seconds = trainer.sampling.participation, 0.0, 0.0, 0.0
+    participation, up, down, seconds = trainer.participation, 0.0, 0.0, 0.0
     senders = len(images) * participation / len(chosen)
     for task in range(num_tasks):
         known = min(task, len(rehearsal.tasks) - 1)

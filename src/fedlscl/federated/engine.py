@@ -202,8 +202,6 @@ def connect(accelerator: str, devices: int, precision: Precision, deterministic:
     Raises:
         ValueError: if this machine lacks the accelerator or does not support the precision.
     """
-    if devices < 1:
-        raise ValueError(f"devices must be >= 1, got {devices}.")
     has_cuda = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_cuda:
         raise ValueError(f"accelerator must be cpu or auto on a machine without CUDA, got {accelerator!r}.")

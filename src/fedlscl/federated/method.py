@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from fedlscl.functional.aggregation import (
 )
 from fedlscl.modules import LR, ClassificationModule, Learner
 from fedlscl.nets.net import Net
+from fedlscl.options import Count, Interval, Positive, check_options
 
 Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]
 """How a server averages uploads."""
@@ -99,35 +100,27 @@ class Method(ABC):
     """Whether the server reads its clients' data, which requires all clients in one process."""
     averages: ClassVar[bool] = False
     """Whether an overridden ``aggregate`` calls ``self.average``, so that ``aggregation`` has an effect."""
-    lr: float = LR
+    lr: Positive = LR
     """Learning rate of Adam, which restarts in every round (Sec. 5.1.3)."""
-    local_epochs: int = 5
+    local_epochs: Count = 5
     """Epochs of a stage in one round (ours; not in the paper)."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images per step (ours; not in the paper)."""
     head_aggregation: Literal["classwise", "average"] = "classwise"
     """Weights of uploaded heads: each row by the samples of its class (ours), or all rows by all samples (FedAvg)."""
     aggregation: Aggregation = "mean"
     """How uploads are averaged; all but mean are robust and weight all clients equally (docs/robustness.md)."""
-    trim: float = 0.2
+    trim: Annotated[float, Interval("[0, 0.5)")] = 0.2
     """Fraction of the clients that ``trimmed_mean`` drops at either end, rounded up."""
 
     def __post_init__(self) -> None:
-        """Validate the options."""
-        for name in ("lr", "local_epochs", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
-        if self.aggregation not in get_args(Aggregation):
-            raise ValueError(
-                f"aggregation must be one of {', '.join(get_args(Aggregation))}, got {self.aggregation!r}."
-            )
+        """Check the options; ranges and choices are those of their annotations."""
+        check_options(self)
         if self.aggregation != "mean" and not (self.averages or type(self).aggregate is Method.aggregate):
             raise ValueError(
                 f"aggregation must be mean for {type(self).__name__}, whose server does not average as FedAvg's, got "
                 f"{self.aggregation!r}."
             )
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim must be in [0, 0.5), got {self.trim}.")
 
     @abstractmethod
     def build_net(self, client: int, stream: StreamShape) -> Net:

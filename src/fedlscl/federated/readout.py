@@ -10,7 +10,7 @@ the family is described at `fedlscl.methods.training_free`.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from fedlscl.functional.analytic import (
     unpack_symmetric,
 )
 from fedlscl.nets.net import Net
+from fedlscl.options import Interval, Positive, Whole, check_options
 
 logger = logging.getLogger(__name__)
 ReadoutHead = Literal["lda", "ridge", "ncm"]
@@ -54,27 +55,21 @@ class ReadoutConfig:
     """adapted: the input of the net's own head; frozen: the features of the frozen ViT without adaptation; small: the
     pooled features of the small model; frozen+small: both, each scaled to unit norm. Nets without a part leave its
     features out."""
-    random_features: int = 0
+    random_features: Whole = 0
     """Width of a fixed random projection with ReLU before the heads (RanPAC, arXiv 2307.02251); 0 for none."""
-    shrinkage: float = 0.2
+    shrinkage: Annotated[float, Interval("(0, 1]")] = 0.2
     """Shrinkage of the covariance of lda, in (0, 1]."""
-    ridge: float = 0.01
+    ridge: Positive = 0.01
     """Regularisation of ridge, relative to the mean eigenvalue of the Gram matrix."""
 
     def __post_init__(self) -> None:
-        """Validate the options."""
-        for name, known in (("heads", get_args(ReadoutHead)), ("features", get_args(FeatureView))):
+        check_options(self, "readouts.")
+        for name in ("heads", "features"):
             values = list(getattr(self, name))
-            if set(values) - set(known) or len(set(values)) < len(values):
-                raise ValueError(f"readouts.{name} must be different ones of {', '.join(known)}, got {values}.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"readouts.{name} must be different ones, got {values}.")
         if self.heads and not self.features:
             raise ValueError("readouts.features must name features for the heads, got none.")
-        if self.random_features < 0:
-            raise ValueError(f"readouts.random_features must be >= 0, got {self.random_features}.")
-        if not 0 < self.shrinkage <= 1:
-            raise ValueError(f"readouts.shrinkage must be in (0, 1], got {self.shrinkage}.")
-        if not self.ridge > 0:
-            raise ValueError(f"readouts.ridge must be > 0, got {self.ridge}.")
 
     def widths(self, net: Net) -> dict[str, int]:
         """Widths of the features that a net has, by name in the order of ``features``; none without heads or a ViT."""

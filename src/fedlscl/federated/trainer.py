@@ -3,9 +3,9 @@
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,89 +23,58 @@ from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed
 from fedlscl.federated.readout import ReadoutConfig, check_readouts
 from fedlscl.federated.state import Callback, RunState, Traffic, count
 from fedlscl.federated.validation import UploadValidator
+from fedlscl.options import Count, Interval, NonNegative, Positive, Whole, check_options
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FederatedTrainer:
-    """Trains a method over clients, tasks and rounds.
+    """Trains a method over clients, tasks and rounds."""
 
-    Args:
-        rounds_per_task: communication rounds between two tasks (R; 5 in the paper).
-        server_every: whether the server aggregates in every 'round', or once per 'task' (Algorithm 1 as printed).
-        accelerator: hardware to train on, as in Fabric: auto, cpu, gpu, cuda, mps.
-        devices: number of processes that the clients are distributed over, one device (or share of a CPU) each.
-        precision: 32-true, bf16-mixed, or 16-mixed on CUDA; auto is bf16-mixed where the hardware has it.
-        deterministic: on a GPU, use operations whose results repeat to the bit, where torch has them; slower.
-        cache_gb: memory for frozen ViT tokens, which are computed once per image; 0 disables the cache.
-        clients_gb: memory for idle clients; beyond it the least recently used ones are offloaded to disk.
-        checkpoint_every: rounds between two checkpoints; the end of a task always writes one.
-        participation: fraction of the clients that are sampled in a round.
-        failure_rate: probability that a sampled client fails in a round: it does not train and gets no response.
-        quorum: minimum number of uploads for a round to be aggregated; 0 skips the aggregation of an empty round.
-        max_norm_ratio: reject an uploaded tensor whose norm exceeds this multiple of the running median; 0 disables.
-        upload_gb: largest accepted upload.
-        max_tasks: stop after this many tasks; all if left out.
-        readouts: closed-form classifiers on the features of any method, beside its own head.
-        default_root_dir: folder of all runs.
-        name: name of the run's folder; by default the method's name.
-        callbacks: further callbacks, called after the built-in ones.
-        loggers: Lightning loggers, which get the same scalars as TensorBoard.
-    """
+    rounds_per_task: Count = 5
+    """Communication rounds between two tasks (R; 5 in the paper)."""
+    server_every: Literal["round", "task"] = "round"
+    """Whether the server aggregates in every 'round', or once per 'task' (Algorithm 1 as printed)."""
+    accelerator: str = "auto"
+    """Hardware to train on, as in Fabric: auto, cpu, gpu, cuda, mps."""
+    devices: Count = 1
+    """Number of processes that the clients are distributed over, one device (or share of a CPU) each."""
+    precision: Precision = "32-true"
+    """32-true, bf16-mixed, or 16-mixed on CUDA; auto is bf16-mixed where the hardware has it."""
+    deterministic: bool = False
+    """On a GPU, use operations whose results repeat to the bit, where torch has them; slower."""
+    cache_gb: NonNegative = 4.0
+    """Memory for frozen ViT tokens, which are computed once per image; 0 disables the cache."""
+    clients_gb: NonNegative = 16.0
+    """Memory for idle clients; beyond it the least recently used ones are offloaded to disk."""
+    checkpoint_every: Count = 1
+    """Rounds between two checkpoints; the end of a task always writes one."""
+    participation: Annotated[float, Interval("(0, 1]")] = 1.0
+    """Fraction of the clients that are sampled in a round; at least one is."""
+    failure_rate: Annotated[float, Interval("[0, 1)")] = 0.0
+    """Probability that a sampled client fails in a round: it does not train and gets no response."""
+    quorum: Whole = 1
+    """Minimum number of uploads for a round to be aggregated; 0 skips the aggregation of an empty round."""
+    max_norm_ratio: Annotated[float, Interval("[1, inf)")] | Literal[0] = 1000.0
+    """Reject an uploaded tensor whose norm exceeds this multiple of the running median; 0 disables."""
+    upload_gb: Positive = 1.0
+    """Largest accepted upload."""
+    max_tasks: Count | None = None
+    """Stop after this many tasks; all if left out."""
+    readouts: ReadoutConfig = field(default_factory=ReadoutConfig)
+    """Closed-form classifiers on the features of any method, beside its own head."""
+    default_root_dir: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """Name of the run's folder; by default the method's name."""
+    callbacks: Sequence[Callback] = ()
+    """Further callbacks, called after the built-in ones."""
+    loggers: Sequence[Logger] = ()
+    """Lightning loggers, which get the same scalars as TensorBoard."""
 
-    def __init__(
-        self,
-        *,
-        rounds_per_task: int = 5,
-        server_every: Literal["round", "task"] = "round",
-        accelerator: str = "auto",
-        devices: int = 1,
-        precision: Precision = "32-true",
-        deterministic: bool = False,
-        cache_gb: float = 4.0,
-        clients_gb: float = 16.0,
-        checkpoint_every: int = 1,
-        participation: float = 1.0,
-        failure_rate: float = 0.0,
-        quorum: int = 1,
-        max_norm_ratio: float = 1000.0,
-        upload_gb: float = 1.0,
-        max_tasks: int | None = None,
-        readouts: ReadoutConfig | None = None,
-        default_root_dir: str = "runs",
-        name: str | None = None,
-        callbacks: list[Callback] | None = None,
-        loggers: list[Logger] | None = None,
-    ) -> None:
-        for field, value in (
-            ("rounds_per_task", rounds_per_task),
-            ("checkpoint_every", checkpoint_every),
-            ("max_tasks", 1 if max_tasks is None else max_tasks),
-        ):
-            if value < 1:
-                raise ValueError(f"{field} must be >= 1, got {value}.")
-        for field, value in (("cache_gb", cache_gb), ("clients_gb", clients_gb)):
-            if not value >= 0:
-                raise ValueError(f"{field} must be >= 0, got {value}.")
-        if not (max_norm_ratio == 0 or max_norm_ratio >= 1):
-            raise ValueError(f"max_norm_ratio must be 0 or >= 1, got {max_norm_ratio}.")
-        if not upload_gb > 0:
-            raise ValueError(f"upload_gb must be > 0, got {upload_gb}.")
-        self.rounds_per_task = rounds_per_task
-        self.server_every = server_every
-        self.accelerator = accelerator
-        self.devices = devices
-        self.precision: Precision = chosen_precision(precision, accelerator)
-        self.deterministic = deterministic
-        self.cache_gb = cache_gb
-        self.clients_gb = clients_gb
-        self.checkpoint_every = checkpoint_every
-        self.sampling = ClientSampling(participation=participation, failure_rate=failure_rate, quorum=quorum)
-        self.max_norm_ratio = max_norm_ratio
-        self.upload_gb = upload_gb
-        self.max_tasks = max_tasks
-        self.readouts = readouts or ReadoutConfig()
-        self.default_root_dir = default_root_dir
-        self.name = name
-        self.callbacks: Sequence[Callback] = [*([LoggerCallback(loggers)] if loggers else []), *(callbacks or [])]
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.precision = chosen_precision(self.precision, self.accelerator)
+        self.callbacks = [*([LoggerCallback(self.loggers)] if self.loggers else []), *self.callbacks]
         self.run_dir: Path | None = None
         self.identity = ""
 
@@ -152,10 +121,10 @@ class FederatedTrainer:
         """Build Fabric, the run's state and the clients without training; the method is copied."""
         method = deepcopy(method)
         check_readouts(self.readouts, method)
-        if method.masks_sums and (self.sampling.participation < 1 or self.sampling.failure_rate > 0):
+        if method.masks_sums and (self.participation < 1 or self.failure_rate > 0):
             raise ValueError(
                 "participation must be 1 and failure_rate 0 with secure_sum, whose masks cancel out only in the sum of "
-                f"all clients, got {self.sampling.participation:g} and {self.sampling.failure_rate:g}."
+                f"all clients, got {self.participation:g} and {self.failure_rate:g}."
             )
         datamodule.run_seed = seed
         if method.needs_public_images:
@@ -248,7 +217,7 @@ class FederatedTrainer:
     def _round(self, progress: Progress) -> None:
         run = self.run
         run.progress = progress
-        run.participants = self.sampling.sample(run.num_clients, run.seed, progress)
+        run.participants = self.sample_clients(run.num_clients, run.seed, progress)
         self._call("on_round_start")
         aggregates = self.server_every == "round" or progress.last
         uploads, unreadable = self.pool.train(progress, run.participants, with_uploads=aggregates)
@@ -258,6 +227,19 @@ class FederatedTrainer:
             self._server_step(uploads)
         self._call("on_round_end")
 
+    def sample_clients(self, num_clients: int, seed: int, progress: Progress) -> list[int]:
+        """Sorted ids of the participants of a round, without those that fail, drawn from the run's seed alone.
+
+        Example:
+            >>> FederatedTrainer(participation=0.5).sample_clients(4, 42, Progress(0, 0))
+            [1, 2]
+        """
+        entropy = [seed, Turn.SAMPLING, progress.task, progress.round]
+        generator = np.random.default_rng(np.random.SeedSequence(entropy))
+        sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
+        fails = generator.random(num_clients) < self.failure_rate
+        return sorted(int(client) for client in sampled if not fails[client])
+
     def _server_step(self, uploads: list[Upload]) -> None:
         """Validate and count the uploads, train at the server where the method does, aggregate and respond."""
         run, progress = self.run, self.run.progress
@@ -265,7 +247,12 @@ class FederatedTrainer:
             count(run.traffic, "up", upload.client, progress, upload.payload)
         run.validator.stream = self.pool.stream
         uploads = run.validator.filter(uploads, progress)
-        self.sampling.check_quorum(len(uploads), run.num_clients, progress)
+        if len(uploads) < self.quorum:
+            raise ValueError(
+                f"quorum {self.quorum} is not met: {len(uploads)} of {run.num_clients} clients answered in task "
+                f"{progress.task + 1}, round {progress.round + 1}; lower --trainer.quorum, or continue from the last "
+                "checkpoint when more clients are available."
+            )
         if not any(upload.num_samples for upload in uploads):
             return
         answers = self._aggregate(uploads)
@@ -380,45 +367,3 @@ def aggregate(method: Method, seed: int, uploads: list[Upload], progress: Progre
             f"got {len(answers)}: return them in the order of the uploads."
         )
     return {upload.client: answer for upload, answer in zip(uploads, answers, strict=True)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientSampling:
-    """Samples the participants of each round from the run's seed alone."""
-
-    participation: float = 1.0
-    """Fraction of the clients that are sampled; at least one is."""
-    failure_rate: float = 0.0
-    """Probability that a sampled client fails: it does not train and gets no response."""
-    quorum: int = 1
-    """Minimum number of uploads for a round to be aggregated."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.participation <= 1:
-            raise ValueError(f"participation must be in (0, 1], got {self.participation}.")
-        if not 0 <= self.failure_rate < 1:
-            raise ValueError(f"failure_rate must be in [0, 1), got {self.failure_rate}.")
-        if self.quorum < 0:
-            raise ValueError(f"quorum must be >= 0, got {self.quorum}.")
-
-    def sample(self, num_clients: int, seed: int, progress: Progress) -> list[int]:
-        """Sorted ids of the participants of a round.
-
-        Example:
-            >>> ClientSampling(participation=0.5).sample(4, 42, Progress(0, 0))
-            [1, 2]
-        """
-        entropy = [seed, Turn.SAMPLING, progress.task, progress.round]
-        generator = np.random.default_rng(np.random.SeedSequence(entropy))
-        sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
-        fails = generator.random(num_clients) < self.failure_rate
-        return sorted(int(client) for client in sampled if not fails[client])
-
-    def check_quorum(self, num_uploads: int, num_clients: int, progress: Progress) -> None:
-        """Raise a ValueError if there are fewer uploads than the quorum."""
-        if num_uploads < self.quorum:
-            raise ValueError(
-                f"quorum {self.quorum} is not met: {num_uploads} of {num_clients} clients answered in task "
-                f"{progress.task + 1}, round {progress.round + 1}; lower --trainer.quorum, or continue from the last "
-                "checkpoint when more clients are available."
-            )

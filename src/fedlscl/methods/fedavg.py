@@ -21,6 +21,7 @@ from fedlscl.modules import (
 )
 from fedlscl.nets.net import Net, SmallClassifier
 from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
+from fedlscl.options import Count, NonNegative, Positive
 
 
 @dataclass(kw_only=True)
@@ -36,7 +37,7 @@ class FedAvg(Method):
 
     small_model: str = "resnet18"
     """The CNN, any timm name with feature maps."""
-    small_image_size: int = 224
+    small_image_size: Count = 224
     """Its input size in pixels."""
     pretrained: bool = False
     """Start the CNN from timm's weights."""
@@ -81,7 +82,7 @@ class FedProx(FedAvg):
         "MLSys 2020", "1812.06127", trains="as FedAvg, pulled towards the global weights", uploads="all that is trained"
     )
 
-    mu: float = 0.01
+    mu: NonNegative = 0.01
     """Weight of the proximal term; under Adam it is not comparable with the paper's SGD values."""
 
     @override
@@ -106,11 +107,11 @@ class EWC(FedAvg):
         "PNAS 2017", "1612.00796", trains="as FedAvg, with a Fisher penalty", uploads="all that is trained"
     )
 
-    strength: float = 100.0
+    strength: NonNegative = 100.0
     """lambda of the penalty lambda / 2 sum F (w - w*)^2."""
-    gamma: float = 1.0
+    gamma: NonNegative = 1.0
     """Decay of earlier tasks' Fisher."""
-    fisher_samples: int = 200
+    fisher_samples: Count = 200
     """Training samples of a task from which the Fisher is estimated (ours)."""
 
     @override
@@ -179,9 +180,9 @@ class LwF(FedAvg):
         "TPAMI 2017", "1606.09282", trains="as FedAvg, distilling the previous model", uploads="all that is trained"
     )
 
-    alpha: float = 1.0
+    alpha: NonNegative = 1.0
     """Weight of the distillation, which carries the factor T^2."""
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """T of both softmaxes."""
 
     @override

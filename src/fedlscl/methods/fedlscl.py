@@ -10,7 +10,7 @@ closed form with a scale-free lambda, secure sums, noise.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from fedlscl.modules import (
 )
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
+from fedlscl.options import Count, Interval, NonNegative, Positive, Whole
 
 AUTO_RANK = 4
 """Rank of the factors that are sent by default (ours; measured in docs/costs.md)."""
@@ -67,11 +68,11 @@ class FedLSCL(privacy.PrivateSums):
     """Small models assigned to the clients in turn, instead of collaborator.small_model (Fig. 4)."""
     small_weights: Sequence[str] = ()
     """Weights files assigned to the clients in turn, instead of collaborator.small_weights."""
-    generator_lr: float = GENERATOR_LR
+    generator_lr: Positive = GENERATOR_LR
     """Learning rate of Phi, the generator's part that depends on the image (ours; not in the paper)."""
-    bias_lr: float = BIAS_LR
+    bias_lr: Positive = BIAS_LR
     """Learning rate of b, the generator's part that all images share (ours; not in the paper)."""
-    head_lr: float = HEAD_LR
+    head_lr: Positive = HEAD_LR
     """Learning rate of the head (ours; not in the paper)."""
     freeze_norm: bool = True
     """Keep the CNN's BatchNorm in eval mode (fixed running statistics) from the first task (ours): E has the same scale
@@ -85,17 +86,17 @@ class FedLSCL(privacy.PrivateSums):
     """Set a new class's head row to its mean feature at the task's start; a linear head ignores it (ours)."""
     continual: Literal["replay", "ewc", "lwf", "none"] = "replay"
     """Stage 2 (Eq. 4), or its replacement (end of Sec. 4.3)."""
-    buffer_per_class: int = 20
+    buffer_per_class: Whole = 20
     """M: samples of lowest loss kept of each class (Fig. 5)."""
     replay_current: bool = True
     """Mix as many samples per class of the current task into Stage 2 (ours; the paper replays the buffer alone)."""
-    lambda_features: float = CONSISTENCY
+    lambda_features: NonNegative = CONSISTENCY
     """Weight of ||E - E'||^2 in Eq. 4 (its value is not in the paper)."""
-    lambda_lora: float = CONSISTENCY
+    lambda_lora: NonNegative = CONSISTENCY
     """Weight of ||W - W'||^2 in Eq. 4 (its value is not in the paper)."""
     consistent_bias: bool = True
     """If false, ||W - W'||^2 leaves out b, the part of W that all images share (ours)."""
-    upload_rank: int | float | Literal["exact", "auto"] = "auto"
+    upload_rank: Count | Annotated[float, Interval("(0, 1)")] | Literal["exact", "auto"] = "auto"
     """What clients and server send of C and C Phi for Eq. 5: their best approximation of a rank (1 and more), or of a
     share of C's trace (below 1); 'exact' all of it; 'auto' rank 4, or all where that is smaller or where masks or noise
     need it (ours; see docs/costs.md)."""
@@ -103,30 +104,19 @@ class FedLSCL(privacy.PrivateSums):
     """Numbers of the factors; their largest values are sent apart in float32 (ours)."""
     distill: bool = True
     """One-by-One Distillation at the server; without it clients keep their own generators (Table 2)."""
-    lambda_proximal: float = 1.0
+    lambda_proximal: Positive = 1.0
     """lambda of Eq. 5, relative to the mean eigenvalue of the others' moments (ours)."""
     shared_initialisation: bool = True
     """All clients with the same small model start from the same weights (ours; not in the paper)."""
-    ewc_strength: float = 100.0
+    ewc_strength: NonNegative = 100.0
     """Penalty of continual 'ewc'."""
-    lwf_alpha: float = 1.0
+    lwf_alpha: NonNegative = 1.0
     """Weight of continual 'lwf'."""
 
     def __post_init__(self) -> None:
         """Check options before a run depends on them."""
         super().__post_init__()
-        for name in ("generator_lr", "bias_lr", "head_lr", "lambda_proximal"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
-        if self.buffer_per_class < 0:
-            raise ValueError(f"buffer_per_class must be >= 0, got {self.buffer_per_class}.")
-        if self.upload_dtype not in DTYPES:
-            raise ValueError(f"upload_dtype must be one of {', '.join(DTYPES)}, got {self.upload_dtype!r}.")
-        rank = self.upload_rank
-        is_rank = rank >= 1 if isinstance(rank, int) else isinstance(rank, float) and 0 < rank < 1
-        if isinstance(rank, bool) or (not is_rank and rank not in ("exact", "auto")):
-            raise ValueError(f"upload_rank must be an integer >= 1, a share < 1, exact or auto, got {rank!r}.")
-        if rank not in ("exact", "auto") and (self.secure_sum or self.noise_multiplier):
+        if (rank := self.upload_rank) not in ("exact", "auto") and (self.secure_sum or self.noise_multiplier):
             what = "secure_sum: factors do not add up" if self.secure_sum else "noise, which is of the exact terms"
             raise ValueError(f"upload_rank must be exact with {what}, got {rank!r}.")
         if self.distill and self.collaborator.collaboration and len({name == "none" for name in self.small_models}) > 1:

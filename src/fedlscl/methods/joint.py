@@ -19,6 +19,7 @@ from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import BIAS_LR, GENERATOR_LR, HEAD_LR, ClassificationModule, CollaborativeModule, Learner
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
+from fedlscl.options import Positive
 
 TRAINER = 0
 """The client whose net is trained on the pool."""
@@ -81,11 +82,11 @@ class JointLSCL(_Pool):
 
     collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
     """The net."""
-    generator_lr: float = GENERATOR_LR
+    generator_lr: Positive = GENERATOR_LR
     """Learning rate of the generator's part that depends on the image."""
-    bias_lr: float = BIAS_LR
+    bias_lr: Positive = BIAS_LR
     """Learning rate of the part that all images share."""
-    head_lr: float = HEAD_LR
+    head_lr: Positive = HEAD_LR
     """Learning rate of the head."""
 
     @override

@@ -14,7 +14,7 @@ the down-projections A, so that every merge has one solution. Deviations from th
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from typing_extensions import override
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import is_gram, pack_symmetric, unpack_symmetric
+from fedlscl.functional.analytic import is_gram, pack_symmetric, packed_size, unpack_symmetric
 from fedlscl.modules import ClassificationModule
 from fedlscl.nets.lora_vit import LoraViT, OneTask
 from fedlscl.nets.net import Net, make_head
 from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.options import Count, Interval
 
 # RegMean (Jin et al., ICLR 2023, arXiv 2212.09849). A Gram G = X X^T is a matrix (d, d), or its diagonal (d,) alone.
 
@@ -125,19 +126,19 @@ class LoRM(Method):
         "ICLR 2025", "2410.17961", "one LoRA factor per round, head; frozen ViT", "that factor, head, Gram statistics"
     )
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per step."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
-    rank: int = 16
+    rank: Count = 16
     """LoRA rank; the scale alpha / rank is one."""
     blocks: Sequence[int] | None = None
     """Adapted blocks, counted from 0; all if None."""
     targets: Sequence[str] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     """Adapted linear layers of a block."""
-    alpha_backbone: float = 0.0
+    alpha_backbone: Annotated[float, Interval("[0, 1]")] = 0.0
     """alpha_G of the ViT's layers: weight of a Gram's off-diagonal entries; if 0, only diagonals are kept and sent."""
-    alpha_head: float = 0.5
+    alpha_head: Annotated[float, Interval("[0, 1]")] = 0.5
     """alpha_G of the head."""
     gram_model: Literal["trained", "prediction"] = "trained"
     """Whose inputs the Grams are of: the net with the task's module alone, or the one that predicts (released code)."""
@@ -189,14 +190,14 @@ class LoRM(Method):
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         factor = factor_of_round(upload.round)
         expected = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
-        sizes = {"gram.head": _packed_size(net.head.weight.shape[1])}
+        sizes = {"gram.head": packed_size(net.head.weight.shape[1])}
         for n, layer in enumerate(net.lora):
             expected[f"lora.{n}.{factor}.{upload.task}"] = getattr(layer, factor)[upload.task]
             rank, inputs = layer.down[upload.task].shape
             if factor == "up":
-                sizes |= {f"energy.{n}": inputs, f"gram.{n}": _packed_size(rank)}
+                sizes |= {f"energy.{n}": inputs, f"gram.{n}": packed_size(rank)}
             else:
-                sizes[f"gram.{n}"] = _packed_size(inputs) if self.alpha_backbone else inputs
+                sizes[f"gram.{n}"] = packed_size(inputs) if self.alpha_backbone else inputs
         return expected | {name: torch.empty(size, device="meta") for name, size in sizes.items()}
 
     def check_upload(self, upload: Upload) -> str:
@@ -240,10 +241,6 @@ class LoRM(Method):
 def factor_of_round(round_: int) -> str:
     """The factor that is trained in a round: B in even rounds, A in odd ones."""
     return "down" if round_ % 2 else "up"
-
-
-def _packed_size(size: int) -> int:
-    return size * (size + 1) // 2
 
 
 def merge_head(uploads: list[Upload], head_aggregation: str) -> Payload:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.data.loader import Batch
-from fedlscl.federated.client import Client
+from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import weighted_average
@@ -27,6 +27,7 @@ from fedlscl.modules import Learner
 from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation
+from fedlscl.options import Count, NonNegative, Positive
 
 
 class PrototypeHead(nn.Module):
@@ -136,37 +137,31 @@ class PILoRA(Method):
         "ECCV 2024", "2401.02094", "a LoRA per task, prototypes; frozen ViT", "the task's LoRA, prototypes, class means"
     )
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per step (64 in the released code)."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT (self-supervised DINO in the paper)."""
-    rank: int = 4
+    rank: Count = 4
     """LoRA rank."""
     blocks: Sequence[int] = (0,)
     """Adapted blocks, counted from 0."""
     targets: Sequence[str] = ("attn.q", "attn.v")
     """Adapted linear layers of a block."""
-    lora_lr: float = 1e-4
+    lora_lr: Positive = 1e-4
     """Learning rate of LoRA (1e-5 in the released code); ``lr`` is that of the prototypes (2e-3 there)."""
     competing: Literal["seen", "task"] = "seen"
     """Prototypes in the cross-entropy: of all classes that the client has met so far (the released code: of all classes
     of the data set), or of its current task alone. Only those of the task are trained."""
-    lambda_prototype: float = 1e-3
+    lambda_prototype: NonNegative = 1e-3
     """Weight of the prototype loss, the mean distance to the prototype of the label."""
-    gamma_orthogonal: float = 0.5
+    gamma_orthogonal: NonNegative = 0.5
     """Weight of the overlap with A of earlier tasks."""
-    lambda_sparse: float = 0.01
+    lambda_sparse: NonNegative = 0.01
     """Weight of the 1-norm of the task's A."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """tau_d: distances are divided by it in the cross-entropy."""
-    server_temperature: float = 0.2
+    server_temperature: Positive = 0.2
     """Temperature of the prototype weights at the server."""
-
-    def __post_init__(self) -> None:
-        """Validate the options."""
-        super().__post_init__()
-        if self.competing not in ("seen", "task"):
-            raise ValueError(f"competing must be seen or task, got {self.competing!r}.")
 
     def build_net(self, client: int, stream: StreamShape) -> LoraViT:
         """A LoRA of each task on the frozen ViT, and prototypes."""
@@ -185,7 +180,7 @@ class PILoRA(Method):
 
     def upload(self, client: Client) -> Payload:
         """A_t and B_t; class means and prototypes, one row for each class with samples."""
-        classes, means = raw_class_means(client)
+        classes, means = class_means(client, client.train_ids, unit=False)
         lora = task_lora(client.net, client.task)
         # A client's prototype of a class that it lacks is the server's; only the released rule needs it.
         rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
@@ -223,17 +218,6 @@ class PILoRA(Method):
             candidates = torch.stack([uploads[i].payload["prototypes"][rows[i]] for i in holders])
         weights = prototype_weights(candidates, means, self.server_temperature)
         return (weights[:, None] * candidates.double()).sum(0).to(candidates.dtype)
-
-
-@torch.no_grad()
-def raw_class_means(client: Client) -> tuple[Tensor, Tensor]:
-    """Sorted classes (n,) of the task's training samples and their mean features (n, width), not normalised."""
-    sums = torch.zeros(client.net.head.weight.shape, dtype=torch.float64)
-    for batch, output in client.infer(client.train_ids):
-        sums.index_add_(0, batch.labels.cpu(), output.features.cpu().double())
-    counts = client.data.class_counts(client.task)
-    classes = counts.nonzero().flatten()
-    return classes, (sums[classes] / counts[classes, None]).float()
 
 
 def task_lora(net: Net, task: int) -> dict[str, Tensor]:

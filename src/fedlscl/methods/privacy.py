@@ -7,6 +7,7 @@ all keys; every later upload is masked. Private keys stay in the client's memory
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from fedlscl.functional.privacy import (
     public_key,
     unmasked_sum,
 )
+from fedlscl.options import Interval, NonNegative, Positive
 
 MEMBERS, KEYS = "members", "public_keys"
 """Names in the answer to the first exchange."""
@@ -47,12 +49,12 @@ class PrivateSums(Method):
     secure_sum: bool = False
     """Mask uploads so that the server sees sums over clients only, and let each client solve Eq. 5 itself. The run's
     first exchange agrees on keys and aggregates nothing; a round without one of the clients ends the run."""
-    noise_multiplier: float = 0.0
+    noise_multiplier: NonNegative = 0.0
     """Gaussian noise on moments and generator, in units of their clipping norm. 0 is NO noise: uploads are exact and
     no epsilon holds. The sums of ``trainer.readouts`` get no noise."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """With noise, the norm to which the generator's distance from its public start is clipped."""
-    noise_delta: float = 1e-5
+    noise_delta: Annotated[float, Interval("(0, 1)")] = 1e-5
     """The delta at which epsilon is logged after every task."""
     secrets: Secrets = "seed"
     """Source of private keys and noise. 'seed' is for SIMULATION ONLY: anyone who knows the run's seed can remove masks
@@ -65,12 +67,6 @@ class PrivateSums(Method):
     def __post_init__(self) -> None:
         """Check options; noise also needs its accountant."""
         super().__post_init__()
-        if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must be >= 0, got {self.noise_multiplier}.")
-        if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be > 0, got {self.clip_norm}.")
-        if not 0 < self.noise_delta < 1:
-            raise ValueError(f"noise_delta must be between 0 and 1, got {self.noise_delta}.")
         if self.noise_multiplier:
             epsilon(self.noise_multiplier, 1, self.noise_delta)
 

@@ -22,7 +22,7 @@ The functions are those of `fedlscl.functional.analytic`. Related: RanPAC (McDon
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ from fedlscl.functional.analytic import (
 )
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
+from fedlscl.options import Count, Interval, Positive, Whole
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,14 @@ class _Statistics(Method):
     @abstractmethod
     def statistics(self, client: Client) -> Payload:
         """The client's message for its task."""
+
+    @abstractmethod
+    def statistics_spec(self, upload: Upload, net: Net) -> Payload:
+        """Names, shapes and dtypes of the message."""
+
+    @abstractmethod
+    def statistics_error(self, upload: Upload) -> str:
+        """Why a message cannot be of unit features and of the announced samples, or ''."""
 
     @abstractmethod
     def absorb(self, upload: Upload) -> None:
@@ -82,6 +91,14 @@ class _Statistics(Method):
         if client.num_synced_rounds or not len(client.train_ids):
             return {}
         return outgoing(self.statistics(client))
+
+    @override
+    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
+        return self.statistics_spec(upload, net) if upload.payload else {}
+
+    @override
+    def check_upload(self, upload: Upload) -> str:
+        return self.statistics_error(upload) if upload.payload else ""
 
     @override
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
@@ -112,14 +129,11 @@ class FedNCM(_Statistics):
         return {"means": means * client.data.class_counts(client.task)[classes, None]}
 
     @override
-    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        classes = own_classes(upload)
-        return {"means": net.head.weight[classes]} if upload.payload else {}
+    def statistics_spec(self, upload: Upload, net: Net) -> Payload:
+        return {"means": net.head.weight[own_classes(upload)]}
 
     @override
-    def check_upload(self, upload: Upload) -> str:
-        if not upload.payload:
-            return ""
+    def statistics_error(self, upload: Upload) -> str:
         is_longer = upload.payload["means"].norm(dim=1) > (1 + 1e-4) * upload.class_counts[own_classes(upload)]
         return "means are larger than those of unit features" if is_longer.any() else ""
 
@@ -166,9 +180,7 @@ class _Moments(_Statistics):
         return pack_sums(self.moments(client), client.data.class_counts(client.task))._asdict()
 
     @override
-    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        if not upload.payload:
-            return {}
+    def statistics_spec(self, upload: Upload, net: Net) -> Payload:
         size = net.head.weight.shape[1] + self.bias
         return {
             "gram": torch.empty(packed_size(size), device="meta"),
@@ -176,8 +188,8 @@ class _Moments(_Statistics):
         }
 
     @override
-    def check_upload(self, upload: Upload) -> str:
-        return sums_error(_sums(upload), upload.class_counts, self.unit, self.bias) if upload.payload else ""
+    def statistics_error(self, upload: Upload) -> str:
+        return sums_error(_sums(upload), upload.class_counts, self.unit, self.bias)
 
     @override
     def absorb(self, upload: Upload) -> None:
@@ -197,12 +209,8 @@ class FedRidge(_Moments):
     card: ClassVar = MethodCard(
         "baseline", trains="nothing: ridge regression on the frozen ViT", uploads="Gram matrix, products with labels"
     )
-    ridge: float = 0.01
+    ridge: Positive = 0.01
     """Regularisation relative to the mean eigenvalue of the Gram matrix (ours)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("ridge", self.ridge)
 
     @override
     def solve(self) -> Payload:
@@ -217,13 +225,8 @@ class FrozenLDA(_Moments):
     card: ClassVar = MethodCard(
         "baseline", trains="nothing: a discriminant on the frozen ViT", uploads="Gram matrix, products with labels"
     )
-    shrinkage: float = 0.2
+    shrinkage: Annotated[float, Interval("(0, 1]")] = 0.2
     """Shrinkage of the covariance within classes, in (0, 1]; 1 is nearest class mean (ours)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.shrinkage <= 1:
-            raise ValueError(f"shrinkage must be in (0, 1], got {self.shrinkage}.")
 
     @override
     def solve(self) -> Payload:
@@ -244,12 +247,8 @@ class AFCL(_Moments):
     card: ClassVar = MethodCard(
         "arXiv 2025", "2505.12245", "nothing: ridge regression on the frozen ViT", "Gram matrix, products with labels"
     )
-    gamma: float = 1.0
+    gamma: Positive = 1.0
     """Absolute regularisation (ours; the paper's value is not known to us)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("gamma", self.gamma)
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
@@ -281,18 +280,13 @@ class _RandomFeatures(_Moments):
     """Moments of random features, without a constant."""
 
     bias: ClassVar[bool] = False
-    width: int = 1250
+    width: Count = 1250
     """M: number of random features."""
-    feature_seed: int = 0
+    feature_seed: Whole = 0
     """Public seed of the random features, the same on all clients."""
-    ridge: float = 0.01
+    ridge: Positive = 0.01
     """Regularisation relative to the mean eigenvalue of the Gram matrix (ours; the released code of STSA adds 1e6 to
     that of features without scaling)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("width", self.width)
-        positive("ridge", self.ridge)
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
@@ -335,12 +329,8 @@ class STSAE(_RandomFeatures):
     card: ClassVar = MethodCard(
         "WWW 2026", "2506.01327", "nothing: ridge regression on random features", "sums of groups of samples"
     )
-    groups: int = 5
+    groups: Count = 5
     """S: groups of each client."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("groups", self.groups)
 
     @override
     def statistics(self, client: Client) -> Payload:
@@ -359,9 +349,7 @@ class STSAE(_RandomFeatures):
         return {"sums": sums.view(*shape, -1).float(), "counts": counts.view(shape)}
 
     @override
-    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        if not upload.payload:
-            return {}
+    def statistics_spec(self, upload: Upload, net: Net) -> Payload:
         shape = len(own_classes(upload)), self.groups
         return {
             "sums": torch.empty(*shape, self.width, device="meta"),
@@ -369,9 +357,7 @@ class STSAE(_RandomFeatures):
         }
 
     @override
-    def check_upload(self, upload: Upload) -> str:
-        if not upload.payload:
-            return ""
+    def statistics_error(self, upload: Upload) -> str:
         sums, counts = upload.payload["sums"], upload.payload["counts"]
         if (counts < 0).any() or not counts.sum(1).equal(upload.class_counts[own_classes(upload)]):
             return "counts must be those of the announced samples of each class"
@@ -413,14 +399,10 @@ class FedRAN(_RandomFeatures):
         "nothing: ridge regression on random features",
         "low-rank Gram, label products",
     )
-    width: int = 2048
+    width: Count = 2048
     """M: number of random features."""
-    rank: int = 512
+    rank: Count = 512
     """r: eigenpairs that are kept, of a client and at the server."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("rank", self.rank)
 
     @override
     def statistics(self, client: Client) -> Payload:
@@ -435,9 +417,7 @@ class FedRAN(_RandomFeatures):
         return {"factor": low_rank(features.mT, self.rank).float(), "products": products.float()}
 
     @override
-    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        if not upload.payload:
-            return {}
+    def statistics_spec(self, upload: Upload, net: Net) -> Payload:
         rank = min(self.rank, upload.num_samples, self.width)
         return {
             "factor": torch.empty(self.width, rank, device="meta"),
@@ -445,9 +425,7 @@ class FedRAN(_RandomFeatures):
         }
 
     @override
-    def check_upload(self, upload: Upload) -> str:
-        if not upload.payload:
-            return ""
+    def statistics_error(self, upload: Upload) -> str:
         counts = upload.class_counts[own_classes(upload)]
         if (upload.payload["products"].norm(dim=0) > 1.0001 * counts).any():
             return "products are larger than those of unit features"
@@ -482,12 +460,6 @@ class FedRAN(_RandomFeatures):
 def own_classes(upload: Upload) -> Tensor:
     """Classes of which the sender has samples, (C,)."""
     return upload.class_counts.nonzero().flatten()
-
-
-def positive(name: str, value: float) -> None:
-    """Raise a ValueError unless an option is positive."""
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}.")
 
 
 def _sums(upload: Upload) -> MomentSums:
