@@ -1,10 +1,8 @@
 """TARGET (Zhang et al., ICCV 2023, arXiv 2303.06937): FedAvg with distillation on images that the server synthesises.
 
 The first part, up to `DataFree`, is shared with MFCL: at the end of a task the server trains an image synthesizer
-against the global net, without data. TARGET's synthesis is Fast-DFKD's: a copy of the synthesizer and noise are
-optimised for each batch of images, and the copy's gradients update the synthesizer (FOMAML). Ours: old classes are
-those of any client so far, and a client's cross-entropy is over its own classes of the task; a class can be old to
-others and new to it.
+against the global net, without data. Ours: old classes are those of any client so far, and a client's cross-entropy is
+over its own classes of the task; a class can be old to others and new to it.
 """
 
 import math
@@ -45,23 +43,24 @@ class Synthesizer(nn.Module):
     ) -> None:  # fmt: skip
         """With ``standardise`` the last layers are tanh and a BatchNorm without weights (MFCL), else sigmoid (TARGET).
 
-        Standardised images are turned into pixels with the classifier's ``mean`` and ``std``.
+        Standardised images are turned into pixels in 0..1 with the classifier's ``mean`` and ``std``.
         """
         super().__init__()
-        self.start = start_size(channels, size)
-        self.noise_dim, self.width = noise_dim, channels[0]
+        self.noise_dim, self.start, self.standardise = noise_dim, start_size(channels, size), standardise
         self.project = nn.Linear(noise_dim, channels[0] * self.start**2)
         layers: list[nn.Module] = [nn.BatchNorm2d(channels[0])]
         for before, after in pairwise(channels):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         layers.append(nn.Conv2d(channels[-1], 3, 3, padding=1))
-        last = [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Denormalize(mean, std)] if standardise else [nn.Sigmoid()]
+        last = [nn.Tanh(), nn.BatchNorm2d(3, affine=False)] if standardise else [nn.Sigmoid()]
         self.layers = nn.Sequential(*layers, *last)
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1), persistent=False) for v in (mean, std))
 
     def forward(self, noise: Tensor) -> Tensor:
         """(B, noise_dim) to (B, 3, size, size)."""
-        return self.layers(self.project(noise).view(-1, self.width, self.start, self.start))
+        images = self.layers(self.project(noise).unflatten(1, (-1, self.start, self.start)))
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1) if self.standardise else images
 
 
 def start_size(channels: Sequence[int], size: int) -> int:
@@ -73,23 +72,6 @@ def start_size(channels: Sequence[int], size: int) -> int:
             f"got {size} with synthesis_channels {list(channels)}."
         )
     return size // factor
-
-
-class Denormalize(nn.Module):
-    """Images (B, 3, h, w) as pixels in 0..1, so that the classifier's normalisation restores them."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        mean, std = self.mean.to(images.dtype), self.std.to(images.dtype)
-        return (images * std + mean).clamp(0, 1)
 
 
 class Statistics(NamedTuple):
@@ -112,11 +94,6 @@ class SyntheticBatch(NamedTuple):
     """(B, num_classes)."""
     statistics: list[Statistics]
     """By BatchNorm layer."""
-
-    @property
-    def head_logits(self) -> Tensor:
-        """The logits: there is one head."""
-        return self.logits
 
 
 class GeneratorWithTeacher(Net):
@@ -202,8 +179,19 @@ class DataFree(FedAvg):
             raise ValueError(f"{type(self).__name__} does not support `foundation`: set `small_model` instead.")
 
     @abstractmethod
+    def replay(self, client: Client) -> Learner:
+        """Objective of a client with ``previous`` that has what the server synthesised."""
+
+    @abstractmethod
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train a synthesizer of ``classes`` against the global net, and add what clients need to ``broadcast``."""
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Cross-entropy in the first task, and of a client that missed the synthesised download; else replay."""
+        loader = client.loader(client.train_ids, self.batch_size)
+        has_replay = client.previous is not None and CLASSES in client.memory
+        module = self.replay(client) if has_replay else ClassificationModule(client.net, client.classes, lr=self.lr)
+        yield Stage("train", module, loader, self.local_epochs)
 
     def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
         """In a task's last round, record its classes; synthesise if another task follows."""
@@ -234,7 +222,8 @@ class DataFree(FedAvg):
         client.snapshot()
 
 
-# TARGET itself.
+# TARGET itself. Its synthesis is Fast-DFKD's: a copy of the synthesizer and noise are optimised for each batch of
+# images, and the copy's gradients update the synthesizer (FOMAML).
 
 IMAGES = SYNTHESIS + "images"
 """The synthetic set, (N, 3, size, size) uint8."""
@@ -242,51 +231,43 @@ PADDING = 4
 """Maximum shift in pixels of the images that the teacher gets."""
 BETAS = (0.5, 0.999)
 """Of the synthesizer's Adam."""
-Averages = Sequence[tuple[Tensor, Tensor]]
-"""Mean and variance (channels,) over batches at each BatchNorm layer."""
 
 
 class InversionModule(Learner):
     """Train noise and a copy of the synthesizer towards images of given classes on which teacher and student disagree.
 
-    ``gradients`` are the copy's, summed over the steps, for the synthesizer that remains (FOMAML). ``best`` is the
-    batch of the lowest objective so far. ``classes`` are the columns of teacher and student; ``averages`` those of
-    earlier batches.
+    ``gradients`` are the copy's, summed over the steps, for the synthesizer that remains. ``best`` is the batch of the
+    lowest objective so far. ``classes`` are the columns of teacher and student; ``averages`` are over earlier batches.
     """
 
-    lowest: Tensor
-
     def __init__(
-        self, net: GeneratorWithTeacher, student: Net, classes: Tensor, averages: Averages,
+        self, net: GeneratorWithTeacher, student: Net, classes: Tensor, averages: Sequence[Statistics],
         lambda_label: float, lambda_norm: float, lambda_adversarial: float, lr_noise: float, **optimisation: Any,
     ) -> None:  # fmt: skip
         super().__init__(net, lr_of={"shift": lr_noise}, **optimisation)
         self.student, self.averages = Frozen(student), averages
         self.lambda_label, self.lambda_norm, self.lambda_adversarial = lambda_label, lambda_norm, lambda_adversarial
         self.register_buffer("classes", classes, persistent=False)
-        self.best: Tensor | None = None
         self.register_buffer("lowest", torch.tensor(torch.inf), persistent=False)
+        self.best: Any = None
         self.gradients: list[Tensor] = []
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Oh CE(f(x), y) + bn L_BN + adv L_adv for noise ``batch.images`` (B, noise_dim)."""
         output = self.net(batch.images)
+        statistics = mixed(output.statistics, self.averages)
         terms = {
             "label": self.lambda_label * cross_entropy(output.logits, batch.labels, self.classes),
-            "norm": self.lambda_norm * norm_distance(output.statistics, self.averages),
+            "norm": self.lambda_norm * norm_distance(statistics),
         }
         if self.lambda_adversarial:
             student = self.student.net(output.teacher_input).head_logits[:, self.classes]
             terms["adversarial"] = -self.lambda_adversarial * disagreement(output.logits[:, self.classes], student)
-        self._keep(output.images.detach(), torch.stack(list(terms.values())).sum().detach())
-        mixed = mixed_averages(self.averages, output.statistics)
-        self.latest = [(mean.detach(), variance.detach()) for mean, variance in mixed]
+        loss, images = torch.stack(list(terms.values())).sum().detach(), output.images.detach()
+        self.best = images if self.best is None else torch.where(loss < self.lowest, images, self.best)
+        self.lowest = torch.fmin(loss, self.lowest)
+        self.latest = [Statistics(*(value.detach() for value in layer)) for layer in statistics]
         return terms
-
-    def _keep(self, images: Tensor, loss: Tensor) -> None:
-        is_better = loss < self.lowest
-        self.best = images if self.best is None else torch.where(is_better, images, self.best)
-        self.lowest = torch.where(is_better, loss, self.lowest)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the copy's gradients to ``gradients``, unless they overflowed, as some do in 16-mixed."""
@@ -303,26 +284,22 @@ class InversionModule(Learner):
         return optimizer
 
 
-def norm_distance(statistics: Sequence[Statistics], averages: Averages = (), momentum: float = 0.9) -> Tensor:
-    """Sum over layers of ``||running var - v|| + ||running mean - m||`` (L_BN), m and v of ``mixed_averages``."""
+def mixed(statistics: list[Statistics], earlier: Sequence[Statistics], momentum: float = 0.9) -> list[Statistics]:
+    """Mean and variance averaged over batches, with ``momentum`` for the earlier ones; a first batch has its own."""
+    if not earlier:
+        return statistics
+    return [
+        now._replace(mean=now.mean.lerp(old.mean, momentum), variance=now.variance.lerp(old.variance, momentum))
+        for now, old in zip(statistics, earlier, strict=True)
+    ]
+
+
+def norm_distance(statistics: Sequence[Statistics]) -> Tensor:
+    """Sum over layers of ``||running var - variance|| + ||running mean - mean||`` (L_BN)."""
     terms = []
-    mixed = mixed_averages(averages, statistics, momentum)
-    for (_, _, running_mean, running_variance), (mean, variance) in zip(statistics, mixed, strict=True):
+    for mean, variance, running_mean, running_variance in statistics:
         terms += [torch.linalg.vector_norm(running_variance - variance), torch.linalg.vector_norm(running_mean - mean)]
     return torch.stack(terms).sum()
-
-
-def mixed_averages(
-    averages: Averages, statistics: Sequence[Statistics], momentum: float = 0.9
-) -> list[tuple[Tensor, Tensor]]:
-    """Averages over batches, updated with ``momentum`` for the earlier ones; those of a first batch are its own."""
-    batch = [(mean, variance) for mean, variance, *_ in statistics]
-    if not averages:
-        return batch
-    return [
-        (torch.lerp(m, earlier_m, momentum), torch.lerp(v, earlier_v, momentum))
-        for (m, v), (earlier_m, earlier_v) in zip(batch, averages, strict=True)
-    ]
 
 
 def disagreement(teacher: Tensor, student: Tensor) -> Tensor:
@@ -332,9 +309,8 @@ def disagreement(teacher: Tensor, student: Tensor) -> Tensor:
         >>> disagreement(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
         tensor(0.)
     """
-    divergence = F.kl_div(
-        student.float().log_softmax(1), teacher.float().log_softmax(1), reduction="none", log_target=True
-    )
+    target, predicted = teacher.float().log_softmax(1), student.float().log_softmax(1)
+    divergence = F.kl_div(predicted, target, reduction="none", log_target=True)
     return (divergence.sum(1) * (teacher.argmax(1) == student.argmax(1))).mean()
 
 
@@ -393,12 +369,9 @@ class TARGET(DataFree):
     """FedAvg whose clients distil the old global model on synthetic images, which are downloaded once per task."""
 
     card: ClassVar = MethodCard(
-        "ICCV 2023",
-        "2303.06937",
-        "CNN and head from scratch; the server an image synthesizer and a student",
+        "ICCV 2023", "2303.06937", "CNN and head from scratch; the server an image synthesizer and a student",
         "CNN, head",
-    )
-
+    )  # fmt: skip
     alpha: float = 25.0
     """Weight of the distillation on synthetic images."""
     temperature: float = 2.0
@@ -428,18 +401,13 @@ class TARGET(DataFree):
     student_temperature: float = 20.0
     """T of its distillation, which carries T^2."""
 
-    def stages(self, client: Client) -> Iterator[Stage]:
-        """Cross-entropy, and distillation if the client has synthetic images (not if it missed their download)."""
-        loader = client.loader(client.train_ids, self.batch_size)
-        if client.previous is None or CLASSES not in client.memory:
-            module = ClassificationModule(client.net, client.classes, lr=self.lr)
-        else:
-            num_batches = -(-len(client.train_ids) // self.batch_size)
-            module = SyntheticDistillationModule(
-                client.net, client.previous, client.memory[IMAGES], client.memory[CLASSES], num_batches,
-                self.alpha, self.temperature, client.classes, lr=self.lr,
-            )  # fmt: skip
-        yield Stage("train", module, loader, self.local_epochs)
+    @override
+    def replay(self, client: Client) -> Learner:
+        num_batches = -(-len(client.train_ids) // self.batch_size)
+        return SyntheticDistillationModule(
+            client.net, client.previous, client.memory[IMAGES], client.memory[CLASSES], num_batches,
+            self.alpha, self.temperature, client.classes, lr=self.lr,
+        )  # fmt: skip
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Batches of images one after another, with a new synthesizer and a new student in every task."""
@@ -459,20 +427,16 @@ class TARGET(DataFree):
                 parameter.grad = gradient.to(parameter.device)
             meta.step()
             meta.zero_grad()
-            assert module.best is not None
             images.append((255 * module.best).round().to("cpu", torch.uint8))
             averages = module.latest
             if is_warm:
                 rate = self.student_lr * (1 + math.cos(math.pi * number / self.synthesis_rounds)) / 2
                 imitation = ImitationModule(student, teacher, classes, self.student_temperature, rate)
-                yield Stage("student", imitation, self._student_batches(torch.cat(images)), 1)
+                chosen = torch.randint(len(images) * self.synthesis_batch, (self.student_steps, self.synthesis_batch))
+                pixels, unlabelled = torch.cat(images), torch.full((self.synthesis_batch,), -1)
+                yield Stage("student", imitation, [Batch(pixels[i], unlabelled, unlabelled) for i in chosen], 1)
         self.broadcast[IMAGES] = torch.cat(images)
 
     def _sample_batch(self, classes: Tensor) -> Batch:
         labels = classes[torch.randint(len(classes), (self.synthesis_batch,))]
         return Batch(torch.randn(len(labels), self.noise_dim), labels, torch.full_like(labels, -1))
-
-    def _student_batches(self, images: Tensor) -> list[Batch]:
-        unlabelled = torch.full((self.synthesis_batch,), -1)
-        chosen = torch.randint(len(images), (self.student_steps, self.synthesis_batch))
-        return [Batch(images[rows], unlabelled, unlabelled) for rows in chosen]
