@@ -10,7 +10,7 @@ Deviations from the released code, with reasons in docs/methods/fedweit.md:
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -195,30 +195,25 @@ class DecompositionModule(ClassificationModule):
 
     net: DecomposedClassifier
 
-    def __init__(
-        self, net: DecomposedClassifier, lambda_sparse: float, lambda_mask: float, lambda_retain: float, decay: float,
-        classes: Tensor | None = None, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        """Weights of ``||A_t||_1``, ``||m_t||_1``, the base's drift, and ``||.||^2 / 2`` of A_t, m_t and a first B."""
-        super().__init__(net, classes, **optimisation)
-        self.lambda_sparse, self.lambda_mask, self.lambda_retain = lambda_sparse, lambda_mask, lambda_retain
-        self.decay = decay
+    def __init__(self, net: DecomposedClassifier, classes: Tensor, options: "FedWeIT") -> None:
+        super().__init__(net, classes, lr=options.lr)
+        self.options = options
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        layers, task = self.net.convolutions.values(), self.net.task
+        options, layers, task = self.options, self.net.convolutions.values(), self.net.task
         adaptive, masks = [layer.adaptive[task] for layer in layers], [layer.mask[task] for layer in layers]
         decayed = adaptive + masks + ([layer.conv.weight for layer in layers] if task == 0 else [])
         terms = {
             **super().loss(batch),
-            "decay": self.decay / 2 * _total(value.square() for value in decayed),
-            "sparsity": self.lambda_sparse * _total(value.abs() for value in adaptive)
-            + self.lambda_mask * _total(value.abs() for value in masks),
+            "decay": options.weight_decay / 2 * _total(value.square() for value in decayed),
+            "sparsity": options.lambda_sparse * _total(value.abs() for value in adaptive)
+            + options.lambda_mask * _total(value.abs() for value in masks),
         }
         if task:
             gates = [torch.stack([mask.sigmoid() for mask in layer.mask[:task]]) for layer in layers]
-            drift = [retention(la.conv.weight, la.anchor, gate) for la, gate in zip(layers, gates, strict=True)]
-            terms["retention"] = self.lambda_retain * _total(drift)
+            drift = [retention(layer.conv.weight, layer.anchor, g) for layer, g in zip(layers, gates, strict=True)]
+            terms["retention"] = options.lambda_retain * _total(drift)
         return terms
 
 
@@ -298,8 +293,7 @@ class FedWeIT(FedAvg):
     @override
     def stages(self, client: Client) -> Iterator[Stage]:
         client.net.set_trainable()
-        weights = self.lambda_sparse, self.lambda_mask, self.lambda_retain, self.weight_decay
-        module = DecompositionModule(client.net, *weights, client.classes, lr=self.lr)
+        module = DecompositionModule(client.net, client.classes, self)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:

@@ -7,7 +7,7 @@ server's part are in target.py.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from fedlscl.federated.payload import Payload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods.target import CLASSES, SYNTHESIS, DataFree, GeneratorWithTeacher, Statistics, Synthesizer
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import Frozen, Net, SmallClassifier, fit
+from fedlscl.nets.net import Frozen, Net, fit
 
 NET = SYNTHESIS + "net."
 """Prefix of the synthesizer's weights in a payload and in a client's memory."""
@@ -35,24 +35,20 @@ class SynthesisModule(Learner):
     ``classes`` are the teacher's columns.
     """
 
-    def __init__(
-        self, net: GeneratorWithTeacher, classes: Tensor, temperature: float,
-        lambda_even: float, lambda_norm: float, lambda_smooth: float, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(net, **optimisation)
-        self.temperature = temperature
-        self.lambda_even, self.lambda_norm, self.lambda_smooth = lambda_even, lambda_norm, lambda_smooth
+    def __init__(self, net: GeneratorWithTeacher, classes: Tensor, options: "MFCL") -> None:
+        super().__init__(net, options.synthesis_lr)
+        self.options = options
         self.register_buffer("classes", classes, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE(f(x) / tau, argmax f(x)) + w_ie IE + w_bn L_BN + w_noise L_smooth for noise (B, noise_dim)."""
-        output = self.net(batch.images)
+        options, output = self.options, self.net(batch.images)
         logits, std = output.logits[:, self.classes], self.net.teacher.net.small.std
         return {
-            "certainty": cross_entropy(logits / self.temperature, logits.argmax(1)),
-            "evenness": self.lambda_even * unevenness(logits),
-            "norm": self.lambda_norm * norm_divergence(output.statistics),
-            "smoothness": self.lambda_smooth * roughness(output.images / std.view(3, 1, 1)),
+            "certainty": cross_entropy(logits / options.synthesis_temperature, logits.argmax(1)),
+            "evenness": options.lambda_even * unevenness(logits),
+            "norm": options.lambda_norm * norm_divergence(output.statistics),
+            "smoothness": options.lambda_smooth * roughness(output.images / std.view(3, 1, 1)),
         }
 
 
@@ -88,22 +84,18 @@ def roughness(images: Tensor) -> Tensor:
 class MimickingModule(ClassificationModule):
     """The clients' objective: body from new classes and the old net's features, head balanced over all classes.
 
-    ``replay_size`` images of the synthesizer are added to every batch of real ones.
+    Images of the synthesizer are added to every batch of real ones.
     """
 
-    def __init__(
-        self, net: SmallClassifier, previous: SmallClassifier, synthesizer: Synthesizer, old_classes: Tensor,
-        classes: Tensor, replay_size: int, lambda_head: float, lambda_features: float, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(net, classes, **optimisation)
-        self.previous, self.synthesizer, self.replay_size = Frozen(previous), Frozen(synthesizer), replay_size
-        self.lambda_head, self.lambda_features = lambda_head, lambda_features
-        self.register_buffer("old_classes", old_classes, persistent=False)
-        self.register_buffer("known", torch.cat([old_classes, classes]).unique(), persistent=False)
+    def __init__(self, client: Client, synthesizer: Synthesizer, options: "MFCL") -> None:
+        super().__init__(client.net, client.classes, lr=options.lr)
+        self.previous, self.synthesizer, self.options = Frozen(client.previous), Frozen(synthesizer), options
+        self.register_buffer("old_classes", client.memory[CLASSES], persistent=False)
+        self.register_buffer("known", torch.cat([self.old_classes, client.classes]).unique(), persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """L_CE + w_ft L_FT + w_kd L_KD, from one forward pass of real and synthetic images."""
-        noise = torch.randn(self.replay_size, self.synthesizer.net.noise_dim)
+        noise = torch.randn(self.options.replay_size, self.synthesizer.net.noise_dim)
         synthetic = self.synthesizer(noise.to(self.old_classes.device, non_blocking=True))
         images = torch.cat([fit(part, self.net.small.image_size) for part in (batch.images, synthetic)])
         now, before = self.net(images), self.previous(images)
@@ -113,8 +105,8 @@ class MimickingModule(ClassificationModule):
         moved = F.linear(now.features - before.features, self.previous.net.head.weight[self.old_classes])
         return {
             "cross_entropy": cross_entropy(now.logits[: len(batch.labels)], batch.labels, self.classes),
-            "head": self.lambda_head * balanced,
-            "features": self.lambda_features * moved.float().square().mean(),
+            "head": self.options.lambda_head * balanced,
+            "features": self.options.lambda_features * moved.float().square().mean(),
         }
 
 
@@ -153,18 +145,12 @@ class MFCL(DataFree):
     @override
     def replay(self, client: Client) -> Learner:
         weights = {name.removeprefix(NET): v for name, v in client.memory.items() if name.startswith(NET)}
-        synthesizer = self._build_synthesizer(client.net, weights)
-        return MimickingModule(
-            client.net, client.previous, synthesizer, client.memory[CLASSES], client.classes,
-            self.replay_size, self.lambda_head, self.lambda_features, lr=self.lr,
-        )  # fmt: skip
+        return MimickingModule(client, self._build_synthesizer(client.net, weights), self)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train the previous task's synthesizer against the new global net."""
         synthesizer = self._build_synthesizer(teacher, self.synthesizer)
-        weights = self.lambda_even, self.lambda_norm, self.lambda_smooth
-        net = GeneratorWithTeacher(synthesizer, teacher)
-        module = SynthesisModule(net, classes, self.synthesis_temperature, *weights, lr=self.synthesis_lr)
+        module = SynthesisModule(GeneratorWithTeacher(synthesizer, teacher), classes, self)
         unlabelled = torch.full((self.synthesis_batch,), -1)
         noise = [torch.randn(self.synthesis_batch, self.noise_dim) for _ in range(self.synthesis_steps)]
         yield Stage("synthesis", module, [Batch(values, unlabelled, unlabelled) for values in noise], 1)

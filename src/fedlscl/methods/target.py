@@ -26,7 +26,7 @@ from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import cross_entropy, knowledge_distillation
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import MEAN, STD, Frozen, Net, SmallClassifier
+from fedlscl.nets.net import MEAN, STD, Frozen, Net
 
 
 class Synthesizer(nn.Module):
@@ -242,11 +242,10 @@ class InversionModule(Learner):
 
     def __init__(
         self, net: GeneratorWithTeacher, student: Net, classes: Tensor, averages: Sequence[Statistics],
-        lambda_label: float, lambda_norm: float, lambda_adversarial: float, lr_noise: float, **optimisation: Any,
+        options: "TARGET", is_warm: bool,
     ) -> None:  # fmt: skip
-        super().__init__(net, lr_of={"shift": lr_noise}, **optimisation)
-        self.student, self.averages = Frozen(student), averages
-        self.lambda_label, self.lambda_norm, self.lambda_adversarial = lambda_label, lambda_norm, lambda_adversarial
+        super().__init__(net, options.synthesis_lr, lr_of={"shift": options.noise_lr})
+        self.student, self.averages, self.options, self.is_warm = Frozen(student), averages, options, is_warm
         self.register_buffer("classes", classes, persistent=False)
         self.register_buffer("lowest", torch.tensor(torch.inf), persistent=False)
         self.best: Any = None
@@ -257,12 +256,12 @@ class InversionModule(Learner):
         output = self.net(batch.images)
         statistics = mixed(output.statistics, self.averages)
         terms = {
-            "label": self.lambda_label * cross_entropy(output.logits, batch.labels, self.classes),
-            "norm": self.lambda_norm * norm_distance(statistics),
+            "label": self.options.lambda_label * cross_entropy(output.logits, batch.labels, self.classes),
+            "norm": self.options.lambda_norm * norm_distance(statistics),
         }
-        if self.lambda_adversarial:
+        if weight := self.options.lambda_adversarial * self.is_warm:
             student = self.student.net(output.teacher_input).head_logits[:, self.classes]
-            terms["adversarial"] = -self.lambda_adversarial * disagreement(output.logits[:, self.classes], student)
+            terms["adversarial"] = -weight * disagreement(output.logits[:, self.classes], student)
         loss, images = torch.stack(list(terms.values())).sum().detach(), output.images.detach()
         self.best = images if self.best is None else torch.where(loss < self.lowest, images, self.best)
         self.lowest = torch.fmin(loss, self.lowest)
@@ -336,27 +335,24 @@ class ImitationModule(Learner):
 class SyntheticDistillationModule(ClassificationModule):
     """The clients' objective: new classes from real images, the old net's predictions on synthetic images.
 
-    ``synthetic`` (N, 3, h, w) uint8 is iterated once in ``num_batches`` steps, in a new order each time.
+    The synthetic images (N, 3, h, w) are iterated once in an epoch of real ones, in a new order each time.
     """
 
-    def __init__(
-        self, net: SmallClassifier, previous: SmallClassifier, synthetic: Tensor, old_classes: Tensor, num_batches: int,
-        alpha: float, temperature: float, classes: Tensor | None = None, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(net, classes, **optimisation)
-        self.previous, self.alpha, self.temperature = Frozen(previous), alpha, temperature
-        self.num_batches = max(1, min(num_batches, len(synthetic) // 2))
+    def __init__(self, client: Client, options: "TARGET") -> None:
+        super().__init__(client.net, client.classes, lr=options.lr)
+        self.previous, self.options = Frozen(client.previous), options
+        self.register_buffer("synthetic", client.memory[IMAGES], persistent=False)
+        self.register_buffer("old_classes", client.memory[CLASSES], persistent=False)
+        self.num_batches = max(1, min(-(-len(client.train_ids) // options.batch_size), len(self.synthetic) // 2))
         self.waiting: list[Tensor] = []
-        self.register_buffer("synthetic", synthetic, persistent=False)
-        self.register_buffer("old_classes", old_classes, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
         terms, images = super().loss(batch), self._draw()
         student = self.net(images).head_logits[:, self.old_classes]
         teacher = self.previous(images).head_logits[:, self.old_classes]
-        kept = knowledge_distillation(student, teacher, self.temperature)
-        return {**terms, "distillation": self.alpha / self.temperature**2 * kept}
+        kept = knowledge_distillation(student, teacher, self.options.temperature)
+        return {**terms, "distillation": self.options.alpha / self.options.temperature**2 * kept}
 
     def _draw(self) -> Tensor:
         if not self.waiting:
@@ -403,11 +399,7 @@ class TARGET(DataFree):
 
     @override
     def replay(self, client: Client) -> Learner:
-        num_batches = -(-len(client.train_ids) // self.batch_size)
-        return SyntheticDistillationModule(
-            client.net, client.previous, client.memory[IMAGES], client.memory[CLASSES], num_batches,
-            self.alpha, self.temperature, client.classes, lr=self.lr,
-        )  # fmt: skip
+        return SyntheticDistillationModule(client, self)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Batches of images one after another, with a new synthesizer and a new student in every task."""
@@ -417,11 +409,8 @@ class TARGET(DataFree):
         images, averages = [], []
         for number in range(self.synthesis_rounds):
             is_warm = number >= self.warmup_rounds
-            module = InversionModule(
-                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING), student, classes,
-                averages, self.lambda_label, self.lambda_norm, self.lambda_adversarial * is_warm,
-                self.noise_lr, lr=self.synthesis_lr,
-            )  # fmt: skip
+            fast = GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING)
+            module = InversionModule(fast, student, classes, averages, self, is_warm)
             yield Stage("synthesis", module, [self._sample_batch(classes)] * self.synthesis_steps, 1)
             for parameter, gradient in zip(slow.parameters(), module.gradients, strict=True):
                 parameter.grad = gradient.to(parameter.device)
