@@ -6,7 +6,7 @@ Deviations from the released code, with reasons in docs/methods/glfc.md:
 - Adam without a schedule; no exemplar is chosen twice; uploads are averaged as in FedAvg here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -33,6 +33,8 @@ PROXY = "proxy."
 GRADIENTS = PROXY + "gradients"
 CHUNK = 128
 """Images per forward pass of the proxy."""
+WEIGHT_DECAY = 1e-5
+"""Of the steps that perturb a prototype."""
 SEED = 0
 """Seed of the prototype encoder's weights, equal at clients and proxy."""
 
@@ -122,15 +124,8 @@ def herding(features: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-@torch.no_grad()
-def mean_entropy(client: Client, columns: Tensor) -> Tensor:
-    """Mean entropy in nats of the net's softmax over ``columns`` on the current task's training samples, a scalar."""
-    logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
-    return torch.distributions.Categorical(logits=logits).entropy().mean()
-
-
 def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int, lr: float) -> tuple[Tensor, Tensor]:
-    """The image nearest to the mean of each class of the task, (n, 3, size, size) in 0..1, and the labels (n,).
+    """The image nearest to the mean of each class of the task, (n, 3, size, size), and the labels (n,).
 
     Each is changed by SGD on the net's binary cross-entropy over ``columns``, as the paper hides it.
     """
@@ -138,25 +133,14 @@ def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int,
     batch = client.data.fetch(chosen)
     images = F.interpolate(batch.images.float() / 255, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     targets = (batch.labels[:, None] == columns).float()
-
-    def loss(images: Tensor) -> Tensor:
-        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
-
     client.net.eval()
-    return perturbed(images, loss, steps, lr), batch.labels
-
-
-def perturbed(
-    images: Tensor, loss: Callable[[Tensor], Tensor], steps: int, lr: float, weight_decay: float = 1e-5
-) -> Tensor:
-    """Images after ``steps`` of SGD on ``loss(images)``, a sum over images."""
-    images = images.clone()
     for _ in range(steps):
         images.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss(images), images)
-        images = (images - lr * (gradient + weight_decay * images)).detach()
-    return images
+        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
+        (gradient,) = torch.autograd.grad(loss, images)
+        images = (images - lr * (gradient + WEIGHT_DECAY * images)).detach()
+    return images, batch.labels
 
 
 def best_model(client: Client) -> Net | None:
@@ -186,10 +170,11 @@ def prototype_encoder(num_classes: int, size: int) -> nn.Sequential:
     return encoder
 
 
-def prototype_gradients(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradients (n, num_weights) of each image's cross-entropy in the encoder's weights; the classifier comes last."""
-    pairs = zip(images.split(1), labels.split(1), strict=True)
-    return torch.stack([_gradient(encoder, image, label) for image, label in pairs])
+def prototype_gradient(encoder: nn.Module, image: Tensor, label: Tensor, differentiable: bool = False) -> Tensor:
+    """Gradient (num_weights,) of an image's cross-entropy in the encoder's weights; the classifier comes last."""
+    loss = F.cross_entropy(encoder(image[None]), label[None])
+    parts = torch.autograd.grad(loss, list(encoder.parameters()), create_graph=differentiable)
+    return torch.cat([part.flatten() for part in parts])
 
 
 def infer_labels(encoder: nn.Module, gradients: Tensor) -> Tensor:
@@ -211,11 +196,11 @@ def reconstruct(
     L-BFGS from ``start`` (3, size, size), each step of up to 20 iterations; the result is (n, 3, size, size) in 0..1,
     fewer than ``keep`` if the search diverges, and at least the start.
     """
-    image = start[None].clone().requires_grad_(True)
+    image = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([image], lr=lr)
 
     def mismatch() -> Tensor:
-        distance = (_gradient(encoder, image, label[None], differentiable=True) - gradient).square().sum()
+        distance = (prototype_gradient(encoder, image, label, differentiable=True) - gradient).square().sum()
         (image.grad,) = torch.autograd.grad(distance, image)
         return distance.detach()
 
@@ -224,14 +209,8 @@ def reconstruct(
         optimizer.step(mismatch)
         if not image.isfinite().all():
             break
-        iterates.append(image.detach()[0].clone())
+        iterates.append(image.detach().clone())
     return torch.stack(iterates[-keep:] or [start]).clamp(0, 1)
-
-
-def _gradient(encoder: nn.Module, image: Tensor, label: Tensor, differentiable: bool = False) -> Tensor:
-    loss = F.cross_entropy(encoder(image), label)
-    parts = torch.autograd.grad(loss, list(encoder.parameters()), create_graph=differentiable)
-    return torch.cat([part.flatten() for part in parts])
 
 
 @dataclass(kw_only=True)
@@ -290,7 +269,8 @@ class GLFC(FedAvg):
                 client, self._classes(client)[0], self.prototype_size, self.perturbation_steps, self.perturbation_lr
             )
             encoder = prototype_encoder(client.data.data.num_classes, self.prototype_size)
-            payload[GRADIENTS] = prototype_gradients(encoder, images, labels)
+            pairs = zip(images, labels, strict=True)
+            payload[GRADIENTS] = torch.stack([prototype_gradient(encoder, image, label) for image, label in pairs])
         return outgoing(payload)
 
     @override
@@ -358,12 +338,11 @@ class GLFC(FedAvg):
         client.memory |= {"met": payload[PROXY + "met"], "signal": torch.tensor(False)}
 
     def _detect(self, client: Client) -> bool:
-        if self.oracle_signal:
-            signal = client.num_synced_rounds == 0
-        elif not len(client.train_ids):
-            signal = False
-        else:
-            entropy = mean_entropy(client, self._classes(client)[0])
+        signal = self.oracle_signal and client.num_synced_rounds == 0
+        if not self.oracle_signal and len(client.train_ids):
+            outputs, columns = client.infer(client.train_ids), self._classes(client)[0]
+            logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in outputs])
+            entropy = torch.distributions.Categorical(logits=logits).entropy().mean()  # in nats
             signal = bool(entropy - client.memory.get("entropy", 0.0) > self.entropy_rise)
             client.memory["entropy"] = entropy
         client.memory["signal"] = client.memory.get("signal", torch.tensor(False)) | signal

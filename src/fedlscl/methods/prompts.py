@@ -33,16 +33,16 @@ Fusion = Literal["average", "distill"]
 
 
 class Prompted(NamedTuple):
-    """Output of a net whose prompts are selected by keys."""
+    """Output of a net whose prompts are selected by keys: features (B, width), logits (B, num_classes).
+
+    ``match`` (B,) is the sum over an image's prompts of the cosine between its query and their keys; it alone trains
+    the keys. ``chosen`` (B, top) are the prompts' indices, ascending.
+    """
 
     features: Tensor
-    """Input of the head, (B, width)."""
     logits: Tensor
-    """(B, num_classes)."""
     match: Tensor
-    """Sum (B,) over an image's prompts of the cosine between its query and their keys; it alone trains the keys."""
     chosen: Tensor
-    """Indices of each image's prompts, (B, top), ascending."""
     head_logits = Classification.head_logits
     head_input = Classification.head_input
 
@@ -110,10 +110,7 @@ class PromptedViT(FoundationClassifier):
 
 
 class PrefixedViT(FoundationClassifier):
-    """DualPrompt: a general prefix in early blocks, an expert prefix per slot in later blocks, CLS to the head.
-
-    The query and its cache are those of `PromptedViT`.
-    """
+    """DualPrompt: a general prefix in early blocks, an expert prefix per slot in later ones; queries as in L2P."""
 
     def __init__(
         self, config: FoundationConfig, num_classes: int, general: Sequence[int], expert: Sequence[int],
@@ -330,8 +327,7 @@ class FedDualP(PromptMethod):
 class MultiGranularityViT(FrozenViTNet):
     """FedMGP's net: a shared coarse prompted ViT (P_g, its keys and h_g), and private fine prefixes, keys and heads.
 
-    The fine pass keeps the coarse prompt at the input, without gradient. The prefix is that of the key nearest to the
-    coarse features, among the classes of tasks so far (in training, of the newest task), unless it is given.
+    The fine pass keeps the coarse prompt at the input, without gradient. Keys are compared with the coarse features.
     """
 
     def __init__(
@@ -360,8 +356,8 @@ class MultiGranularityViT(FrozenViTNet):
     ) -> Prompted:
         """Classify stored images (B, 3, h, w) with the prefixes of classes ``slots`` (B,), or of the nearest keys.
 
-        The logit of a class comes from the head of its task. ``match`` is of the keys ``keys`` (B,); of ``slots`` if
-        None.
+        The nearest is among the classes of tasks so far, in training of the newest task. The logit of a class comes
+        from the head of its task. ``match`` is of the keys ``keys`` (B,), or of ``slots``.
         """
         model, first = self.foundation, min(self.fine.blocks)
         with torch.no_grad():
@@ -381,8 +377,7 @@ class MultiGranularityViT(FrozenViTNet):
 class FusionModule(Learner):
     """Selective prompt fusion: ``sum_j ||F(x; P) - F(x; P_j)||^2`` over the clients j; trains the prompts P alone.
 
-    F (B, N + prompts, width) are all tokens after the ViT's last norm. The mean is over images; ours, since Adam does
-    not see the difference to their sum.
+    F (B, N + prompts, width) are all tokens after the ViT's last norm. The mean is over images (ours: Adam ignores it).
     """
 
     def __init__(self, net: PromptedViT, clients: Sequence[PromptedViT], lr: float, max_norm: float | None) -> None:

@@ -32,9 +32,8 @@ from fedlscl.nets.net import MEAN, STD, Frozen, Net
 class Synthesizer(nn.Module):
     """Noise (B, noise_dim) to images (B, 3, size, size) in 0..1: a linear layer, then upsampling with convolutions.
 
-    ``channels`` are those of the feature maps from the smallest, of size / 2^(len - 1) pixels, to the largest. Three
-    of them give the nets of both papers for small images; at 224 pixels TARGET's first layer would have 103 M
-    weights, and MFCL uses (64,) * 6.
+    ``channels`` are those of the feature maps from the smallest, of size / 2^(len - 1) pixels, to the largest: three in
+    both papers for small images, and (64,) * 6 in MFCL's at 224 pixels.
     """
 
     def __init__(
@@ -84,16 +83,12 @@ class Statistics(NamedTuple):
 
 
 class SyntheticBatch(NamedTuple):
-    """Synthetic images and the teacher's outputs for them."""
+    """Images (B, 3, size, size) in 0..1, and the teacher's input, logits (B, num_classes) and statistics by layer."""
 
     images: Tensor
-    """(B, 3, size, size) in 0..1."""
     teacher_input: Tensor
-    """The images after augmentation."""
     logits: Tensor
-    """(B, num_classes)."""
     statistics: list[Statistics]
-    """By BatchNorm layer."""
 
 
 class GeneratorWithTeacher(Net):
