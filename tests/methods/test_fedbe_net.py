@@ -6,13 +6,13 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from fedlscl.methods.fedbe import ExpandedViT, expansion_positions, identity_copy
-from fedlscl.nets.net import LinearHead, prepare
+from fedlscl.nets.net import prepare
 from fedlscl.nets.vit import FoundationConfig, fingerprint, foundation, run_block
 
 
 def make(config, num_expanded=3, awake=False):
     torch.manual_seed(0)
-    net = ExpandedViT(config, LinearHead(foundation(config).width, 6), num_expanded).eval()
+    net = ExpandedViT(config, 6, num_expanded).eval()
     if awake:
         for parameter in net.expanded.parameters():
             nn.init.normal_(parameter, std=0.2)

@@ -3,10 +3,11 @@ import torch
 
 from fedlscl.data.loader import Batch
 from fedlscl.functional.objectives import cross_entropy, retention
+from fedlscl.methods import FedWeIT
 from fedlscl.methods.fedweit import DecomposedClassifier, DecompositionModule
 from reference import fedweit
 
-WEIGHTS = {"lambda_sparse": 1e-3, "lambda_mask": 1e-2, "lambda_retain": 100.0, "decay": 1e-4}
+WEIGHTS = FedWeIT(lambda_sparse=1e-3, lambda_mask=1e-2, lambda_retain=100.0, weight_decay=1e-4)
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def parts(net, pick):
 
 
 def test_the_first_tasks_terms_are_the_papers(net, batch):
-    terms = DecompositionModule(net, **WEIGHTS, classes=torch.tensor([0, 1])).eval().loss(batch)
+    terms = DecompositionModule(net, torch.tensor([0, 1]), WEIGHTS).eval().loss(batch)
     base, adaptive, mask = (
         parts(net, pick)
         for pick in (lambda part: part.conv.weight, lambda part: part.adaptive[0], lambda part: part.mask[0])
@@ -45,7 +46,7 @@ def test_the_first_tasks_terms_are_the_papers(net, batch):
 
 def test_retention_is_zero_until_the_base_moves(net, batch):
     net.begin_task(torch.tensor([2, 3]), 1)
-    module = DecompositionModule(net, **WEIGHTS, classes=torch.tensor([0, 1, 2, 3]))
+    module = DecompositionModule(net, torch.tensor([0, 1, 2, 3]), WEIGHTS)
     assert module.loss(batch)["retention"] == 0
     with torch.no_grad():
         for layer in net.convolutions.values():

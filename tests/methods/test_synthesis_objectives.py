@@ -1,12 +1,16 @@
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedlscl.data import Batch
 from fedlscl.federated.method import Stage
+from fedlscl.methods import MFCL, TARGET
 from fedlscl.methods.mfcl import MimickingModule, SynthesisModule
 from fedlscl.methods.target import (
+    CLASSES,
+    IMAGES,
     GeneratorWithTeacher,
     ImitationModule,
     InversionModule,
@@ -15,7 +19,7 @@ from fedlscl.methods.target import (
 )
 from fedlscl.modules import ClassificationModule
 
-CLASSES = torch.tensor([1, 4])
+COLUMNS = torch.tensor([1, 4])
 
 
 @pytest.fixture
@@ -27,17 +31,17 @@ def slow():
 @pytest.fixture
 def noise():
     torch.manual_seed(1)
-    labels = CLASSES[torch.arange(6) % 2]
+    labels = COLUMNS[torch.arange(6) % 2]
     return Batch(torch.randn(6, 8), labels, torch.full_like(labels, -1))
 
 
 def inversion(small_net, slow, **changed):
-    weights = {"lambda_label": 1.0, "lambda_norm": 0.1, "lambda_adversarial": 1.0, "lr_noise": 0.01, "lr": 1e-3}
+    weights = {"lambda_label": 1.0, "lambda_norm": 0.1, "lambda_adversarial": 1.0, "synthesis_lr": 1e-3}
     generator = GeneratorWithTeacher(deepcopy(slow), small_net, batch_size=6)
     torch.manual_seed(2)
     student = deepcopy(small_net)
     torch.nn.init.normal_(student.head.weight)
-    return InversionModule(generator, student, CLASSES, (), **(weights | changed))
+    return InversionModule(generator, student, COLUMNS, (), TARGET(**weights | changed), is_warm=True)
 
 
 def test_gradients_of_every_step_add_up_for_the_synthesizer_that_stays(small_net, slow, noise, engine):
@@ -60,17 +64,18 @@ def test_gradients_of_every_step_add_up_for_the_synthesizer_that_stays(small_net
 
 
 def test_the_batch_of_the_lowest_objective_is_kept(small_net, slow, noise, engine):
-    module, tried = inversion(small_net, slow, lr=0.5), []
-    keep = module._keep
-    module._keep = lambda images, loss: tried.append((loss.item(), images)) or keep(images, loss)
+    module, images, losses = inversion(small_net, slow, synthesis_lr=0.5), [], []
+    module.net.register_forward_hook(lambda net, inputs, output: images.append(output.images.detach()))
+    step = module.training_step
+    module.training_step = lambda *batch: losses.append((terms := step(*batch))["loss"].item()) or terms
     engine.train(Stage("synthesis", module, [noise] * 5, 1))
-    losses = [loss for loss, _ in tried]
-    assert losses.index(min(losses)) not in (0, 4) or len(set(losses)) == 5
-    assert torch.equal(module.best, min(tried, key=lambda pair: pair[0])[1]) and module.lowest.item() == min(losses)
+    best = losses.index(min(losses))
+    assert best not in (0, 4) or len(set(losses)) == 5
+    assert torch.equal(module.best, images[best]) and module.lowest.item() == losses[best]
 
 
 def test_rates_and_betas_are_targets(small_net, slow):
-    groups = inversion(small_net, slow, lr=0.002).configure_optimizers().param_groups
+    groups = inversion(small_net, slow, synthesis_lr=0.002).configure_optimizers().param_groups
     assert sorted((group["lr"], group["betas"]) for group in groups) == [(0.002, (0.5, 0.999)), (0.01, (0.5, 0.999))]
     assert [len(group["params"]) for group in groups if group["lr"] == 0.01] == [1]
 
@@ -86,16 +91,17 @@ def test_a_student_comes_nearer_to_its_teacher_on_the_columns_it_learns(small_ne
     torch.nn.init.normal_(student.head.weight)
     head = student.head.weight.detach().clone()
     images = (255 * torch.rand(6, 3, 16, 16)).to(torch.uint8)
-    module, batch = ImitationModule(student, small_net, CLASSES, 2.0, lr=0.01), noise._replace(images=images)
+    module, batch = ImitationModule(student, small_net, COLUMNS, 2.0, lr=0.01), noise._replace(images=images)
     losses = [engine.train(Stage("student", module, [batch] * 5, 1))["loss"] for _ in range(4)]
     assert losses[-1] < losses[0] / 2
-    others = [c for c in range(6) if c not in CLASSES]
+    others = [c for c in range(6) if c not in COLUMNS]
     shrunk = 1 - (1 - student.head.weight[others] / head[others])  # weight decay alone moves them, all by one factor
     assert torch.allclose(shrunk, shrunk.mean().expand_as(shrunk), atol=1e-5)
 
 
 def test_a_synthesizer_learns_what_it_is_asked_for(small_net, slow, noise, engine):
-    module = SynthesisModule(GeneratorWithTeacher(slow, small_net), CLASSES, 1.0, 1.0, 1.0, 1e-3, lr=5e-3)
+    options = MFCL(synthesis_temperature=1.0, lambda_norm=1.0, synthesis_lr=5e-3)
+    module = SynthesisModule(GeneratorWithTeacher(slow, small_net), COLUMNS, options)
     teacher = {name: value.clone() for name, value in small_net.state_dict().items()}
     first = sum(term.item() for term in module.loss(noise).values())
     engine.train(Stage("synthesis", module, [noise] * 15, 1))
@@ -104,8 +110,13 @@ def test_a_synthesizer_learns_what_it_is_asked_for(small_net, slow, noise, engin
 
 
 def test_terms_are_weighted(small_net, slow, noise):
-    plain = SynthesisModule(GeneratorWithTeacher(slow, small_net), CLASSES, 1.0, 1.0, 1.0, 1.0).eval().loss(noise)
-    other = SynthesisModule(GeneratorWithTeacher(slow, small_net), CLASSES, 1e6, 2.0, 3.0, 4.0).eval().loss(noise)
+    names = ("synthesis_temperature", "lambda_even", "lambda_norm", "lambda_smooth")
+    plain, other = (
+        SynthesisModule(GeneratorWithTeacher(slow, small_net), COLUMNS, MFCL(**dict(zip(names, values, strict=True))))
+        .eval()
+        .loss(noise)
+        for values in ((1.0, 1.0, 1.0, 1.0), (1e6, 2.0, 3.0, 4.0))
+    )
     for factor, name in enumerate(("evenness", "norm", "smoothness"), start=2):
         assert other[name].item() == pytest.approx(factor * plain[name].item(), rel=1e-5)
     assert other["certainty"].item() == pytest.approx(0.693147, rel=1e-4)  # log 2: two classes, logits flattened away
@@ -130,16 +141,22 @@ def previous(small_net):
     return net
 
 
+def client(net, previous, num_batches=2, **memory):
+    ids = torch.arange(32 * num_batches)
+    memory = {CLASSES: OLD, **memory}
+    return SimpleNamespace(net=net, previous=previous, classes=NEW, train_ids=ids, memory=memory)
+
+
 @pytest.fixture
 def target(small_net, previous):
     images = (255 * torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
-    return SyntheticDistillationModule(small_net, previous, images, OLD, 3, 25.0, 2.0, NEW)
+    return SyntheticDistillationModule(client(small_net, previous, 3, **{IMAGES: images}), TARGET())
 
 
 @pytest.fixture
 def mfcl(small_net, previous):
     torch.manual_seed(2)
-    return MimickingModule(small_net, previous, Synthesizer(8, (8, 4), 16), OLD, NEW, 5, 1.0, 0.1)
+    return MimickingModule(client(small_net, previous), Synthesizer(8, (8, 4), 16), MFCL(replay_size=5))
 
 
 def gradients(module, batch, term):
@@ -182,7 +199,8 @@ def test_old_columns_learn_from_synthetic_images_and_new_ones_from_real_images(t
 
 def test_a_net_like_its_teacher_is_not_moved_by_distillation(small_net, batch):
     images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
-    module = SyntheticDistillationModule(small_net, deepcopy(small_net), images, OLD, 2, 25.0, 2.0, NEW).eval()
+    same = client(small_net, deepcopy(small_net), **{IMAGES: images})
+    module = SyntheticDistillationModule(same, TARGET()).eval()
     assert module.loss(batch)["distillation"].item() == 0.0
     assert all(gradient.abs().max() < 1e-6 for gradient in gradients(module, batch, "distillation").values())
 
@@ -244,6 +262,7 @@ def test_without_its_terms_target_is_plain_training(small_net, previous, batches
     plain, other = deepcopy(small_net), deepcopy(small_net)
     engine.train(Stage("train", ClassificationModule(plain, NEW), loader, 1))
     images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
-    engine.train(Stage("train", SyntheticDistillationModule(other, previous, images, OLD, 2, 0.0, 2.0, NEW), loader, 1))
+    module = SyntheticDistillationModule(client(other, previous, **{IMAGES: images}), TARGET(alpha=0.0))
+    engine.train(Stage("train", module, loader, 1))
     weights = dict(other.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in plain.named_parameters())

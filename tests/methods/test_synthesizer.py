@@ -8,10 +8,11 @@ from torch.distributions import Normal, kl_divergence
 from fedlscl.methods.mfcl import norm_divergence, roughness, unevenness
 from fedlscl.methods.target import (
     GeneratorWithTeacher,
+    Statistics,
     Synthesizer,
     disagreement,
     jitter,
-    mixed_averages,
+    mixed,
     norm_distance,
     norm_statistics,
 )
@@ -110,7 +111,7 @@ def statistics(draw):
     layers = []
     for _ in range(draw(st.integers(1, 3))):
         values = torch.randn(4, draw(st.integers(1, 5)), generator=random, dtype=torch.float64)
-        layers.append((values[0], values[1].exp(), values[2], values[3].exp()))
+        layers.append(Statistics(values[0], values[1].exp(), values[2], values[3].exp()))
     return layers
 
 
@@ -146,19 +147,12 @@ def test_a_batch_with_the_running_statistics_costs_nothing():
 
 @given(statistics(), st.floats(0, 1))
 def test_momentum_mixes_earlier_batches_into_the_statistics(layers, momentum):
-    earlier = [(m + 1, 2 * v) for m, v, *_ in layers]
-    mixed = [((1 - momentum) * m + momentum * (m + 1), (1 - momentum) * v + momentum * 2 * v) for m, v, *_ in layers]
-    expected = [(m, v, *layer[2:]) for (m, v), layer in zip(mixed, layers, strict=True)]
-    assert norm_distance(layers, earlier, momentum).item() == pytest.approx(norm_distance(expected).item())
-    for (m, v), (wanted_m, wanted_v) in zip(mixed_averages(earlier, layers, momentum), mixed, strict=True):
-        torch.testing.assert_close(m, wanted_m)
-        torch.testing.assert_close(v, wanted_v)
-    first = mixed_averages([], layers, momentum)
-    assert all(
-        torch.equal(a, b)
-        for pair, layer in zip(first, layers, strict=True)
-        for a, b in zip(pair, layer[:2], strict=True)
-    )
+    earlier = [Statistics(m + 1, 2 * v, m, v) for m, v, *_ in layers]
+    for found, (m, v, running_mean, running_variance) in zip(mixed(layers, earlier, momentum), layers, strict=True):
+        torch.testing.assert_close(found.mean, (1 - momentum) * m + momentum * (m + 1))
+        torch.testing.assert_close(found.variance, (1 - momentum) * v + momentum * 2 * v)
+        assert found.running_mean is running_mean and found.running_variance is running_variance
+    assert mixed(layers, [], momentum) == layers
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10])

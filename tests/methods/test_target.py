@@ -45,8 +45,8 @@ def test_the_server_trains_after_the_last_round_of_every_task_but_the_last(run):
     assert names == ["synthesis", "synthesis", "student", "synthesis", "student"]
     modules = [type(stage.module) for _, stage in run.method.trained]
     assert modules == [{"synthesis": InversionModule, "student": ImitationModule}[name] for name in names]
-    weights = [stage.module.lambda_adversarial for _, stage in run.method.trained if stage.name == "synthesis"]
-    assert weights == [0, 1, 1]
+    warm = [stage.module.is_warm for _, stage in run.method.trained if stage.name == "synthesis"]
+    assert warm == [False, True, True]
 
 
 def test_sampled_classes_are_all_those_that_were_seen(run, make_data):

@@ -13,13 +13,14 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from typing_extensions import override
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules import ClassificationModule
-from fedlscl.nets.net import Classification, Net, make_head
+from fedlscl.nets.net import Classification, LinearHead, Net
 from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
 
 
@@ -27,23 +28,19 @@ class ExpandedViT(FrozenViTNet):
     """A frozen ViT whose blocks form groups of even size, each followed by a trainable copy of its last block.
 
     The copies' output layers begin at zero, weights and biases, so that each is the identity bit for bit.
-
-    Args:
-        config: the frozen ViT.
-        head: features (B, width) to logits; has ``weight`` with one row per class.
-        num_expanded: groups, and so new blocks.
+    ``num_expanded`` is the number of groups, and so of new blocks.
     """
 
-    def __init__(self, config: FoundationConfig, head: nn.Module, num_expanded: int) -> None:
+    def __init__(self, config: FoundationConfig, num_classes: int, num_expanded: int) -> None:
         super().__init__(foundation(config))
         self.positions = expansion_positions(self.foundation.depth, num_expanded)
         self.expanded = nn.ModuleList([identity_copy(self.foundation.block(after - 1)) for after in self.positions])
         # Foundation.tokens at the depth gives features, not tokens.
         self.entry = min(self.positions[0], self.foundation.depth - 1)
-        self.head = head
+        self.head = LinearHead(self.foundation.width, num_classes)
 
+    @override
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
-        """Classify stored images (B, 3, h, w)."""
         vit, depth = self.foundation.to(images.device).vit, self.foundation.depth
         tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
         new: dict[int, Block] = dict(zip(self.positions, self.expanded, strict=True))
@@ -77,15 +74,13 @@ def expansion_positions(depth: int, num_expanded: int) -> list[int]:
 def identity_copy(block: Block) -> Block:
     """A trainable copy of a pre-norm block that adds nothing yet: its two output layers are zero.
 
-    Raises:
-        ValueError: if the block is not timm's Block; in a post-norm one zeros would not be the identity.
+    In a post-norm block, which is refused, zeros would not be the identity.
     """
     if not is_plain(block):
         raise ValueError(f"foundation must have plain pre-norm blocks, got {type(block).__name__}: choose another ViT.")
     copy = deepcopy(block).cpu().requires_grad_(True)  # the process's ViT may be on a GPU already
-    for layer in (copy.attn.proj, copy.mlp.fc2):
-        for parameter in layer.parameters():
-            parameter.zero_()
+    for parameter in [*copy.attn.proj.parameters(), *copy.mlp.fc2.parameters()]:
+        parameter.zero_()
     return copy
 
 
@@ -95,13 +90,8 @@ def allocate(
     """Allocate to every client as many distinct blocks as its capacity (our reconstruction).
 
     Slot by slot, clients of large capacity first, each gets a block that no client has yet, or else the one of highest
-    importance - beta KL(labels of the block's clients || labels of all); ties go to the lowest index.
-
-    Args:
-        importance: of each block to each client.
-        counts: samples by class of each client; whole numbers, so that equal shares diverge by exactly zero.
-        capacities: blocks per client, at most as many as there are.
-        beta: weight of the divergence.
+    importance - beta KL(labels of the block's clients || labels of all); ties go to the lowest index. ``importance`` is
+    of each block to each client, ``counts`` are each client's samples by class.
 
     Example:
         >>> allocate([[1.0, 1.0], [1.0, 1.0]], [[5, 0], [0, 5]], [1, 1], beta=0.1)
@@ -127,7 +117,7 @@ def allocate(
 
 
 def kl_divergence(counts: Sequence[int], reference: Sequence[int]) -> float:
-    """KL(p || q) of two histograms of whole numbers, the first within the second; 0 for an empty one.
+    """KL(p || q) of two histograms, the first within the second; 0 for an empty one, and exactly 0 for equal shares.
 
     Example:
         >>> kl_divergence([3, 6], [1, 2]), round(kl_divergence([4, 0], [4, 4]), 4)
@@ -148,12 +138,9 @@ class FedBE(Method):
     """Clients train the expanded blocks that the server allocates to them, and the head."""
 
     card: ClassVar = MethodCard(
-        "reconstruction, 2025",
-        "2506.05977",
-        "expanded blocks that the server allocates, head; frozen ViT",
+        "reconstruction, 2025", "2506.05977", "expanded blocks that the server allocates, head; frozen ViT",
         "those blocks, head",
-    )
-
+    )  # fmt: skip
     averages: ClassVar = True
     batch_size: int = 16
     """Images per step (ours)."""
@@ -172,21 +159,21 @@ class FedBE(Method):
     importance: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     """By client, (2, num_expanded): sum and number of the changes reported for each block."""
 
+    @override
     def build_net(self, client: int, stream: StreamShape) -> ExpandedViT:
-        """The expanded ViT with a linear head."""
         if not self.capacities or min(self.capacities) < 1:
             raise ValueError(f"capacities must be one or more numbers >= 1, got {list(self.capacities)}.")
-        head = make_head("linear", foundation(self.foundation).width, stream.num_classes)
-        return ExpandedViT(self.foundation, head, self.num_expanded)
+        return ExpandedViT(self.foundation, stream.num_classes, self.num_expanded)
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train the allocated blocks and the head, and record the change of each block."""
-        blocks = self._blocks(client)
-        client.net.set_trainable(blocks)
-        before = [_flat(client.net.expanded[block]) for block in blocks]
+        numbers = self._blocks(client)
+        client.net.set_trainable(numbers)
+        blocks = [client.net.expanded[number] for number in numbers]
+        before = [parameters_to_vector(block.parameters()).detach() for block in blocks]
         module = ClassificationModule(client.net, client.classes, lr=self.lr, lr_of={"expanded": self.block_lr})
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
-        moves = [_flat(client.net.expanded[block]) - old for block, old in zip(blocks, before, strict=True)]
+        moves = [parameters_to_vector(b.parameters()).detach() - old for b, old in zip(blocks, before, strict=True)]
         client.memory[CHANGES] = torch.stack([move.square().mean().sqrt() for move in moves]).cpu()
 
     def upload(self, client: Client) -> Payload:
@@ -200,13 +187,8 @@ class FedBE(Method):
         blocks = upload.payload[BLOCKS].tolist()
         if blocks != sorted(set(blocks)) or not set(blocks) <= set(range(self.num_expanded)):
             raise ValueError(f"blocks must be ascending indices below {self.num_expanded}, got {blocks}")
-        capacity = self._capacity(upload.client)
-        indices = torch.empty(capacity, dtype=torch.int64, device="meta")
-        return {
-            **_blocks_and_head(net.state_dict(), blocks),
-            BLOCKS: indices,
-            CHANGES: torch.empty(capacity, device="meta"),
-        }
+        changes = torch.empty(self._capacity(upload.client), device="meta")
+        return {**_blocks_and_head(net.state_dict(), blocks), BLOCKS: changes.long(), CHANGES: changes}
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Average each block over the clients that trained it, and allocate blocks for the next round."""
@@ -226,7 +208,7 @@ class FedBE(Method):
     def download(self, client: Client, payload: Payload) -> None:
         client.memory[BLOCKS] = payload[BLOCKS]
         changed = {name: value for name, value in payload.items() if name != BLOCKS}
-        client.net.load_state_dict({**client.net.state_dict(), **changed})
+        client.net.load_state_dict(client.net.state_dict() | changed)
 
     def _capacity(self, client: int) -> int:
         if self.allocation == "all":
@@ -254,7 +236,3 @@ class FedBE(Method):
 def _blocks_and_head(state: Payload, blocks: Sequence[int]) -> Payload:
     prefixes = ("head.", *(f"expanded.{block}." for block in blocks))
     return {name: value for name, value in state.items() if name.startswith(prefixes)}
-
-
-def _flat(block: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(block.parameters()).detach()

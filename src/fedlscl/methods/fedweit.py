@@ -10,7 +10,7 @@ Deviations from the released code, with reasons in docs/methods/fedweit.md:
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,28 +40,22 @@ class DecomposedConv(nn.Module):
     of the task. An earlier task's entry of ``adaptive`` holds the sum of its last two terms, see `fold`.
     """
 
-    knowledge: Tensor
-    anchor: Tensor
-
     def __init__(self, conv: nn.Conv2d, num_tasks: int, num_clients: int, threshold: float) -> None:
         super().__init__()
         self.conv, self.threshold = conv, threshold
         self.task, self.is_current = 0, True
-        weight = conv.weight.detach()
-        tasks = range(num_tasks)
+        weight, tasks = conv.weight.detach(), range(num_tasks)
         self.adaptive = nn.ParameterList(weight / 3 for _ in tasks)
         self.mask = nn.ParameterList(0.5 * torch.randn(len(weight)) for _ in tasks)
         self.attention = nn.ParameterList(0.5 * torch.randn(num_clients) for _ in tasks)
         self.bias = nn.ParameterList(conv.bias.detach().clone() for _ in tasks if conv.bias is not None)
-        self.register_buffer("knowledge", torch.zeros(num_clients, *weight.shape))
-        self.register_buffer("anchor", weight.clone())
+        self.knowledge = nn.Buffer(torch.zeros(num_clients, *weight.shape))
+        self.anchor = nn.Buffer(weight.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution with the weights of the selected task."""
-        parts = {"weight": self.weight()}
-        if len(self.bias):
-            parts["bias"] = self.bias[self.task]
-        return functional_call(self.conv, parts, (x,))
+        bias = {"bias": self.bias[self.task]} if len(self.bias) else {}
+        return functional_call(self.conv, {"weight": self.weight(), **bias}, (x,))
 
     def weight(self) -> Tensor:
         """Theta of the selected task; outside training with the sparse A_t."""
@@ -105,8 +99,6 @@ class DecomposedClassifier(Net):
     log-probabilities, so that over several tasks' classes the largest softmax wins (ours).
     """
 
-    task_of: Tensor
-
     def __init__(
         self, name: str, num_classes: int, image_size: int, pretrained: bool = False, *,
         num_tasks: int, num_clients: int, threshold: float,
@@ -115,7 +107,7 @@ class DecomposedClassifier(Net):
         self.small = SmallModel(name, image_size, pretrained)
         _decompose(self.small.cnn, num_tasks, num_clients, threshold)
         self.head = LinearHead(self.small.width, num_classes)
-        self.register_buffer("task_of", torch.full((num_classes,), -1))
+        self.task_of = nn.Buffer(torch.full((num_classes,), -1))
         self.last_task = -1
         self.register_load_state_dict_post_hook(DecomposedClassifier._update_last_task)
         self.set_trainable()
@@ -146,20 +138,19 @@ class DecomposedClassifier(Net):
 
     def set_trainable(self) -> None:
         """Enable gradients for the base, the current task's parts and the head only."""
-        self._select(self.task)
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         for part in self.modules():
             if isinstance(part, TaskNorm):
-                part.norms[part.task].requires_grad_(True)
+                part.norms[self.task].requires_grad_(True)
             elif isinstance(part, DecomposedConv):
                 part.conv.weight.requires_grad_(True)
                 for values in (part.adaptive, part.mask, part.attention, part.bias):
                     if len(values):
-                        values[part.task].requires_grad_(True)
+                        values[self.task].requires_grad_(True)
 
+    @override
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
-        """Classify stored images (B, 3, h, w)."""
         self._select(self.task)
         features = self.small(images)
         logits = self.head(features)
@@ -179,10 +170,9 @@ class DecomposedClassifier(Net):
         self.last_task = int(self.task_of.max())  # known to the host, so that no step waits for a device
 
     def _select(self, task: int) -> None:
-        current = self.task
         for part in self.modules():
             if isinstance(part, DecomposedConv | TaskNorm):
-                part.task, part.is_current = task, task == current
+                part.task, part.is_current = task, task == self.task
 
 
 def _decompose(module: nn.Module, num_tasks: int, num_clients: int, threshold: float, path: str = "") -> None:
@@ -205,32 +195,25 @@ class DecompositionModule(ClassificationModule):
 
     net: DecomposedClassifier
 
-    def __init__(
-        self, net: DecomposedClassifier, lambda_sparse: float, lambda_mask: float, lambda_retain: float, decay: float,
-        classes: Tensor | None = None, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        """Weights of ``||A_t||_1``, ``||m_t||_1``, the base's drift, and ``||.||^2 / 2`` of A_t, m_t and a first B."""
-        super().__init__(net, classes, **optimisation)
-        self.lambda_sparse, self.lambda_mask, self.lambda_retain = lambda_sparse, lambda_mask, lambda_retain
-        self.decay = decay
+    def __init__(self, net: DecomposedClassifier, classes: Tensor, options: "FedWeIT") -> None:
+        super().__init__(net, classes, lr=options.lr)
+        self.options = options
 
+    @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of the page's objective; there is no drift in the first task."""
-        layers, task = self.net.convolutions.values(), self.net.task
+        options, layers, task = self.options, self.net.convolutions.values(), self.net.task
         adaptive, masks = [layer.adaptive[task] for layer in layers], [layer.mask[task] for layer in layers]
         decayed = adaptive + masks + ([layer.conv.weight for layer in layers] if task == 0 else [])
         terms = {
             **super().loss(batch),
-            "decay": self.decay / 2 * _total(value.square() for value in decayed),
-            "sparsity": self.lambda_sparse * _total(value.abs() for value in adaptive)
-            + self.lambda_mask * _total(value.abs() for value in masks),
+            "decay": options.weight_decay / 2 * _total(value.square() for value in decayed),
+            "sparsity": options.lambda_sparse * _total(value.abs() for value in adaptive)
+            + options.lambda_mask * _total(value.abs() for value in masks),
         }
         if task:
-            drift = [
-                retention(layer.conv.weight, layer.anchor, torch.stack([m.sigmoid() for m in layer.mask[:task]]))
-                for layer in layers
-            ]
-            terms["retention"] = self.lambda_retain * torch.stack(drift).sum()
+            gates = [torch.stack([mask.sigmoid() for mask in layer.mask[:task]]) for layer in layers]
+            drift = [retention(layer.conv.weight, layer.anchor, g) for layer, g in zip(layers, gates, strict=True)]
+            terms["retention"] = options.lambda_retain * _total(drift)
         return terms
 
 
@@ -261,13 +244,7 @@ def pack_sparse(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_sparse(values: Tensor, bits: Tensor, shape: torch.Size) -> Tensor:
-    """Inverse of ``pack_sparse`` for a tensor of this shape.
-
-    Example:
-        >>> unpack_sparse(torch.tensor([5.0, 7.0]), torch.tensor([80], dtype=torch.uint8), torch.Size([2, 2]))
-        tensor([[0., 5.],
-                [0., 7.]])
-    """
+    """Inverse of ``pack_sparse`` for a tensor of this shape."""
     mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool))
     return torch.zeros(shape.numel(), dtype=values.dtype).masked_scatter_(mask, values).view(shape)
 
@@ -281,12 +258,9 @@ class FedWeIT(FedAvg):
     """Only the base is averaged; clients use each other's task weights through attention."""
 
     card: ClassVar = MethodCard(
-        "ICML 2021",
-        "2003.03196",
-        "small CNN: shared base, masks, weights of the task, attention; head",
+        "ICML 2021", "2003.03196", "small CNN: shared base, masks, weights of the task, attention; head",
         "70 % of the base's channels; once per task its sparse weights",
-    )
-
+    )  # fmt: skip
     lambda_sparse: float = 1e-3
     """lambda_1 of ||A_t||_1, and the size up to which entries of A_t are set to 0 when it is sent and evaluated."""
     lambda_retain: float = 100.0
@@ -306,21 +280,20 @@ class FedWeIT(FedAvg):
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}.")
 
+    @override
     def build_net(self, client: int, stream: StreamShape) -> DecomposedClassifier:
-        """A decomposed CNN with parts for all tasks."""
         cnn = self.small_model, stream.num_classes, self.small_image_size, self.pretrained
         shape = {"num_tasks": stream.num_tasks, "num_clients": stream.num_clients, "threshold": self.lambda_sparse}
         return DecomposedClassifier(*cnn, **shape)
 
+    @override
     def begin_task(self, client: Client) -> None:
-        """Fold the previous task's weights and set the anchor to the current base."""
         client.net.begin_task(client.classes, client.task)
 
     @override
     def stages(self, client: Client) -> Iterator[Stage]:
         client.net.set_trainable()
-        weights = self.lambda_sparse, self.lambda_mask, self.lambda_retain, self.weight_decay
-        module = DecompositionModule(client.net, *weights, client.classes, lr=self.lr)
+        module = DecompositionModule(client.net, client.classes, self)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
@@ -357,8 +330,7 @@ class FedWeIT(FedAvg):
                 [p[BASE + name] for p in payloads], [p[SENT + name] for p in payloads]
             )
         for upload in uploads:
-            packed = {key: value for key, value in upload.payload.items() if key.startswith((VALUES, BITS))}
-            merged |= {f"{upload.client}.{key}": value for key, value in packed.items()}
+            merged |= {f"{upload.client}.{n}": v for n, v in upload.payload.items() if n.startswith((VALUES, BITS))}
         return [merged] * len(uploads)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ Deviations from the released code, with reasons in docs/methods/glfc.md:
 - Adam without a schedule; no exemplar is chosen twice; uploads are averaged as in FedAvg here.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -33,6 +33,8 @@ PROXY = "proxy."
 GRADIENTS = PROXY + "gradients"
 CHUNK = 128
 """Images per forward pass of the proxy."""
+WEIGHT_DECAY = 1e-5
+"""Of the steps that perturb a prototype."""
 SEED = 0
 """Seed of the prototype encoder's weights, equal at clients and proxy."""
 
@@ -40,18 +42,10 @@ SEED = 0
 class CompensationModule(Learner):
     """Gradient compensation and relation distillation (Eq. 2-6): two binary cross-entropies.
 
-    Args:
-        net: is trained.
-        columns: classes of the loss, (C,) sorted; every label is among them.
-        new: classes of the current task if exemplars are replayed; if None, all samples weigh 1.
-        previous: the old model, if there is one; both terms then have weight 1/2.
-        old: the part of ``columns`` whose targets are the old model's predictions.
-        optimisation: Learner's lr and so on.
+    ``columns`` (C,) are the classes of the loss, sorted, with every label. ``new`` are classes of the current task if
+    exemplars are replayed; if None, all samples weigh 1. With ``previous``, the old model, both terms have weight 1/2,
+    and its predictions are the targets of the part ``old`` of the columns.
     """
-
-    columns: Tensor
-    new: Tensor | None
-    is_old: Tensor
 
     def __init__(
         self, net: Net, columns: Tensor, new: Tensor | None = None, previous: Net | None = None,
@@ -87,27 +81,25 @@ def extended_memory(client: Client, size: int) -> Buffer:
 
     They are chosen by herding in the features of the current net. A class keeps the first of its order.
     """
-    fresh = client.data.train_ids(client.task - 1)
-    fresh = fresh[~torch.isin(client.data.data.labels(fresh), client.buffer.labels)]
-    num_classes = len(torch.cat([client.buffer.labels, client.data.data.labels(fresh)]).unique())
+    label_of, fresh = client.data.data.labels, client.data.train_ids(client.task - 1)
+    fresh = fresh[~torch.isin(label_of(fresh), client.buffer.labels)]
+    num_classes = len(torch.cat([client.buffer.labels, label_of(fresh)]).unique())
     if not num_classes:
         return client.buffer
     ids, ranks = herded(client, fresh, size // num_classes)
-    ids, ranks = torch.cat([client.buffer.ids, ids]), torch.cat([client.buffer.losses, ranks.float()])
-    return Buffer.empty().updated(ids, client.data.data.labels(ids), ranks, per_class=size // num_classes)
+    ids, ranks = torch.cat([client.buffer.ids, ids]), torch.cat([client.buffer.losses, ranks])
+    return Buffer.empty().updated(ids, label_of(ids), ranks, per_class=size // num_classes)
 
 
 def herded(client: Client, ids: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
     """Ids of up to ``per_class`` samples of each class, class by class in herding order, and their rank in it."""
     rows = [F.normalize(output.features.float()).cpu() for _, output in client.infer(ids)]
     labels = client.data.data.labels(ids)
-    chosen, ranks = [ids[:0]], [ids[:0]]
+    orders = [ids[:0]]
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        order = herding(torch.cat(rows)[members], per_class)
-        chosen.append(ids[members[order]])
-        ranks.append(torch.arange(len(order)))
-    return torch.cat(chosen), torch.cat(ranks)
+        orders.append(ids[members[herding(torch.cat(rows)[members], per_class)]])
+    return torch.cat(orders), torch.cat([torch.arange(len(order)) for order in orders])
 
 
 def herding(features: Tensor, count: int) -> Tensor:
@@ -132,15 +124,8 @@ def herding(features: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-@torch.no_grad()
-def mean_entropy(client: Client, columns: Tensor) -> Tensor:
-    """Mean entropy in nats of the net's softmax over ``columns`` on the current task's training samples, a scalar."""
-    logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
-    return torch.distributions.Categorical(logits=logits).entropy().mean()
-
-
 def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int, lr: float) -> tuple[Tensor, Tensor]:
-    """The image nearest to the mean of each class of the task, (n, 3, size, size) in 0..1, and the labels (n,).
+    """The image nearest to the mean of each class of the task, (n, 3, size, size), and the labels (n,).
 
     Each is changed by SGD on the net's binary cross-entropy over ``columns``, as the paper hides it.
     """
@@ -148,25 +133,14 @@ def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int,
     batch = client.data.fetch(chosen)
     images = F.interpolate(batch.images.float() / 255, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     targets = (batch.labels[:, None] == columns).float()
-
-    def loss(images: Tensor) -> Tensor:
-        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
-
     client.net.eval()
-    return perturbed(images, loss, steps, lr), batch.labels
-
-
-def perturbed(
-    images: Tensor, loss: Callable[[Tensor], Tensor], steps: int, lr: float, weight_decay: float = 1e-5
-) -> Tensor:
-    """Images after ``steps`` of SGD on ``loss(images)``, independent of each other if the loss is a sum over images."""
-    images = images.clone()
     for _ in range(steps):
         images.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss(images), images)
-        images = (images - lr * (gradient + weight_decay * images)).detach()
-    return images
+        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
+        (gradient,) = torch.autograd.grad(loss, images)
+        images = (images - lr * (gradient + WEIGHT_DECAY * images)).detach()
+    return images, batch.labels
 
 
 def best_model(client: Client) -> Net | None:
@@ -183,72 +157,50 @@ def best_model(client: Client) -> Net | None:
 # attack on privacy by construction.
 
 
-class PrototypeEncoder(nn.Module):
+def prototype_encoder(num_classes: int, size: int) -> nn.Sequential:
     """LeNet with sigmoids, random and not trained: images (n, 3, size, size) in 0..1 to logits (n, num_classes)."""
-
-    def __init__(self, num_classes: int, size: int) -> None:
-        super().__init__()
-        if size % 4 or size < 4:
-            raise ValueError(f"prototype_size must be a positive multiple of 4, got {size}.")
-        self.num_classes, self.size, self.width = num_classes, size, 12 * (size // 4) ** 2
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(3, 12, 5, stride=2, padding=2),
-            nn.Sigmoid(),
-            nn.Conv2d(12, 12, 5, stride=2, padding=2),
-            nn.Sigmoid(),
-            nn.Conv2d(12, 12, 5, padding=2),
-            nn.Sigmoid(),
-        )
-        self.classifier = nn.Linear(self.width, num_classes)
-        generator = torch.Generator().manual_seed(SEED)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.uniform_(-0.5, 0.5, generator=generator)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images in 0..1, which are not normalised."""
-        return self.classifier(self.convolutions(images).flatten(1))
+    if size % 4 or size < 4:
+        raise ValueError(f"prototype_size must be a positive multiple of 4, got {size}.")
+    convolutions = [nn.Conv2d(3, 12, 5, 2, 2), nn.Conv2d(12, 12, 5, 2, 2), nn.Conv2d(12, 12, 5, 1, 2)]
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.Sigmoid())]
+    encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * (size // 4) ** 2, num_classes))
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in encoder.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5, generator)
+    return encoder
 
 
-def prototype_gradients(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradients (n, num_weights) of each image's cross-entropy in the encoder's weights; the classifier comes last."""
-    pairs = zip(images, labels, strict=True)
-    return torch.stack([_gradient(encoder, image[None], label[None]) for image, label in pairs]).detach()
+def prototype_gradient(encoder: nn.Module, image: Tensor, label: Tensor, differentiable: bool = False) -> Tensor:
+    """Gradient (num_weights,) of an image's cross-entropy in the encoder's weights; the classifier comes last."""
+    loss = F.cross_entropy(encoder(image[None]), label[None])
+    parts = torch.autograd.grad(loss, list(encoder.parameters()), create_graph=differentiable)
+    return torch.cat([part.flatten() for part in parts])
 
 
-def infer_labels(gradients: Tensor, num_classes: int, width: int) -> Tensor:
+def infer_labels(encoder: nn.Module, gradients: Tensor) -> Tensor:
     """Labels (n,) of gradients (n, num_weights).
 
     The classifier's row c has gradient (p_c - [c is the label]) h. Features h after a sigmoid are positive, so that
     only the label's row sums to less than 0.
     """
-    rows = gradients[:, -(num_classes * width + num_classes) : -num_classes]
-    return rows.view(len(gradients), num_classes, width).sum(2).argmin(1)
+    *_, weight, bias = encoder.parameters()
+    rows = gradients[:, : -len(bias)][:, -weight.numel() :]
+    return rows.unflatten(1, weight.shape).sum(2).argmin(1)
 
 
 def reconstruct(
     encoder: nn.Module, gradient: Tensor, label: Tensor, start: Tensor, steps: int, keep: int, lr: float = 0.1
 ) -> Tensor:
-    """Images whose gradient is ``gradient`` (num_weights,): the last ``keep`` iterates of L-BFGS.
+    """The last ``keep`` of ``steps`` iterates towards an image with this gradient (num_weights,) and label ().
 
-    Args:
-        encoder: the net of the gradient.
-        gradient: as a client sent it.
-        label: its class, a scalar.
-        start: first guess, (3, size, size).
-        steps: calls of the optimizer, each of up to 20 iterations.
-        keep: maximum number of returned iterates.
-        lr: step of L-BFGS.
-
-    Returns:
-        (min(keep, steps), 3, size, size) in 0..1; fewer if the search diverges, and at least the start.
+    L-BFGS from ``start`` (3, size, size), each step of up to 20 iterations; the result is (n, 3, size, size) in 0..1,
+    fewer than ``keep`` if the search diverges, and at least the start.
     """
-    image = start[None].clone().requires_grad_(True)
+    image = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([image], lr=lr)
 
     def mismatch() -> Tensor:
-        optimizer.zero_grad()
-        distance = (_gradient(encoder, image, label[None], differentiable=True) - gradient).square().sum()
+        distance = (prototype_gradient(encoder, image, label, differentiable=True) - gradient).square().sum()
         (image.grad,) = torch.autograd.grad(distance, image)
         return distance.detach()
 
@@ -257,66 +209,8 @@ def reconstruct(
         optimizer.step(mismatch)
         if not image.isfinite().all():
             break
-        iterates.append(image.detach()[0].clone())
+        iterates.append(image.detach().clone())
     return torch.stack(iterates[-keep:] or [start]).clamp(0, 1)
-
-
-def _gradient(encoder: nn.Module, image: Tensor, label: Tensor, differentiable: bool = False) -> Tensor:
-    loss = F.cross_entropy(encoder(image), label)
-    parts = torch.autograd.grad(loss, list(encoder.parameters()), create_graph=differentiable)
-    return torch.cat([part.flatten() for part in parts])
-
-
-class Proxy:
-    """GLFC's proxy server; its knowledge is in ``state``, tensors by name.
-
-    ``met`` (num_classes,) is the first task of each class, -1 before it; ``images`` (n, 3, size, size) in 0..1 and
-    ``labels`` (n,) are the reconstructed prototypes of task ``task``; ``best`` is the highest accuracy on them so far.
-    """
-
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
-
-    def add_classes(self, class_counts: Iterable[Tensor], task: int) -> Tensor:
-        """Record the classes that any client has samples of; returns a copy of ``met``."""
-        participants = torch.stack([counts > 0 for counts in class_counts]).any(0)
-        met = self.state.get("met", torch.full(participants.shape, -1))
-        self.state["met"] = torch.where(participants & (met < 0), task, met)
-        return self.state["met"].clone()
-
-    def add_prototypes(self, gradients: Tensor, encoder: PrototypeEncoder, task: int, steps: int, keep: int) -> bool:
-        """Reconstruct images from gradients (n, num_weights); the first ones of a task replace the previous task's.
-
-        Returns:
-            whether they are the first: the best model of the previous task then becomes all clients' old model.
-        """
-        is_first = int(self.state.get("task", torch.tensor(-1))) < task
-        labels = infer_labels(gradients, encoder.num_classes, encoder.width)
-        found = []
-        for gradient, label in zip(gradients, labels, strict=True):
-            start = torch.rand(3, encoder.size, encoder.size)
-            found.append(reconstruct(encoder, gradient, label, start, steps, keep))
-        labels = labels.repeat_interleave(torch.tensor([len(images) for images in found]))
-        images = torch.cat(found)
-        if not is_first:
-            images, labels = torch.cat([self.state["images"], images]), torch.cat([self.state["labels"], labels])
-        # Accuracies on different images do not compare, so the best score is reset (not so in the released code).
-        self.state |= {"images": images, "labels": labels, "task": torch.tensor(task), "best": torch.tensor(-1.0)}
-        return is_first
-
-    @torch.no_grad()
-    def is_best(self, net: Net) -> bool:
-        """Whether ``net`` is at least as accurate as every model of this task; False while there are no images."""
-        if "best" not in self.state:
-            return False
-        net.eval()
-        classes = (self.state["met"] >= 0).nonzero().flatten()
-        logits = torch.cat([net(images).logits for images in self.state["images"].split(CHUNK)])
-        accuracy = (classes[logits[:, classes].argmax(1)] == self.state["labels"]).float().mean()
-        if accuracy < self.state["best"]:
-            return False
-        self.state["best"] = accuracy
-        return True
 
 
 @dataclass(kw_only=True)
@@ -326,7 +220,6 @@ class GLFC(FedAvg):
     card: ClassVar = MethodCard(
         "CVPR 2022", "2203.11473", "small CNN and head, with exemplars", "all that is trained, gradients of prototypes"
     )
-
     averages: ClassVar = True
     memory_size: int = 800
     """Exemplars of a client, shared evenly among its old classes (ours: 20 for each of 40; 2000 in the paper)."""
@@ -346,8 +239,9 @@ class GLFC(FedAvg):
     """Calls of L-BFGS for each prototype at the proxy: nearly all of the server's computation."""
     monitor_images: int = 20
     """Last iterates of each reconstruction that the proxy keeps."""
-    proxy: Proxy = field(default_factory=Proxy, init=False, repr=False)
-    """Server state."""
+    proxy: Payload = field(default_factory=dict, init=False, repr=False)
+    """What the proxy knows: ``met`` (num_classes,) is the first task of each class or -1; ``images`` (n, 3, size, size)
+    in 0..1 and ``labels`` (n,) are the prototypes reconstructed in ``task``, ``best`` the highest accuracy on them."""
 
     def __post_init__(self) -> None:
         """Refuse a frozen ViT, through which no prototype can be perturbed."""
@@ -374,15 +268,16 @@ class GLFC(FedAvg):
             images, labels = perturbed_prototypes(
                 client, self._classes(client)[0], self.prototype_size, self.perturbation_steps, self.perturbation_lr
             )
-            encoder = PrototypeEncoder(client.data.data.num_classes, self.prototype_size)
-            payload[GRADIENTS] = prototype_gradients(encoder, images, labels)
+            encoder = prototype_encoder(client.data.data.num_classes, self.prototype_size)
+            pairs = zip(images, labels, strict=True)
+            payload[GRADIENTS] = torch.stack([prototype_gradient(encoder, image, label) for image, label in pairs])
         return outgoing(payload)
 
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         expected = dict(net.state_dict())
         if GRADIENTS in upload.payload:
-            encoder = PrototypeEncoder(len(upload.class_counts), self.prototype_size)
+            encoder = prototype_encoder(len(upload.class_counts), self.prototype_size)
             size = sum(parameter.numel() for parameter in encoder.parameters())
             expected[GRADIENTS] = torch.empty(int((upload.class_counts > 0).sum()), size, device="meta")
         return expected
@@ -390,17 +285,47 @@ class GLFC(FedAvg):
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """FedAvg's model, and whether the proxy finds it the best of its task so far."""
         model = self.average([replace(upload, payload=without_proxy(upload.payload)) for upload in uploads])
-        met = self.proxy.add_classes([upload.class_counts for upload in uploads], progress.task)
+        present = torch.stack([upload.class_counts > 0 for upload in uploads]).any(0)
+        met = self.proxy.get("met", torch.full(present.shape, -1))
+        self.proxy["met"] = met = torch.where(present & (met < 0), progress.task, met)
         gradients = [upload.payload[GRADIENTS] for upload in uploads if GRADIENTS in upload.payload]
-        encoder, is_shift = PrototypeEncoder(len(met), self.prototype_size), False
-        if gradients:
-            is_shift = self.proxy.add_prototypes(
-                torch.cat(gradients), encoder, progress.task, self.reconstruction_steps, self.monitor_images
-            )
+        is_shift = bool(gradients) and self._reconstruct(torch.cat(gradients), progress.task)
         net = SmallClassifier(self.small_model, len(met), self.small_image_size)
         net.load_state_dict(model)
-        flags = {"shift": torch.tensor(is_shift), "best": torch.tensor(self.proxy.is_best(net))}
-        return [model | {PROXY + name: value for name, value in {"met": met, **flags}.items()}] * len(uploads)
+        answer = {"met": met, "shift": torch.tensor(is_shift), "best": torch.tensor(self._is_best(net))}
+        return [model | {PROXY + name: value for name, value in answer.items()}] * len(uploads)
+
+    def _reconstruct(self, gradients: Tensor, task: int) -> bool:
+        """Add the images of gradients (n, num_weights) to the proxy's; the first of a task replace the last task's.
+
+        Returns whether they are the first: the last task's best model then becomes all clients' old model.
+        """
+        encoder = prototype_encoder(len(self.proxy["met"]), self.prototype_size)
+        is_first = int(self.proxy.get("task", -1)) < task
+        labels, found = infer_labels(encoder, gradients), []
+        for gradient, label in zip(gradients, labels, strict=True):
+            start = torch.rand(3, self.prototype_size, self.prototype_size)
+            found.append(reconstruct(encoder, gradient, label, start, self.reconstruction_steps, self.monitor_images))
+        labels = labels.repeat_interleave(torch.tensor([len(images) for images in found]))
+        if not is_first:
+            found, labels = [self.proxy["images"], *found], torch.cat([self.proxy["labels"], labels])
+        # Accuracies on different images do not compare, so the best score is reset (not so in the released code).
+        self.proxy |= {"images": torch.cat(found), "labels": labels}
+        self.proxy |= {"task": torch.tensor(task), "best": torch.tensor(-1.0)}
+        return is_first
+
+    @torch.no_grad()
+    def _is_best(self, net: Net) -> bool:
+        """Whether ``net`` is at least as accurate as every model of this task; False while there are no images."""
+        if "best" not in self.proxy:
+            return False
+        net.eval()
+        classes = (self.proxy["met"] >= 0).nonzero().flatten()
+        logits = torch.cat([net(images).logits for images in self.proxy["images"].split(CHUNK)])
+        accuracy = (classes[logits[:, classes].argmax(1)] == self.proxy["labels"]).float().mean()
+        is_best = bool(accuracy >= self.proxy["best"])
+        self.proxy["best"] = torch.maximum(accuracy, self.proxy["best"])
+        return is_best
 
     def download(self, client: Client, payload: Payload) -> None:
         """Load the model; at a shift the best of the previous task becomes the teacher until the next shift."""
@@ -412,21 +337,12 @@ class GLFC(FedAvg):
             client.memory |= {BEST + name: value for name, value in model.items()}
         client.memory |= {"met": payload[PROXY + "met"], "signal": torch.tensor(False)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the proxy knows."""
-        return {"proxy": dict(self.proxy.state)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
-        self.proxy.state = dict(state["proxy"])
-
     def _detect(self, client: Client) -> bool:
-        if self.oracle_signal:
-            signal = client.num_synced_rounds == 0
-        elif not len(client.train_ids):
-            signal = False
-        else:
-            entropy = mean_entropy(client, self._classes(client)[0])
+        signal = self.oracle_signal and client.num_synced_rounds == 0
+        if not self.oracle_signal and len(client.train_ids):
+            outputs, columns = client.infer(client.train_ids), self._classes(client)[0]
+            logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in outputs])
+            entropy = torch.distributions.Categorical(logits=logits).entropy().mean()  # in nats
             signal = bool(entropy - client.memory.get("entropy", 0.0) > self.entropy_rise)
             client.memory["entropy"] = entropy
         client.memory["signal"] = client.memory.get("signal", torch.tensor(False)) | signal

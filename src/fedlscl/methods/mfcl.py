@@ -1,17 +1,19 @@
 """MFCL (Babakniya et al., NeurIPS 2023, arXiv 2311.07784): FedAvg with a synthesizer that the server trains.
 
-Ours: old classes are those of any client so far, the cross-entropy on real images is over the client's own classes of
-the task, and the balanced one over these and the old ones. The synthesizer and the server's part are in target.py.
+Ours: the balanced cross-entropy is over the client's own classes of the task and the old ones. The synthesizer and the
+server's part are in target.py.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+from typing_extensions import override
 
 from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
@@ -20,7 +22,7 @@ from fedlscl.federated.payload import Payload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods.target import CLASSES, SYNTHESIS, DataFree, GeneratorWithTeacher, Statistics, Synthesizer
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import Frozen, Net, SmallClassifier, fit
+from fedlscl.nets.net import Frozen, Net, fit
 
 NET = SYNTHESIS + "net."
 """Prefix of the synthesizer's weights in a payload and in a client's memory."""
@@ -34,25 +36,20 @@ class SynthesisModule(Learner):
     ``classes`` are the teacher's columns.
     """
 
-    def __init__(
-        self, net: GeneratorWithTeacher, classes: Tensor, temperature: float,
-        lambda_even: float, lambda_norm: float, lambda_smooth: float, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(net, **optimisation)
-        self.temperature = temperature
-        self.lambda_even, self.lambda_norm, self.lambda_smooth = lambda_even, lambda_norm, lambda_smooth
+    def __init__(self, net: GeneratorWithTeacher, classes: Tensor, options: "MFCL") -> None:
+        super().__init__(net, options.synthesis_lr)
+        self.options = options
         self.register_buffer("classes", classes, persistent=False)
-        self.register_buffer("std", net.teacher.net.small.std.view(3, 1, 1), persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE(f(x) / tau, argmax f(x)) + w_ie IE + w_bn L_BN + w_noise L_smooth for noise (B, noise_dim)."""
-        output = self.net(batch.images)
-        logits = output.logits[:, self.classes]
+        options, output = self.options, self.net(batch.images)
+        logits, std = output.logits[:, self.classes], self.net.teacher.net.small.std
         return {
-            "certainty": cross_entropy(logits / self.temperature, logits.argmax(1)),
-            "evenness": self.lambda_even * unevenness(logits),
-            "norm": self.lambda_norm * norm_divergence(output.statistics),
-            "smoothness": self.lambda_smooth * roughness(output.images / self.std),
+            "certainty": cross_entropy(logits / options.synthesis_temperature, logits.argmax(1)),
+            "evenness": options.lambda_even * unevenness(logits),
+            "norm": options.lambda_norm * norm_divergence(output.statistics),
+            "smoothness": options.lambda_smooth * roughness(output.images / std.view(3, 1, 1)),
         }
 
 
@@ -78,37 +75,26 @@ def norm_divergence(statistics: Sequence[Statistics]) -> Tensor:
 
 def roughness(images: Tensor) -> Tensor:
     """Mean squared distance of images (B, C, h, w) from their blur: Gaussian, 5 x 5, sigma 1, reflected."""
-    steps = torch.arange(-2.0, 3.0, device=images.device)
-    line = (-steps.square() / 2).exp()
-    kernel = torch.outer(line, line) / line.sum().square()
-    weight = kernel.to(images.dtype).expand(images.shape[1], 1, 5, 5)
-    blurred = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), weight, groups=images.shape[1])
-    return F.mse_loss(images, blurred)
+    return F.mse_loss(images, gaussian_blur(images, [5, 5], [1.0, 1.0]))
 
 
 class MimickingModule(ClassificationModule):
     """The clients' objective: body from new classes and the old net's features, head balanced over all classes.
 
-    ``replay_size`` images of the synthesizer are added to every batch of real ones.
+    Images of the synthesizer are added to every batch of real ones.
     """
 
-    def __init__(
-        self, net: SmallClassifier, previous: SmallClassifier, synthesizer: Synthesizer, old_classes: Tensor,
-        classes: Tensor, replay_size: int, lambda_head: float, lambda_features: float, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(net, classes, **optimisation)
-        self.previous, self.synthesizer, self.replay_size = Frozen(previous), Frozen(synthesizer), replay_size
-        self.lambda_head, self.lambda_features = lambda_head, lambda_features
-        self.register_buffer("old_classes", old_classes, persistent=False)
-        self.register_buffer("known", torch.cat([old_classes, classes]).unique(), persistent=False)
+    def __init__(self, client: Client, synthesizer: Synthesizer, options: "MFCL") -> None:
+        super().__init__(client.net, client.classes, lr=options.lr)
+        self.previous, self.synthesizer, self.options = Frozen(client.previous), Frozen(synthesizer), options
+        self.register_buffer("old_classes", client.memory[CLASSES], persistent=False)
+        self.register_buffer("known", torch.cat([self.old_classes, client.classes]).unique(), persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """L_CE + w_ft L_FT + w_kd L_KD, from one forward pass of real and synthetic images."""
-        noise = torch.randn(self.replay_size, self.synthesizer.net.noise_dim).to(
-            self.old_classes.device, non_blocking=True
-        )
-        parts = (batch.images, self.synthesizer(noise))
-        images = torch.cat([fit(part, self.net.small.image_size) for part in parts])
+        noise = torch.randn(self.options.replay_size, self.synthesizer.net.noise_dim)
+        synthetic = self.synthesizer(noise.to(self.old_classes.device, non_blocking=True))
+        images = torch.cat([fit(part, self.net.small.image_size) for part in (batch.images, synthetic)])
         now, before = self.net(images), self.previous(images)
         predicted = before.logits[len(batch.labels) :, self.old_classes].argmax(1)
         labels = torch.cat([batch.labels, self.old_classes[predicted]])
@@ -116,8 +102,8 @@ class MimickingModule(ClassificationModule):
         moved = F.linear(now.features - before.features, self.previous.net.head.weight[self.old_classes])
         return {
             "cross_entropy": cross_entropy(now.logits[: len(batch.labels)], batch.labels, self.classes),
-            "head": self.lambda_head * balanced,
-            "features": self.lambda_features * moved.float().square().mean(),
+            "head": self.options.lambda_head * balanced,
+            "features": self.options.lambda_features * moved.float().square().mean(),
         }
 
 
@@ -128,7 +114,6 @@ class MFCL(DataFree):
     card: ClassVar = MethodCard(
         "NeurIPS 2023", "2311.07784", "CNN and head from scratch; the server an image synthesizer", "CNN, head"
     )
-
     noise_dim: int = 1000
     """Width of the synthesizer's input."""
     replay_size: int = 128
@@ -154,26 +139,15 @@ class MFCL(DataFree):
     synthesizer: Payload = field(default_factory=dict, init=False, repr=False)
     """Its weights after the last task."""
 
-    def stages(self, client: Client) -> Iterator[Stage]:
-        """Cross-entropy, and replay if the client has a synthesizer (not if it missed the download)."""
-        loader = client.loader(client.train_ids, self.batch_size)
-        if client.previous is None or CLASSES not in client.memory:
-            module = ClassificationModule(client.net, client.classes, lr=self.lr)
-        else:
-            weights = {n.removeprefix(NET): value for n, value in client.memory.items() if n.startswith(NET)}
-            module = MimickingModule(
-                client.net, client.previous, self._build_synthesizer(client.net, weights), client.memory[CLASSES],
-                client.classes, self.replay_size, self.lambda_head, self.lambda_features, lr=self.lr,
-            )  # fmt: skip
-        yield Stage("train", module, loader, self.local_epochs)
+    @override
+    def replay(self, client: Client) -> Learner:
+        weights = {name.removeprefix(NET): v for name, v in client.memory.items() if name.startswith(NET)}
+        return MimickingModule(client, self._build_synthesizer(client.net, weights), self)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train the previous task's synthesizer against the new global net."""
         synthesizer = self._build_synthesizer(teacher, self.synthesizer)
-        module = SynthesisModule(
-            GeneratorWithTeacher(synthesizer, teacher), classes, self.synthesis_temperature,
-            self.lambda_even, self.lambda_norm, self.lambda_smooth, lr=self.synthesis_lr,
-        )  # fmt: skip
+        module = SynthesisModule(GeneratorWithTeacher(synthesizer, teacher), classes, self)
         unlabelled = torch.full((self.synthesis_batch,), -1)
         noise = [torch.randn(self.synthesis_batch, self.noise_dim) for _ in range(self.synthesis_steps)]
         yield Stage("synthesis", module, [Batch(values, unlabelled, unlabelled) for values in noise], 1)
@@ -181,8 +155,8 @@ class MFCL(DataFree):
         self.broadcast |= {NET + name: value for name, value in self.synthesizer.items()}
 
     def _build_synthesizer(self, classifier: Net, weights: Payload) -> Synthesizer:
-        mean, std = classifier.small.mean.tolist(), classifier.small.std.tolist()
-        net = Synthesizer(self.noise_dim, self.synthesis_channels, self.synthesis_size, True, mean, std)
+        shape = self.noise_dim, self.synthesis_channels, self.synthesis_size
+        net = Synthesizer(*shape, standardise=True, **classifier.small.normalisation)
         if weights:
             net.load_state_dict(weights)
         return net

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fedlscl.federated.method import Method, MethodCard, Progress, PublicImages,
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import Frozen, LinearHead, Net, prepare
+from fedlscl.nets.net import Classification, Frozen, LinearHead, Net, prepare
 from fedlscl.nets.vit import (
     Foundation,
     FoundationClassifier,
@@ -33,26 +33,18 @@ Fusion = Literal["average", "distill"]
 
 
 class Prompted(NamedTuple):
-    """Output of a net whose prompts are selected by keys."""
+    """Output of a net whose prompts are selected by keys: features (B, width), logits (B, num_classes).
+
+    ``match`` (B,) is the sum over an image's prompts of the cosine between its query and their keys; it alone trains
+    the keys. ``chosen`` (B, top) are the prompts' indices, ascending.
+    """
 
     features: Tensor
-    """Input of the head, (B, width)."""
     logits: Tensor
-    """(B, num_classes)."""
     match: Tensor
-    """Sum (B,) over an image's prompts of the cosine between its query and their keys; it alone trains the keys."""
     chosen: Tensor
-    """Indices of each image's prompts, (B, top), ascending."""
-
-    @property
-    def head_logits(self) -> Tensor:
-        """The logits: there is one head."""
-        return self.logits
-
-    @property
-    def head_input(self) -> Tensor:
-        """The features."""
-        return self.features
+    head_logits = Classification.head_logits
+    head_input = Classification.head_input
 
 
 class PromptPool(nn.Module):
@@ -69,7 +61,7 @@ class PromptPool(nn.Module):
     def choose(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Indices (B, top) of the prompts with the keys nearest to queries (B, width), and their summed cosines (B,).
 
-        With ``vote`` all images of a training batch get the same prompts. In evaluation mode each image has its own.
+        With ``vote`` all images of a training batch get the same prompts.
         """
         similarity = cosine(query, self.keys)
         chosen = similarity.argsort(dim=1, descending=True, stable=True)[:, : self.top]
@@ -95,37 +87,30 @@ class PromptedViT(FoundationClassifier):
             self.hidden = nn.Sequential(nn.Linear(self.foundation.width, hidden), nn.ReLU())
             self.head = LinearHead(hidden, num_classes)
 
+    @override
     def forward(self, images: Tensor, prefix: Tensor | None = None) -> Prompted:
-        """Classify stored images (B, 3, h, w)."""
         x, match, chosen = self.embed_with_prompts(images, prefix)
-        features = self.prompt_features(run_blocks(self.foundation, x, 0, self.foundation.depth, {}))
+        features = self.prompt_features(run_blocks(self.foundation, x))
         return Prompted(features, self.head(self.hidden(features)), match, chosen)
 
     def tokens(self, images: Tensor, prefix: Tensor | None = None) -> Tensor:
         """All tokens (B, N + prompts, width) after the last norm."""
-        x = self.embed_with_prompts(images, prefix)[0]
-        return self.foundation.vit.norm(run_blocks(self.foundation, x, 0, self.foundation.depth, {}))
+        return self.foundation.vit.norm(run_blocks(self.foundation, self.embed_with_prompts(images, prefix)[0]))
 
     def embed_with_prompts(self, images: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N + prompts, width) of images with their prompts, match (B,) and indices (B, top)."""
-        query = self.frozen_prefix(images) if prefix is None else prefix
-        chosen, match = self.pool.choose(query)
+        chosen, match = self.pool.choose(self.frozen_prefix(images) if prefix is None else prefix)
         prompts = self.pool.prompts[chosen].flatten(1, 2)
         return insert_prompts(self.foundation, embed(self.foundation, images), prompts), match, chosen
 
     def prompt_features(self, x: Tensor) -> Tensor:
         """Mean (B, width) of the prompts' outputs, from tokens (B, N + prompts, width) of the last block."""
-        vit = self.foundation.vit
-        start = vit.num_prefix_tokens
-        count = self.pool.top * self.pool.prompts.shape[1]
-        return vit.fc_norm(vit.norm(x[:, start : start + count]).mean(1))
+        vit, count = self.foundation.vit, self.pool.top * self.pool.prompts.shape[1]
+        return vit.fc_norm(vit.norm(x[:, vit.num_prefix_tokens :][:, :count]).mean(1))
 
 
 class PrefixedViT(FoundationClassifier):
-    """DualPrompt: a general prefix in early blocks, an expert prefix per slot in later blocks, CLS to the head.
-
-    The query and its cache are those of `PromptedViT`.
-    """
+    """DualPrompt: a general prefix in early blocks, an expert prefix per slot in later ones; queries as in L2P."""
 
     def __init__(
         self, config: FoundationConfig, num_classes: int, general: Sequence[int], expert: Sequence[int],
@@ -148,8 +133,7 @@ class PrefixedViT(FoundationClassifier):
         x = run_blocks(self.foundation, embed(self.foundation, images), 0, last, prefixes)
         if last == self.foundation.depth:
             x = self.foundation.vit.forward_head(self.foundation.vit.norm(x))
-        features = self.foundation.features(x, last)
-        chosen = slots[:, None]
+        features, chosen = self.foundation.features(x, last), slots[:, None]
         return Prompted(features, self.head(features), similarity.gather(1, chosen)[:, 0], chosen)
 
 
@@ -177,12 +161,7 @@ def uniform(*shape: int) -> nn.Parameter:
 
 
 def cosine(query: Tensor, keys: Tensor) -> Tensor:
-    """Cosines (B, M) of queries (B, width) and keys (M, width), in float32 under any autocast.
-
-    Example:
-        >>> cosine(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
-        tensor([[1., 0.]])
-    """
+    """Cosines (B, M) of queries (B, width) and keys (M, width), in float32 under any autocast."""
     with torch.autocast(query.device.type, enabled=False):
         return F.linear(F.normalize(query.float()), F.normalize(keys.float()))
 
@@ -191,9 +170,8 @@ def majority(chosen: Tensor, size: int) -> Tensor:
     """The most frequent indices of (B, top), repeated for all rows (B, top); ties go to the lowest index.
 
     Example:
-        >>> majority(torch.tensor([[0, 3], [3, 2]]), 4)
-        tensor([[3, 0],
-                [3, 0]])
+        >>> majority(torch.tensor([[0, 3], [3, 2]]), 4).tolist()
+        [[3, 0], [3, 0]]
     """
     votes = F.one_hot(chosen, size).sum((0, 1))
     return votes.argsort(dim=0, descending=True, stable=True)[: chosen.shape[1]].expand_as(chosen)
@@ -214,10 +192,12 @@ def insert_prompts(model: Foundation, tokens: Tensor, prompts: Tensor) -> Tensor
     return torch.cat([tokens[:, :start], vit.norm_pre(prompts), tokens[:, start:]], 1)
 
 
-def run_blocks(model: Foundation, x: Tensor, start: int, stop: int, prefixes: Mapping[int, Tensor]) -> Tensor:
+def run_blocks(
+    model: Foundation, x: Tensor, start: int = 0, stop: int | None = None, prefixes: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """Tokens (B, N, width) after blocks ``start`` to ``stop - 1``, each with its prefix if it has one."""
     for index, block in enumerate(model.vit.blocks[start:stop], start):
-        x = run_block(block, x, prefixes.get(index))
+        x = run_block(block, x, (prefixes or {}).get(index))
     return x
 
 
@@ -244,8 +224,7 @@ class PromptingModule(ClassificationModule):
         slots: tuple[Tensor | None, ...] = ()
         if self.slot_of_class is not None:
             own = self.slot_of_class[batch.labels]
-            prefixes = {"label": (own,), "nearest": (None, own), "another": (own.roll(1), own)}
-            slots = prefixes[self.prefix_of]
+            slots = {"label": (own,), "nearest": (None, own), "another": (own.roll(1), own)}[self.prefix_of]
         output = self.net(batch.images, batch.prefix, *slots)
         return {
             "cross_entropy": cross_entropy(output.logits, batch.labels, self.classes),
@@ -266,12 +245,9 @@ class PromptMethod(Method):
     batch_size: int = 16
     """Images per step; the official rates are 0.03 * batch_size / 256, ours Adam's `lr`."""
 
-    def _stage(
-        self, name: str, client: Client, net: Net, slots: Tensor | None = None, lr_of: dict[str, float] | None = None,
-        prefix_of: PrefixOf = "label",
-    ) -> Stage:  # fmt: skip
-        options: dict[str, Any] = {"lr": self.lr, "lr_of": lr_of, "max_norm": self.max_norm}
-        module = PromptingModule(net, self.lambda_pull, client.classes, slots, prefix_of, **options)
+    def _stage(self, name: str, client: Client, net: Net, **options: Any) -> Stage:
+        options |= {"lr": self.lr, "max_norm": self.max_norm}
+        module = PromptingModule(net, self.lambda_pull, client.classes, **options)
         return Stage(name, module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
 
@@ -286,7 +262,6 @@ class FedL2P(PromptMethod):
     card: ClassVar = MethodCard(
         "CVPR 2022", "2112.08654", "pool of input prompts with keys, head; frozen ViT", "all that is trained"
     )
-
     pool: int = 10
     """M: prompts in the pool."""
     length: int = 5
@@ -296,8 +271,8 @@ class FedL2P(PromptMethod):
     vote: bool = True
     """In training all images of a batch get the prompts that most of them chose; never at test time."""
 
+    @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
-        """A prompted ViT."""
         pool = PromptPool(self.pool, self.length, foundation(self.foundation).width, self.top, self.vote)
         return PromptedViT(self.foundation, stream.num_classes, pool)
 
@@ -310,14 +285,12 @@ class FedL2P(PromptMethod):
 class FedDualP(PromptMethod):
     """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799) federated by averaging prefixes, keys and the head.
 
-    Prefixes are indexed block by block, so that keys, values and images stay apart (released code mixes them). Slots
-    are task indices: clients with different classes train the same slot, as in the paper's baseline.
+    Slots are task indices: clients with different classes train the same slot, as in the paper's baseline.
     """
 
     card: ClassVar = MethodCard(
         "ECCV 2022", "2204.04799", "general and expert prefixes, keys, head; frozen ViT", "all that is trained"
     )
-
     general_blocks: Sequence[int] = (0, 1)
     """Blocks with the general prefix, counted from 0."""
     general_length: int = 5
@@ -333,31 +306,28 @@ class FedDualP(PromptMethod):
     lambda_pull: float = 1.0
     """Weight of the pull of the task's key towards queries."""
 
+    @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
-        """A ViT with prefixes."""
-        return PrefixedViT(
-            self.foundation, stream.num_classes, self.general_blocks, self.expert_blocks,
-            self.general_length, self.expert_length, stream.num_tasks,
-        )  # fmt: skip
+        blocks, lengths = (self.general_blocks, self.expert_blocks), (self.general_length, self.expert_length)
+        return PrefixedViT(self.foundation, stream.num_classes, *blocks, *lengths, stream.num_tasks)
 
+    @torch.no_grad()
     def begin_task(self, client: Client) -> None:
         """Copy the last task's expert; all clients hold the same weights, and so make the same copy."""
         if client.task and self.copy_previous:
-            with torch.no_grad():
-                experts = client.net.expert.prompts
-                experts[:, :, client.task] = experts[:, :, client.task - 1]
+            experts = client.net.expert.prompts
+            experts[:, :, client.task] = experts[:, :, client.task - 1]
 
+    @override
     def stages(self, client: Client) -> Iterator[Stage]:
-        """Train the general prefix, the task's expert and its key, and the head."""
         slots = torch.full((len(client.net.head.weight),), client.task)
-        yield self._stage("train", client, client.net, slots, {"keys": self.key_lr})
+        yield self._stage("train", client, client.net, slot_of_class=slots, lr_of={"keys": self.key_lr})
 
 
 class MultiGranularityViT(FrozenViTNet):
     """FedMGP's net: a shared coarse prompted ViT (P_g, its keys and h_g), and private fine prefixes, keys and heads.
 
-    The fine pass keeps the coarse prompt at the input, without gradient. The prefix is that of the key nearest to the
-    coarse features, among the classes of tasks so far (in training, of the newest task), unless it is given.
+    The fine pass keeps the coarse prompt at the input, without gradient. Keys are compared with the coarse features.
     """
 
     def __init__(
@@ -386,18 +356,18 @@ class MultiGranularityViT(FrozenViTNet):
     ) -> Prompted:
         """Classify stored images (B, 3, h, w) with the prefixes of classes ``slots`` (B,), or of the nearest keys.
 
-        The logit of a class comes from the head of its task. ``match`` is of the keys ``keys`` (B,), of the prefixes'
-        classes if None.
+        The nearest is among the classes of tasks so far, in training of the newest task. The logit of a class comes
+        from the head of its task. ``match`` is of the keys ``keys`` (B,), or of ``slots``.
         """
         model, first = self.foundation, min(self.fine.blocks)
         with torch.no_grad():
-            shared = run_blocks(model, self.coarse.embed_with_prompts(images, prefix)[0], 0, first, {})
-            query = self.coarse.prompt_features(run_blocks(model, shared, first, model.depth, {}))
+            shared = run_blocks(model, self.coarse.embed_with_prompts(images, prefix)[0], stop=first)
+            query = self.coarse.prompt_features(run_blocks(model, shared, first))
         similarity = cosine(query, self.fine_keys)
         if slots is None:
             first_task = self.task_of_class.max() if self.training else 0
             slots = similarity.masked_fill(self.task_of_class < first_task, -2).argmax(1)
-        features = self.coarse.prompt_features(run_blocks(model, shared, first, model.depth, self.fine(slots)))
+        features = self.coarse.prompt_features(run_blocks(model, shared, first, prefixes=self.fine(slots)))
         by_task = torch.stack([head(features) for head in self.fine_heads], 1)  # (B, tasks, num_classes)
         tasks = self.task_of_class.clamp(min=0).expand(len(features), 1, -1)
         matched = (slots if keys is None else keys)[:, None]
@@ -407,50 +377,40 @@ class MultiGranularityViT(FrozenViTNet):
 class FusionModule(Learner):
     """Selective prompt fusion: ``sum_j ||F(x; P) - F(x; P_j)||^2`` over the clients j; trains the prompts P alone.
 
-    F (B, N + prompts, width) are all tokens after the ViT's last norm. The mean is over images; ours, since Adam does
-    not see the difference to their sum.
+    F (B, N + prompts, width) are all tokens after the ViT's last norm. The mean is over images (ours: Adam ignores it).
     """
 
     def __init__(self, net: PromptedViT, clients: Sequence[PromptedViT], lr: float, max_norm: float | None) -> None:
         super().__init__(net.requires_grad_(False), lr, max_norm=max_norm)
         net.pool.prompts.requires_grad_(True)
-        self.clients = nn.ModuleList(Frozen(client) for client in clients)
+        self.clients = Frozen(nn.ModuleList(clients))
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        tokens = self.net.tokens(batch.images, batch.prefix)
+        tokens = self.net.tokens(batch.images, batch.prefix).float()
         with torch.no_grad():
-            targets = [cast(Frozen, client).net.tokens(batch.images, batch.prefix) for client in self.clients]
-        distances = [(tokens.float() - target.float()).square().sum((1, 2)).mean() for target in targets]
-        return {"fusion": torch.stack(distances).sum()}
+            targets = [client.tokens(batch.images, batch.prefix).float() for client in self.clients.net]
+        return {"fusion": torch.stack([(tokens - target).square().sum((1, 2)).mean() for target in targets]).sum()}
 
 
 @dataclass(kw_only=True)
 class FedMGP(PromptMethod):
     """FedMGP (Yu et al., KDD 2024, arXiv 2407.00113): a shared coarse prompt; private class-wise prefixes predict.
 
-    Not "FedMGP: Multi-Group Text-Visual Prompts" (arXiv 2511.00480). Deviations:
-    - By default the server averages P_g, its keys and h_g, as the release does for Office-Home. ``fusion: distill``
-      needs labelled images at the server, which no other baseline has; they are held out of the training images, where
-      the release takes test images. It begins at the average, and learns from all clients alike (release: at the first
-      client, from the others). All clients get h_g (release: none does).
-    - No weight decay (1e-3 officially): coupled with Adam it moves every prompt without a gradient by about the
-      learning rate in each step, and the prompts of earlier tasks' classes would be lost.
-    - In fine training the prefix of an image is that of the nearest key, as at test time (``prefix_of``). In the paper
-      it is that of the image's class: the fine head then reads the label off the prefix, and fails where the keys do.
-      The released code mixes the prefixes of a batch by a wrong reshape, so that they do not show the label.
+    Not "FedMGP: Multi-Group Text-Visual Prompts" (arXiv 2511.00480). Deviations (reasons in docs/methods/fedmgp.md):
+    - ``fusion: distill`` begins at the clients' average and learns from all alike (release: at the first client, from
+      the others), on held-out training images (release: test images). All clients get h_g (release: none does).
+    - No weight decay: coupled with Adam it would erase the prompts of earlier tasks' classes.
+    - ``prefix_of``: the paper's rule shows the label to the fine head; the released reshape mixes a batch's prefixes.
     - An image is matched on its own, and with keys of the client's classes so far (release: the batch, all keys).
     - Private modules are never exchanged (release: clients pass heads to each other).
     """
 
     averages: ClassVar = True
     card: ClassVar = MethodCard(
-        "KDD 2024",
-        "2407.00113",
-        "coarse prompt, class-wise prefixes, heads; frozen ViT",
+        "KDD 2024", "2407.00113", "coarse prompt, class-wise prefixes, heads; frozen ViT",
         "coarse prompt with its key and head",
-    )
-
+    )  # fmt: skip
     pool: int = 1
     """Coarse prompts."""
     length: int = 15
@@ -485,8 +445,8 @@ class FedMGP(PromptMethod):
         if self.prefix_of not in get_args(PrefixOf):
             raise ValueError(f"prefix_of must be one of {', '.join(get_args(PrefixOf))}, got {self.prefix_of!r}.")
 
+    @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
-        """A coarse and a fine part over one ViT."""
         fine = self.fine_blocks, self.fine_length, self.hidden, stream.num_tasks
         return MultiGranularityViT(self._build_coarse(stream.num_classes), stream.num_classes, *fine)
 
@@ -504,8 +464,8 @@ class FedMGP(PromptMethod):
     def stages(self, client: Client) -> Iterator[Stage]:
         """Phase 1 trains the coarse part; phase 2 the fine one."""
         yield self._stage("coarse", client, client.net.coarse)
-        classes = torch.arange(len(client.net.head.weight))
-        yield self._stage("fine", client, client.net, classes, {"fine_keys": self.key_lr}, self.prefix_of)
+        options = {"slot_of_class": torch.arange(len(client.net.head.weight)), "lr_of": {"fine_keys": self.key_lr}}
+        yield self._stage("fine", client, client.net, prefix_of=self.prefix_of, **options)
 
     def upload(self, client: Client) -> Payload:
         """P_g, its keys and h_g; no private module."""
@@ -534,9 +494,7 @@ class FedMGP(PromptMethod):
         net = self._build_coarse(len(counts), self.average(uploads))
         clients = [self._build_coarse(len(counts), upload.payload) for upload in uploads]
         yield Stage("fusion", FusionModule(net, clients, self.lr, self.max_norm), batches, self.local_epochs)
-        for part in (net.hidden, net.head):
-            part.requires_grad_(True)
-        net.pool.requires_grad_(False)
+        net.requires_grad_(True).pool.requires_grad_(False)
         module = ClassificationModule(net, classes, lr=self.lr, max_norm=self.max_norm)
         yield Stage("head", module, batches, self.local_epochs)
         self._fused = outgoing(net.state_dict())

@@ -1,10 +1,8 @@
 """TARGET (Zhang et al., ICCV 2023, arXiv 2303.06937): FedAvg with distillation on images that the server synthesises.
 
 The first part, up to `DataFree`, is shared with MFCL: at the end of a task the server trains an image synthesizer
-against the global net, without data. TARGET's synthesis is Fast-DFKD's: a copy of the synthesizer and noise are
-optimised for each batch of images, and the copy's gradients update the synthesizer (FOMAML). Ours: old classes are
-those of any client so far, and a client's cross-entropy is over its own classes of the task; a class can be old to
-others and new to it.
+against the global net, without data. Ours: old classes are those of any client so far, and a client's cross-entropy is
+over its own classes of the task; a class can be old to others and new to it.
 """
 
 import math
@@ -28,15 +26,14 @@ from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import cross_entropy, knowledge_distillation
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import MEAN, STD, Frozen, Net, SmallClassifier
+from fedlscl.nets.net import MEAN, STD, Frozen, Net
 
 
 class Synthesizer(nn.Module):
     """Noise (B, noise_dim) to images (B, 3, size, size) in 0..1: a linear layer, then upsampling with convolutions.
 
-    ``channels`` are those of the feature maps from the smallest, of size / 2^(len - 1) pixels, to the largest. Three
-    of them give the nets of both papers for small images; at 224 pixels TARGET's first layer would have 103 M
-    weights, and MFCL uses (64,) * 6.
+    ``channels`` are those of the feature maps from the smallest, of size / 2^(len - 1) pixels, to the largest: three in
+    both papers for small images, and (64,) * 6 in MFCL's at 224 pixels.
     """
 
     def __init__(
@@ -45,23 +42,24 @@ class Synthesizer(nn.Module):
     ) -> None:  # fmt: skip
         """With ``standardise`` the last layers are tanh and a BatchNorm without weights (MFCL), else sigmoid (TARGET).
 
-        Standardised images are turned into pixels with the classifier's ``mean`` and ``std``.
+        Standardised images are turned into pixels in 0..1 with the classifier's ``mean`` and ``std``.
         """
         super().__init__()
-        self.start = start_size(channels, size)
-        self.noise_dim, self.width = noise_dim, channels[0]
+        self.noise_dim, self.start, self.standardise = noise_dim, start_size(channels, size), standardise
         self.project = nn.Linear(noise_dim, channels[0] * self.start**2)
         layers: list[nn.Module] = [nn.BatchNorm2d(channels[0])]
         for before, after in pairwise(channels):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         layers.append(nn.Conv2d(channels[-1], 3, 3, padding=1))
-        last = [nn.Tanh(), nn.BatchNorm2d(3, affine=False), Denormalize(mean, std)] if standardise else [nn.Sigmoid()]
+        last = [nn.Tanh(), nn.BatchNorm2d(3, affine=False)] if standardise else [nn.Sigmoid()]
         self.layers = nn.Sequential(*layers, *last)
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(3, 1, 1), persistent=False) for v in (mean, std))
 
     def forward(self, noise: Tensor) -> Tensor:
         """(B, noise_dim) to (B, 3, size, size)."""
-        return self.layers(self.project(noise).view(-1, self.width, self.start, self.start))
+        images = self.layers(self.project(noise).unflatten(1, (-1, self.start, self.start)))
+        return (images * self.std.to(images) + self.mean.to(images)).clamp(0, 1) if self.standardise else images
 
 
 def start_size(channels: Sequence[int], size: int) -> int:
@@ -75,23 +73,6 @@ def start_size(channels: Sequence[int], size: int) -> int:
     return size // factor
 
 
-class Denormalize(nn.Module):
-    """Images (B, 3, h, w) as pixels in 0..1, so that the classifier's normalisation restores them."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        mean, std = self.mean.to(images.dtype), self.std.to(images.dtype)
-        return (images * std + mean).clamp(0, 1)
-
-
 class Statistics(NamedTuple):
     """Statistics (channels,) of a batch at the input of a BatchNorm layer, and the layer's running ones."""
 
@@ -102,21 +83,12 @@ class Statistics(NamedTuple):
 
 
 class SyntheticBatch(NamedTuple):
-    """Synthetic images and the teacher's outputs for them."""
+    """Images (B, 3, size, size) in 0..1, and the teacher's input, logits (B, num_classes) and statistics by layer."""
 
     images: Tensor
-    """(B, 3, size, size) in 0..1."""
     teacher_input: Tensor
-    """The images after augmentation."""
     logits: Tensor
-    """(B, num_classes)."""
     statistics: list[Statistics]
-    """By BatchNorm layer."""
-
-    @property
-    def head_logits(self) -> Tensor:
-        """The logits: there is one head."""
-        return self.logits
 
 
 class GeneratorWithTeacher(Net):
@@ -202,8 +174,19 @@ class DataFree(FedAvg):
             raise ValueError(f"{type(self).__name__} does not support `foundation`: set `small_model` instead.")
 
     @abstractmethod
+    def replay(self, client: Client) -> Learner:
+        """Objective of a client with ``previous`` that has what the server synthesised."""
+
+    @abstractmethod
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train a synthesizer of ``classes`` against the global net, and add what clients need to ``broadcast``."""
+
+    def stages(self, client: Client) -> Iterator[Stage]:
+        """Cross-entropy in the first task, and of a client that missed the synthesised download; else replay."""
+        loader = client.loader(client.train_ids, self.batch_size)
+        has_replay = client.previous is not None and CLASSES in client.memory
+        module = self.replay(client) if has_replay else ClassificationModule(client.net, client.classes, lr=self.lr)
+        yield Stage("train", module, loader, self.local_epochs)
 
     def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
         """In a task's last round, record its classes; synthesise if another task follows."""
@@ -234,7 +217,8 @@ class DataFree(FedAvg):
         client.snapshot()
 
 
-# TARGET itself.
+# TARGET itself. Its synthesis is Fast-DFKD's: a copy of the synthesizer and noise are optimised for each batch of
+# images, and the copy's gradients update the synthesizer (FOMAML).
 
 IMAGES = SYNTHESIS + "images"
 """The synthetic set, (N, 3, size, size) uint8."""
@@ -242,51 +226,42 @@ PADDING = 4
 """Maximum shift in pixels of the images that the teacher gets."""
 BETAS = (0.5, 0.999)
 """Of the synthesizer's Adam."""
-Averages = Sequence[tuple[Tensor, Tensor]]
-"""Mean and variance (channels,) over batches at each BatchNorm layer."""
 
 
 class InversionModule(Learner):
     """Train noise and a copy of the synthesizer towards images of given classes on which teacher and student disagree.
 
-    ``gradients`` are the copy's, summed over the steps, for the synthesizer that remains (FOMAML). ``best`` is the
-    batch of the lowest objective so far. ``classes`` are the columns of teacher and student; ``averages`` those of
-    earlier batches.
+    ``gradients`` are the copy's, summed over the steps, for the synthesizer that remains. ``best`` is the batch of the
+    lowest objective so far. ``classes`` are the columns of teacher and student; ``averages`` are over earlier batches.
     """
 
-    lowest: Tensor
-
     def __init__(
-        self, net: GeneratorWithTeacher, student: Net, classes: Tensor, averages: Averages,
-        lambda_label: float, lambda_norm: float, lambda_adversarial: float, lr_noise: float, **optimisation: Any,
+        self, net: GeneratorWithTeacher, student: Net, classes: Tensor, averages: Sequence[Statistics],
+        options: "TARGET", is_warm: bool,
     ) -> None:  # fmt: skip
-        super().__init__(net, lr_of={"shift": lr_noise}, **optimisation)
-        self.student, self.averages = Frozen(student), averages
-        self.lambda_label, self.lambda_norm, self.lambda_adversarial = lambda_label, lambda_norm, lambda_adversarial
+        super().__init__(net, options.synthesis_lr, lr_of={"shift": options.noise_lr})
+        self.student, self.averages, self.options, self.is_warm = Frozen(student), averages, options, is_warm
         self.register_buffer("classes", classes, persistent=False)
-        self.best: Tensor | None = None
         self.register_buffer("lowest", torch.tensor(torch.inf), persistent=False)
+        self.best: Any = None
         self.gradients: list[Tensor] = []
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Oh CE(f(x), y) + bn L_BN + adv L_adv for noise ``batch.images`` (B, noise_dim)."""
         output = self.net(batch.images)
+        statistics = mixed(output.statistics, self.averages)
         terms = {
-            "label": self.lambda_label * cross_entropy(output.logits, batch.labels, self.classes),
-            "norm": self.lambda_norm * norm_distance(output.statistics, self.averages),
+            "label": self.options.lambda_label * cross_entropy(output.logits, batch.labels, self.classes),
+            "norm": self.options.lambda_norm * norm_distance(statistics),
         }
-        if self.lambda_adversarial:
+        if weight := self.options.lambda_adversarial * self.is_warm:
             student = self.student.net(output.teacher_input).head_logits[:, self.classes]
-            terms["adversarial"] = -self.lambda_adversarial * disagreement(output.logits[:, self.classes], student)
-        self._keep(output.images.detach(), torch.stack(list(terms.values())).sum().detach())
-        mixed = mixed_averages(self.averages, output.statistics)
-        self.latest = [(mean.detach(), variance.detach()) for mean, variance in mixed]
+            terms["adversarial"] = -weight * disagreement(output.logits[:, self.classes], student)
+        loss, images = torch.stack(list(terms.values())).sum().detach(), output.images.detach()
+        self.best = images if self.best is None else torch.where(loss < self.lowest, images, self.best)
+        self.lowest = torch.fmin(loss, self.lowest)
+        self.latest = [Statistics(*(value.detach() for value in layer)) for layer in statistics]
         return terms
-
-    def _keep(self, images: Tensor, loss: Tensor) -> None:
-        is_better = loss < self.lowest
-        self.best = images if self.best is None else torch.where(is_better, images, self.best)
-        self.lowest = torch.where(is_better, loss, self.lowest)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the copy's gradients to ``gradients``, unless they overflowed, as some do in 16-mixed."""
@@ -303,26 +278,22 @@ class InversionModule(Learner):
         return optimizer
 
 
-def norm_distance(statistics: Sequence[Statistics], averages: Averages = (), momentum: float = 0.9) -> Tensor:
-    """Sum over layers of ``||running var - v|| + ||running mean - m||`` (L_BN), m and v of ``mixed_averages``."""
+def mixed(statistics: list[Statistics], earlier: Sequence[Statistics], momentum: float = 0.9) -> list[Statistics]:
+    """Mean and variance averaged over batches, with ``momentum`` for the earlier ones; a first batch has its own."""
+    if not earlier:
+        return statistics
+    return [
+        now._replace(mean=now.mean.lerp(old.mean, momentum), variance=now.variance.lerp(old.variance, momentum))
+        for now, old in zip(statistics, earlier, strict=True)
+    ]
+
+
+def norm_distance(statistics: Sequence[Statistics]) -> Tensor:
+    """Sum over layers of ``||running var - variance|| + ||running mean - mean||`` (L_BN)."""
     terms = []
-    mixed = mixed_averages(averages, statistics, momentum)
-    for (_, _, running_mean, running_variance), (mean, variance) in zip(statistics, mixed, strict=True):
+    for mean, variance, running_mean, running_variance in statistics:
         terms += [torch.linalg.vector_norm(running_variance - variance), torch.linalg.vector_norm(running_mean - mean)]
     return torch.stack(terms).sum()
-
-
-def mixed_averages(
-    averages: Averages, statistics: Sequence[Statistics], momentum: float = 0.9
-) -> list[tuple[Tensor, Tensor]]:
-    """Averages over batches, updated with ``momentum`` for the earlier ones; those of a first batch are its own."""
-    batch = [(mean, variance) for mean, variance, *_ in statistics]
-    if not averages:
-        return batch
-    return [
-        (torch.lerp(m, earlier_m, momentum), torch.lerp(v, earlier_v, momentum))
-        for (m, v), (earlier_m, earlier_v) in zip(batch, averages, strict=True)
-    ]
 
 
 def disagreement(teacher: Tensor, student: Tensor) -> Tensor:
@@ -332,9 +303,8 @@ def disagreement(teacher: Tensor, student: Tensor) -> Tensor:
         >>> disagreement(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
         tensor(0.)
     """
-    divergence = F.kl_div(
-        student.float().log_softmax(1), teacher.float().log_softmax(1), reduction="none", log_target=True
-    )
+    target, predicted = teacher.float().log_softmax(1), student.float().log_softmax(1)
+    divergence = F.kl_div(predicted, target, reduction="none", log_target=True)
     return (divergence.sum(1) * (teacher.argmax(1) == student.argmax(1))).mean()
 
 
@@ -360,27 +330,24 @@ class ImitationModule(Learner):
 class SyntheticDistillationModule(ClassificationModule):
     """The clients' objective: new classes from real images, the old net's predictions on synthetic images.
 
-    ``synthetic`` (N, 3, h, w) uint8 is iterated once in ``num_batches`` steps, in a new order each time.
+    The synthetic images (N, 3, h, w) are iterated once in an epoch of real ones, in a new order each time.
     """
 
-    def __init__(
-        self, net: SmallClassifier, previous: SmallClassifier, synthetic: Tensor, old_classes: Tensor, num_batches: int,
-        alpha: float, temperature: float, classes: Tensor | None = None, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(net, classes, **optimisation)
-        self.previous, self.alpha, self.temperature = Frozen(previous), alpha, temperature
-        self.num_batches = max(1, min(num_batches, len(synthetic) // 2))
+    def __init__(self, client: Client, options: "TARGET") -> None:
+        super().__init__(client.net, client.classes, lr=options.lr)
+        self.previous, self.options = Frozen(client.previous), options
+        self.register_buffer("synthetic", client.memory[IMAGES], persistent=False)
+        self.register_buffer("old_classes", client.memory[CLASSES], persistent=False)
+        self.num_batches = max(1, min(-(-len(client.train_ids) // options.batch_size), len(self.synthetic) // 2))
         self.waiting: list[Tensor] = []
-        self.register_buffer("synthetic", synthetic, persistent=False)
-        self.register_buffer("old_classes", old_classes, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
         terms, images = super().loss(batch), self._draw()
         student = self.net(images).head_logits[:, self.old_classes]
         teacher = self.previous(images).head_logits[:, self.old_classes]
-        kept = knowledge_distillation(student, teacher, self.temperature)
-        return {**terms, "distillation": self.alpha / self.temperature**2 * kept}
+        kept = knowledge_distillation(student, teacher, self.options.temperature)
+        return {**terms, "distillation": self.options.alpha / self.options.temperature**2 * kept}
 
     def _draw(self) -> Tensor:
         if not self.waiting:
@@ -393,12 +360,9 @@ class TARGET(DataFree):
     """FedAvg whose clients distil the old global model on synthetic images, which are downloaded once per task."""
 
     card: ClassVar = MethodCard(
-        "ICCV 2023",
-        "2303.06937",
-        "CNN and head from scratch; the server an image synthesizer and a student",
+        "ICCV 2023", "2303.06937", "CNN and head from scratch; the server an image synthesizer and a student",
         "CNN, head",
-    )
-
+    )  # fmt: skip
     alpha: float = 25.0
     """Weight of the distillation on synthetic images."""
     temperature: float = 2.0
@@ -428,18 +392,9 @@ class TARGET(DataFree):
     student_temperature: float = 20.0
     """T of its distillation, which carries T^2."""
 
-    def stages(self, client: Client) -> Iterator[Stage]:
-        """Cross-entropy, and distillation if the client has synthetic images (not if it missed their download)."""
-        loader = client.loader(client.train_ids, self.batch_size)
-        if client.previous is None or CLASSES not in client.memory:
-            module = ClassificationModule(client.net, client.classes, lr=self.lr)
-        else:
-            num_batches = -(-len(client.train_ids) // self.batch_size)
-            module = SyntheticDistillationModule(
-                client.net, client.previous, client.memory[IMAGES], client.memory[CLASSES], num_batches,
-                self.alpha, self.temperature, client.classes, lr=self.lr,
-            )  # fmt: skip
-        yield Stage("train", module, loader, self.local_epochs)
+    @override
+    def replay(self, client: Client) -> Learner:
+        return SyntheticDistillationModule(client, self)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Batches of images one after another, with a new synthesizer and a new student in every task."""
@@ -449,30 +404,23 @@ class TARGET(DataFree):
         images, averages = [], []
         for number in range(self.synthesis_rounds):
             is_warm = number >= self.warmup_rounds
-            module = InversionModule(
-                GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING), student, classes,
-                averages, self.lambda_label, self.lambda_norm, self.lambda_adversarial * is_warm,
-                self.noise_lr, lr=self.synthesis_lr,
-            )  # fmt: skip
+            fast = GeneratorWithTeacher(deepcopy(slow), teacher, self.synthesis_batch, PADDING)
+            module = InversionModule(fast, student, classes, averages, self, is_warm)
             yield Stage("synthesis", module, [self._sample_batch(classes)] * self.synthesis_steps, 1)
             for parameter, gradient in zip(slow.parameters(), module.gradients, strict=True):
                 parameter.grad = gradient.to(parameter.device)
             meta.step()
             meta.zero_grad()
-            assert module.best is not None
             images.append((255 * module.best).round().to("cpu", torch.uint8))
             averages = module.latest
             if is_warm:
                 rate = self.student_lr * (1 + math.cos(math.pi * number / self.synthesis_rounds)) / 2
                 imitation = ImitationModule(student, teacher, classes, self.student_temperature, rate)
-                yield Stage("student", imitation, self._student_batches(torch.cat(images)), 1)
+                chosen = torch.randint(len(images) * self.synthesis_batch, (self.student_steps, self.synthesis_batch))
+                pixels, unlabelled = torch.cat(images), torch.full((self.synthesis_batch,), -1)
+                yield Stage("student", imitation, [Batch(pixels[i], unlabelled, unlabelled) for i in chosen], 1)
         self.broadcast[IMAGES] = torch.cat(images)
 
     def _sample_batch(self, classes: Tensor) -> Batch:
         labels = classes[torch.randint(len(classes), (self.synthesis_batch,))]
         return Batch(torch.randn(len(labels), self.noise_dim), labels, torch.full_like(labels, -1))
-
-    def _student_batches(self, images: Tensor) -> list[Batch]:
-        unlabelled = torch.full((self.synthesis_batch,), -1)
-        chosen = torch.randint(len(images), (self.student_steps, self.synthesis_batch))
-        return [Batch(images[rows], unlabelled, unlabelled) for rows in chosen]
