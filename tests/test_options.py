@@ -1,10 +1,13 @@
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlscl import methods
+from fedlscl.federated.readout import ReadoutConfig
+from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.options import Count, Interval, NonNegative, Positive, Whole, check_options
 
 
@@ -60,3 +63,21 @@ def test_other_values_are_refused_in_one_line(name, value, rule):
     with pytest.raises(ValueError) as refused:
         Options(**{name: value})
     assert str(refused.value) == f"group.{name} must be {rule}, got {value!r}."
+
+
+CONFIGURABLE = [*(getattr(methods, name) for name in methods.__all__), FederatedTrainer, ReadoutConfig]
+
+
+@pytest.mark.parametrize("configurable", CONFIGURABLE, ids=lambda configurable: configurable.__name__)
+def test_every_number_states_its_range(configurable):
+    kinds = get_type_hints(configurable, include_extras=True)
+    bare = {name.name for name in fields(configurable) if name.init and {int, float} & {*numbers(kinds[name.name])}}
+    assert not bare
+
+
+def numbers(kind):
+    """Types in a type, except those with a range."""
+    yield kind
+    if get_origin(kind) is not Annotated:
+        for inner in get_args(kind):
+            yield from numbers(inner)

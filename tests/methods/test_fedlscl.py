@@ -626,5 +626,5 @@ def test_features_of_different_small_models_are_not_added_up(make_method, federa
 
 
 def test_a_rank_of_true_is_refused(make_method):
-    with pytest.raises(ValueError, match="upload_rank must be .*>= 1 or .* or one of exact, auto, got True"):
+    with pytest.raises(ValueError, match=r"upload_rank must be .*>= 1 or .* or one of exact, auto, got True"):
         make_method(upload_rank=True)

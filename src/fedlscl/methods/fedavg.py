@@ -43,6 +43,13 @@ class FedAvg(Method):
     """Start the CNN from timm's weights."""
     foundation: FoundationConfig | None = None
     """A frozen ViT instead of the CNN; then only the linear head is trained and sent."""
+    supports_foundation: ClassVar[bool] = True
+    """Whether the method works on a frozen ViT; one that reads a CNN's own statistics or gradients does not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.foundation is not None and not self.supports_foundation:
+            raise ValueError(f"{type(self).__name__} does not support `foundation`: set `small_model` instead.")
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:

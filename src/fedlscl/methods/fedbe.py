@@ -22,6 +22,7 @@ from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules import ClassificationModule
 from fedlscl.nets.net import Classification, LinearHead, Net
 from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
+from fedlscl.options import Count, NonNegative, Positive
 
 
 class ExpandedViT(FrozenViTNet):
@@ -142,19 +143,19 @@ class FedBE(Method):
         "those blocks, head",
     )  # fmt: skip
     averages: ClassVar = True
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per step (ours)."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
-    num_expanded: int = 4
+    num_expanded: Count = 4
     """New blocks, spread evenly over the depth (ours)."""
-    capacities: Sequence[int] = (2,)
+    capacities: Sequence[Count] = (2,)
     """Blocks that a client can train; client i has entry i modulo the length (ours)."""
     allocation: Literal["greedy", "random", "all"] = "greedy"
     """By importance and label balance, at random, or all blocks to all clients (all ours)."""
-    beta: float = 0.1
+    beta: NonNegative = 0.1
     """Weight of the label divergence against the importance of a block (ours)."""
-    block_lr: float = 1e-4
+    block_lr: Positive = 1e-4
     """Learning rate of the blocks (ours); ``lr`` is that of the head."""
     importance: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     """By client, (2, num_expanded): sum and number of the changes reported for each block."""

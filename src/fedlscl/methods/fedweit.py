@@ -10,7 +10,7 @@ Deviations from the released code, with reasons in docs/methods/fedweit.md:
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fedlscl.functional.objectives import retention
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import ClassificationModule
 from fedlscl.nets.net import Classification, LinearHead, Net, SmallModel
+from fedlscl.options import Interval, NonNegative
 
 UNKNOWN = -100.0
 """Log-probability of a class of no task so far."""
@@ -257,28 +258,21 @@ BASE, SENT, VALUES, BITS = "base.", "sent.", "values.", "bits."
 class FedWeIT(FedAvg):
     """Only the base is averaged; clients use each other's task weights through attention."""
 
+    supports_foundation: ClassVar = False
     card: ClassVar = MethodCard(
         "ICML 2021", "2003.03196", "small CNN: shared base, masks, weights of the task, attention; head",
         "70 % of the base's channels; once per task its sparse weights",
     )  # fmt: skip
-    lambda_sparse: float = 1e-3
+    lambda_sparse: NonNegative = 1e-3
     """lambda_1 of ||A_t||_1, and the size up to which entries of A_t are set to 0 when it is sent and evaluated."""
-    lambda_retain: float = 100.0
+    lambda_retain: NonNegative = 100.0
     """lambda_2 of the base's drift under earlier tasks' masks."""
-    lambda_mask: float = 0.0
+    lambda_mask: NonNegative = 0.0
     """Weight of ||m_t||_1."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     """Weight of ||A_t||^2 / 2, ||m_t||^2 / 2 and, in the first task, ||B||^2 / 2."""
-    sparsity: float = 0.3
+    sparsity: Annotated[float, Interval("[0, 1)")] = 0.3
     """q: the fraction of a layer's channels, those of the smallest |m_t|, that are not sent."""
-
-    def __post_init__(self) -> None:
-        """Refuse a frozen ViT, and to send nothing."""
-        super().__post_init__()
-        if self.foundation is not None:
-            raise ValueError("FedWeIT does not support `foundation`: set `small_model` instead.")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}.")
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> DecomposedClassifier:

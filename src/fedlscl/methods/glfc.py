@@ -25,6 +25,7 @@ from fedlscl.functional.objectives import compensation_weights
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import Learner
 from fedlscl.nets.net import Frozen, Net, SmallClassifier
+from fedlscl.options import Count, NonNegative, Positive, Whole
 
 BEST = "best."
 """Prefix in a client's memory: the best model of the current task."""
@@ -217,37 +218,32 @@ def reconstruct(
 class GLFC(FedAvg):
     """Clients keep exemplars and weigh gradients; a proxy selects the model to distil from on reconstructed images."""
 
+    supports_foundation: ClassVar = False
     card: ClassVar = MethodCard(
         "CVPR 2022", "2203.11473", "small CNN and head, with exemplars", "all that is trained, gradients of prototypes"
     )
     averages: ClassVar = True
-    memory_size: int = 800
+    memory_size: Count = 800
     """Exemplars of a client, shared evenly among its old classes (ours: 20 for each of 40; 2000 in the paper)."""
-    entropy_rise: float = 1.2
+    entropy_rise: NonNegative = 1.2
     """r_h in nats: a rise of the mean entropy by more signals a new task."""
     oracle_signal: bool = False
     """Tell clients when a task begins instead of detecting it (ours)."""
     bce_classes: Literal["global_seen", "client_seen"] = "global_seen"
     """Columns of the loss: all classes known to the server (released code), or the client's only (ours)."""
-    prototype_size: int = 32
+    prototype_size: Count = 32
     """Pixels of the images whose gradients are sent."""
-    perturbation_steps: int = 50
+    perturbation_steps: Whole = 50
     """Steps of SGD that change a prototype before its gradient is computed."""
-    perturbation_lr: float = 0.2
+    perturbation_lr: Positive = 0.2
     """Their learning rate."""
-    reconstruction_steps: int = 250
+    reconstruction_steps: Whole = 250
     """Calls of L-BFGS for each prototype at the proxy: nearly all of the server's computation."""
-    monitor_images: int = 20
+    monitor_images: Count = 20
     """Last iterates of each reconstruction that the proxy keeps."""
     proxy: Payload = field(default_factory=dict, init=False, repr=False)
     """What the proxy knows: ``met`` (num_classes,) is the first task of each class or -1; ``images`` (n, 3, size, size)
     in 0..1 and ``labels`` (n,) are the prototypes reconstructed in ``task``, ``best`` the highest accuracy on them."""
-
-    def __post_init__(self) -> None:
-        """Refuse a frozen ViT, through which no prototype can be perturbed."""
-        super().__post_init__()
-        if self.foundation is not None:
-            raise ValueError("GLFC does not support `foundation`: set `small_model` instead.")
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Train on new data and exemplars; between a signal and the server's shift the teacher is the best model."""

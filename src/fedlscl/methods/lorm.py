@@ -28,7 +28,7 @@ from fedlscl.modules import ClassificationModule
 from fedlscl.nets.lora_vit import LoraViT, OneTask
 from fedlscl.nets.net import Net, make_head
 from fedlscl.nets.vit import FoundationConfig, foundation
-from fedlscl.options import Count, Interval
+from fedlscl.options import Count, Interval, Whole
 
 # RegMean (Jin et al., ICLR 2023, arXiv 2212.09849). A Gram G = X X^T is a matrix (d, d), or its diagonal (d,) alone.
 
@@ -132,7 +132,7 @@ class LoRM(Method):
     """The frozen ViT."""
     rank: Count = 16
     """LoRA rank; the scale alpha / rank is one."""
-    blocks: Sequence[int] | None = None
+    blocks: Sequence[Whole] | None = None
     """Adapted blocks, counted from 0; all if None."""
     targets: Sequence[str] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     """Adapted linear layers of a block."""

@@ -23,6 +23,7 @@ from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods.target import CLASSES, SYNTHESIS, DataFree, GeneratorWithTeacher, Statistics, Synthesizer
 from fedlscl.modules import ClassificationModule, Learner
 from fedlscl.nets.net import Frozen, Net, fit
+from fedlscl.options import Count, NonNegative, Positive, Whole
 
 NET = SYNTHESIS + "net."
 """Prefix of the synthesizer's weights in a payload and in a client's memory."""
@@ -114,27 +115,27 @@ class MFCL(DataFree):
     card: ClassVar = MethodCard(
         "NeurIPS 2023", "2311.07784", "CNN and head from scratch; the server an image synthesizer", "CNN, head"
     )
-    noise_dim: int = 1000
+    noise_dim: Count = 1000
     """Width of the synthesizer's input."""
-    replay_size: int = 128
+    replay_size: Count = 128
     """Synthetic images added to every batch of real ones."""
-    lambda_head: float = 1.0
+    lambda_head: NonNegative = 1.0
     """w_ft, of the cross-entropy over old and new classes that trains the head alone."""
-    lambda_features: float = 0.1
+    lambda_features: NonNegative = 0.1
     """w_kd, of the features' distance through the old head."""
-    synthesis_steps: int = 500
+    synthesis_steps: Whole = 500
     """Steps of the synthesizer per task (pi; 100 in the released code, the number is ours)."""
-    synthesis_batch: int = 128
+    synthesis_batch: Count = 128
     """Images per step."""
-    synthesis_lr: float = 1e-3
+    synthesis_lr: Positive = 1e-3
     """Learning rate of the synthesizer."""
-    synthesis_temperature: float = 1000.0
+    synthesis_temperature: Positive = 1000.0
     """tau, the temperature of the teacher's logits in the certainty term."""
-    lambda_even: float = 1.0
+    lambda_even: NonNegative = 1.0
     """w_ie, of the classes' unevenness."""
-    lambda_norm: float = 50.0
+    lambda_norm: NonNegative = 50.0
     """w_bn, of the divergence from the BatchNorm statistics."""
-    lambda_smooth: float = 1e-3
+    lambda_smooth: NonNegative = 1e-3
     """w_noise, of the distance from a blurred copy."""
     synthesizer: Payload = field(default_factory=dict, init=False, repr=False)
     """Its weights after the last task."""

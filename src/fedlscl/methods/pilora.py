@@ -27,7 +27,7 @@ from fedlscl.modules import Learner
 from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationConfig, foundation
-from fedlscl.options import Count, NonNegative, Positive
+from fedlscl.options import Count, NonNegative, Positive, Whole
 
 
 class PrototypeHead(nn.Module):
@@ -143,7 +143,7 @@ class PILoRA(Method):
     """The frozen ViT (self-supervised DINO in the paper)."""
     rank: Count = 4
     """LoRA rank."""
-    blocks: Sequence[int] = (0,)
+    blocks: Sequence[Whole] = (0,)
     """Adapted blocks, counted from 0."""
     targets: Sequence[str] = ("attn.q", "attn.v")
     """Adapted linear layers of a block."""

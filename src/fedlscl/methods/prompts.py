@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from fedlscl.nets.vit import (
     is_plain,
     run_block,
 )
+from fedlscl.options import Count, NonNegative, Positive, Whole
 
 PrefixOf = Literal["nearest", "another", "label"]
 """Whose prefix an image gets in FedMGP's fine training."""
@@ -238,11 +239,11 @@ class PromptMethod(Method):
 
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
-    lambda_pull: float = 0.1
+    lambda_pull: NonNegative = 0.1
     """Weight of the pull of keys towards queries."""
-    max_norm: float = 1.0
+    max_norm: Positive = 1.0
     """Norm to which gradients are clipped."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per step; the official rates are 0.03 * batch_size / 256, ours Adam's `lr`."""
 
     def _stage(self, name: str, client: Client, net: Net, **options: Any) -> Stage:
@@ -262,11 +263,11 @@ class FedL2P(PromptMethod):
     card: ClassVar = MethodCard(
         "CVPR 2022", "2112.08654", "pool of input prompts with keys, head; frozen ViT", "all that is trained"
     )
-    pool: int = 10
+    pool: Count = 10
     """M: prompts in the pool."""
-    length: int = 5
+    length: Count = 5
     """L: tokens of a prompt."""
-    top: int = 5
+    top: Count = 5
     """N: prompts per image."""
     vote: bool = True
     """In training all images of a batch get the prompts that most of them chose; never at test time."""
@@ -291,19 +292,19 @@ class FedDualP(PromptMethod):
     card: ClassVar = MethodCard(
         "ECCV 2022", "2204.04799", "general and expert prefixes, keys, head; frozen ViT", "all that is trained"
     )
-    general_blocks: Sequence[int] = (0, 1)
+    general_blocks: Sequence[Whole] = (0, 1)
     """Blocks with the general prefix, counted from 0."""
-    general_length: int = 5
+    general_length: Count = 5
     """Keys, and values, that the general prefix adds to a block."""
-    expert_blocks: Sequence[int] = (2, 3, 4)
+    expert_blocks: Sequence[Whole] = (2, 3, 4)
     """Blocks with the expert prefix."""
-    expert_length: int = 5
+    expert_length: Count = 5
     """Keys, and values, that an expert adds to a block; 20 officially for ImageNet-R."""
     copy_previous: bool = True
     """Initialise a task's expert with that of the task before; its key is not copied."""
-    key_lr: float = 0.01
+    key_lr: Positive = 0.01
     """Learning rate of the keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
-    lambda_pull: float = 1.0
+    lambda_pull: NonNegative = 1.0
     """Weight of the pull of the task's key towards queries."""
 
     @override
@@ -411,19 +412,19 @@ class FedMGP(PromptMethod):
         "KDD 2024", "2407.00113", "coarse prompt, class-wise prefixes, heads; frozen ViT",
         "coarse prompt with its key and head",
     )  # fmt: skip
-    pool: int = 1
+    pool: Count = 1
     """Coarse prompts."""
-    length: int = 15
+    length: Count = 15
     """Tokens of a coarse prompt."""
-    top: int = 1
+    top: Count = 1
     """Coarse prompts per image."""
-    fine_blocks: Sequence[int] = (2, 3, 4)
+    fine_blocks: Sequence[Whole] = (2, 3, 4)
     """Blocks with class-wise prefixes, counted from 0."""
-    fine_length: int = 15
+    fine_length: Count = 15
     """Keys, and values, that a class's prefix adds to a block."""
-    hidden: int = 512
+    hidden: Count = 512
     """Units between features and logits, in the shared head and in each private one."""
-    key_lr: float = 0.01
+    key_lr: Positive = 0.01
     """Learning rate of the classes' keys (ours): at 1e-3 Adam turns one a radian in 600 steps, more than a task has."""
     prefix_of: PrefixOf = "nearest"
     """Prefix of an image in fine training: of the nearest key (ours), of another image's class in the batch (in effect
@@ -431,19 +432,12 @@ class FedMGP(PromptMethod):
     fusion: Fusion = "average"
     """Averages of the coarse parts (ours), or 'distill', training on ``data.validation_per_class`` images of each
     class of the round (the paper's); in simulations only."""
-    surrogate_per_class: int = 20
+    surrogate_per_class: Count = 20
     """Held-out images of each class that 'distill' trains on, at most."""
 
     def __post_init__(self) -> None:
-        """Validate the options."""
         super().__post_init__()
-        if self.fusion not in get_args(Fusion):
-            raise ValueError(f"fusion must be one of {', '.join(get_args(Fusion))}, got {self.fusion!r}.")
-        if self.surrogate_per_class < 1:
-            raise ValueError(f"surrogate_per_class must be >= 1, got {self.surrogate_per_class}.")
         self._fused: Payload = {}
-        if self.prefix_of not in get_args(PrefixOf):
-            raise ValueError(f"prefix_of must be one of {', '.join(get_args(PrefixOf))}, got {self.prefix_of!r}.")
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:

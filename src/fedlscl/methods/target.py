@@ -27,6 +27,7 @@ from fedlscl.functional.objectives import cross_entropy, knowledge_distillation
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import ClassificationModule, Learner
 from fedlscl.nets.net import MEAN, STD, Frozen, Net
+from fedlscl.options import Count, NonNegative, Positive, Whole
 
 
 class Synthesizer(nn.Module):
@@ -154,12 +155,13 @@ CLASSES = SYNTHESIS + "classes"
 class DataFree(FedAvg):
     """FedAvg of CNNs whose server synthesises at the end of every task but the run's last."""
 
+    supports_foundation: ClassVar = False
     averages: ClassVar = True
-    noise_dim: int = 256
+    noise_dim: Count = 256
     """Width of the synthesizer's input."""
-    synthesis_size: int = 32
+    synthesis_size: Count = 32
     """Pixels of synthetic images; the CNN scales them to its own input."""
-    synthesis_channels: Sequence[int] = (128, 128, 64)
+    synthesis_channels: Sequence[Count] = (128, 128, 64)
     """Feature maps of the synthesizer, doubling in size up to ``synthesis_size``; both papers' for small images."""
     seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool), init=False, repr=False)
     """(num_classes,): classes of any client so far."""
@@ -167,11 +169,9 @@ class DataFree(FedAvg):
     """Tensors for the next download beside the average."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that the synthesizer cannot reach, and nets without their own batch statistics."""
+        """Also refuse sizes that the synthesizer cannot reach."""
         super().__post_init__()
         start_size(self.synthesis_channels, self.synthesis_size)
-        if self.foundation is not None:
-            raise ValueError(f"{type(self).__name__} does not support `foundation`: set `small_model` instead.")
 
     @abstractmethod
     def replay(self, client: Client) -> Learner:
@@ -363,33 +363,33 @@ class TARGET(DataFree):
         "ICCV 2023", "2303.06937", "CNN and head from scratch; the server an image synthesizer and a student",
         "CNN, head",
     )  # fmt: skip
-    alpha: float = 25.0
+    alpha: NonNegative = 25.0
     """Weight of the distillation on synthetic images."""
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """T of that distillation, which carries no factor T^2."""
-    synthesis_rounds: int = 60
+    synthesis_rounds: Whole = 60
     """Batches of synthetic images (200 for larger images in the released code; the number is ours)."""
-    synthesis_batch: int = 64
+    synthesis_batch: Count = 64
     """Images of each (256 in the released code)."""
-    synthesis_steps: int = 50
+    synthesis_steps: Whole = 50
     """Steps for each."""
-    warmup_rounds: int = 20
+    warmup_rounds: Whole = 20
     """Batches before the student is used (the released CIFAR setting has fewer batches than that)."""
-    lambda_label: float = 0.5
+    lambda_label: NonNegative = 0.5
     """Weight of the target classes' cross-entropy."""
-    lambda_norm: float = 10.0
+    lambda_norm: NonNegative = 10.0
     """Weight of the distance from the BatchNorm statistics."""
-    lambda_adversarial: float = 1.0
+    lambda_adversarial: NonNegative = 1.0
     """Weight of the student's disagreement."""
-    synthesis_lr: float = 2e-3
+    synthesis_lr: Positive = 2e-3
     """Learning rate of the synthesizer."""
-    noise_lr: float = 0.01
+    noise_lr: Positive = 0.01
     """Learning rate of the noise."""
-    student_steps: int = 100
+    student_steps: Whole = 100
     """SGD steps of the student after each batch (400 in the released code)."""
-    student_lr: float = 0.2
+    student_lr: Positive = 0.2
     """Its learning rate, which falls to zero along a cosine over the batches."""
-    student_temperature: float = 20.0
+    student_temperature: Positive = 20.0
     """T of its distillation, which carries T^2."""
 
     @override
