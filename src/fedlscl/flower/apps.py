@@ -4,17 +4,14 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlscl.cli import expanded
+from fedlscl.cli import expanded, explain
 from fedlscl.federated.payload import one_line
-
-if TYPE_CHECKING:
-    from fedlscl.flower.federation import Federation
 
 HANDSHAKE, REQUEST = "query", "train"
 """Flower's message types for our messages."""
@@ -29,11 +26,8 @@ def server_app(folder: str | Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from fedlscl.cli import explain
-        from fedlscl.flower.federation import read_federation
-
         try:
-            run(read_federation(Path(folder) / path_option(context.run_config, "config")), grid, context)
+            _serve(Path(folder), grid, context.run_config)
         except Exception as error:
             if (reason := explain(error)) is not None:
                 log(f"error: {reason}")
@@ -42,17 +36,19 @@ def server_app(folder: str | Path) -> ServerApp:
     return app
 
 
-def run(federation: "Federation", grid: Grid, context: Context) -> None:
+def _serve(folder: Path, grid: Grid, options: Mapping[str, Any]) -> None:
     """Train a federation in the folder ``run-dir``, or resume the run that it contains."""
     from fedlscl.cli.runs import lock
     from fedlscl.federated.metrics import summary
+    from fedlscl.flower.federation import read_federation
     from fedlscl.flower.server import run_server
 
-    run_dir, deadline = path_option(context.run_config, "run-dir"), float(context.run_config["deadline"])
-    transport = FlowerTransport(grid, federation.num_clients, log)
+    federation = read_federation(folder / path_option(options, "config"))
+    run_dir, deadline = path_option(options, "run-dir"), float(options["deadline"])
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = lock(run_dir)
     try:
+        transport = FlowerTransport(grid, federation.num_clients, log)
         matrix = run_server(federation, transport, run_dir, deadline, log).matrix
     finally:
         os.close(handle)
@@ -77,24 +73,22 @@ def client_app(folder: str | Path) -> ClientApp:
 
 
 def _answer(folder: Path, context: Context, request: bytes) -> bytes:
-    # Imported here: torch takes seconds to import, and a handshake does not need it.
-    from fedlscl.cli import explain
+    # Imported here: Lightning takes seconds to import, and a handshake does not need it.
     from fedlscl.flower.federation import read_federation
-    from fedlscl.flower.messages import Reply
+    from fedlscl.flower.messages import Reply, pack
     from fedlscl.flower.node import Node
 
-    index, config = int(context.node_config[PARTITION]), context.node_config
+    config = context.node_config
     try:
         if "state-dir" not in config:
             raise ValueError("state-dir is missing: add it to --node-config.")
         own = {option: str(config[name]) for option, name in DATA_OPTIONS.items() if name in config}
         federation = read_federation(folder / path_option(context.run_config, "config"), **own)
-        return Node(federation, index, path_option(config, "state-dir")).answer(request)
+        return Node(federation, int(config[PARTITION]), path_option(config, "state-dir")).answer(request)
     except Exception as error:
-        reason = explain(error)
-        if reason is None:
+        if (reason := explain(error)) is None:
             raise
-        return Reply(index, 0, [], reason).encode()
+        return pack(Reply([], reason)._asdict())
 
 
 class FlowerTransport:
@@ -143,15 +137,13 @@ class FlowerTransport:
 
     def _send(self, requests: dict[int, bytes], seconds_left: float) -> None:
         """Send handshakes to new nodes, and requests to nodes that are online."""
-        online, now = set(self.grid.get_node_ids()), time.monotonic()
-        known, busy = set(self.node_of_client.values()), set(self._in_flight.values())
-        wanted = {}
-        if len(known) < self.num_clients or not known <= online:
-            new = online - known - self.unknown_nodes
-            wanted = {node: (HANDSHAKE, RecordDict()) for node in new}
+        online, known = set(self.grid.get_node_ids()), set(self.node_of_client.values())
+        new = online - known - self.unknown_nodes if len(known) < self.num_clients or not known <= online else ()
+        wanted = {node: (HANDSHAKE, RecordDict()) for node in new}
         for client, data in requests.items():
-            if self.node_of_client.get(client) in online:
-                wanted[self.node_of_client[client]] = (REQUEST, to_record(data))
+            if (node := self.node_of_client.get(client)) in online:
+                wanted[node] = (REQUEST, to_record(data))
+        now, busy = time.monotonic(), set(self._in_flight.values())
         for node, (kind, content) in wanted.items():
             if node not in busy and now >= self._retry_at.get(node, 0.0):
                 # The lifetime ends with the deadline: later results are not used.
@@ -163,10 +155,8 @@ class FlowerTransport:
                     self._in_flight[message_id] = node
 
     def _collect(self, replies: dict[int, bytes]) -> None:
-        if not self._in_flight:
-            return
         client_of_node = {node: client for client, node in self.node_of_client.items()}
-        for message in self.grid.pull_messages(list(self._in_flight)):
+        for message in self.grid.pull_messages(list(self._in_flight)) if self._in_flight else ():
             node = self._in_flight.pop(message.metadata.reply_to_message_id, None)
             if node is None:
                 continue
@@ -183,15 +173,14 @@ class FlowerTransport:
     def _register(self, node: int, message: Message) -> None:
         client = message.content.config_records.get(RECORD, {}).get(PARTITION)
         if type(client) is not int or not 0 <= client < self.num_clients:
-            self.log(f"node {node} is ignored: partition-id must be 0 to {self.num_clients - 1}, got {client!r}")
-            self.unknown_nodes.add(node)
-            return
-        registered = self.node_of_client.get(client, node)
-        if registered != node and registered in self.grid.get_node_ids():
-            self.log(f"node {node} is ignored: node {registered} has the same partition-id {client}")
-            self.unknown_nodes.add(node)
+            flaw = f"partition-id must be 0 to {self.num_clients - 1}, got {client!r}"
+        elif (registered := self.node_of_client.get(client, node)) != node and registered in self.grid.get_node_ids():
+            flaw = f"node {registered} has the same partition-id {client}"
         else:
             self.node_of_client[client] = node
+            return
+        self.log(f"node {node} is ignored: {flaw}")
+        self.unknown_nodes.add(node)
 
 
 def to_record(data: bytes) -> RecordDict:
