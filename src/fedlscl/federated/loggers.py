@@ -4,13 +4,14 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import torch
+from jsonargparse import dict_to_namespace
 from lightning.fabric.loggers.logger import Logger
 from typing_extensions import override
 
@@ -145,8 +146,22 @@ class LoggerCallback(ScalarCallback):
 
 
 def round_scalars(run: RunState, lap: Lap, seconds: float) -> dict[str, float]:
-    """Loss terms, bytes, seconds, speed and memory of the current round, by tag."""
-    scalars = dict(_losses(run))
+    """Loss terms, bytes, seconds, speed and memory of the current round, by tag.
+
+    Loss terms are those of a stage's last pass if it has several, by client, and their means over clients.
+    """
+    scalars: dict[str, float] = {}
+    by_term: dict[str, list[float]] = {}
+    for entry in run.history:
+        if (entry["task"], entry["round"]) != run.progress.position:
+            continue
+        who = "server" if entry["client"] == AT_SERVER else f"client_{entry['client']}"
+        for name, value in entry["terms"].items():
+            term = f"{entry['stage']}/{name}"
+            scalars[f"train/{who}/{term}"] = value
+            if entry["client"] != AT_SERVER:
+                by_term.setdefault(term, []).append(value)
+    scalars |= {f"loss/{term}": fmean(values) for term, values in by_term.items()}
     scalars["uploads/rejected"] = sum((found.task, found.round) == run.progress.position for found in run.rejected)
     for direction in ("up", "down"):
         total = int(run.traffic[direction][:, *run.progress.position].sum())
@@ -173,36 +188,15 @@ def task_scalars(run: RunState) -> dict[str, float]:
     return scalars
 
 
-def _losses(run: RunState) -> Iterator[tuple[str, float]]:
-    """Loss terms of the current round by client (of a stage's last pass if it has several), and means over clients."""
-    by_term: dict[str, list[float]] = {}
-    for entry in run.history:
-        if (entry["task"], entry["round"]) != run.progress.position:
-            continue
-        for name, value in entry["terms"].items():
-            if entry["client"] == AT_SERVER:
-                yield f"train/server/{entry['stage']}/{name}", value
-            else:
-                by_term.setdefault(f"{entry['stage']}/{name}", []).append(value)
-                yield f"train/client_{entry['client']}/{entry['stage']}/{name}", value
-    for name, values in by_term.items():
-        yield f"loss/{name}", fmean(values)
-
-
 def hyperparameters(run: RunState) -> dict[str, Any]:
     """Method, data set, seed and the method's fields under dotted names; numbers, or text."""
     values = {"method": type(run.method).__name__, "seed": run.seed, "dataset": run.data["dataset"]}
-    return values | {"rounds_per_task": run.rounds_per_task, **dict(_flat(plain(run.method)))}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            # TensorBoard would show True as 1.0000.
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            yield prefix + name, value if is_number else str(value)
+    values["rounds_per_task"] = run.rounds_per_task
+    for name, value in dict_to_namespace(plain(run.method)).items():
+        # TensorBoard would show True as 1.0000.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        values[name] = value if is_number else str(value)
+    return values
 
 
 def peak_memory() -> dict[str, int]:

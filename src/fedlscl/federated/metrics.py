@@ -155,8 +155,7 @@ def to_json(value: Any) -> str:
 
 def to_csv(rows: Iterable[dict[str, Any]]) -> str:
     """CSV with the columns in the order in which the rows first name them; floats as repr."""
-    rows = list(rows)
-    text = io.StringIO()
+    rows, text = list(rows), io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -82,26 +82,24 @@ class ReadoutConfig:
             return {}
         frozen = net.foundation.width
         found = {"adapted": frozen, "frozen": frozen}
-        small = getattr(net, "small", None)
-        if small is not None:
+        if (small := getattr(net, "small", None)) is not None:
             found |= {"small": small.width, "frozen+small": frozen + small.width}
         return {name: self.random_features or found[name] for name in self.features if name in found}
 
     def views(self, net: Net, batch: Batch) -> dict[str, Tensor]:
         """Features (B, width) of a prepared batch, by name."""
-        names = self.widths(net)
-        found = {"adapted": net(batch.images, batch.prefix).head_input} if "adapted" in names else {}
-        if {"frozen", "frozen+small"} & names.keys():
+        names, found = self.widths(net).keys(), {}
+        if "adapted" in names:
+            found["adapted"] = net(batch.images, batch.prefix).head_input
+        if names & {"frozen", "frozen+small"}:
             assert net.foundation is not None
             prefix = net.frozen_prefix(batch.images) if batch.prefix is None else batch.prefix.float()
             found["frozen"] = net.foundation.to(batch.images.device).features(prefix, net.entry)
-        if {"small", "frozen+small"} & names.keys():
+        if names & {"small", "frozen+small"}:
             found["small"] = net.small(batch.images)
         if "frozen+small" in names:
-            both = [F.normalize(found[name].float()) for name in ("frozen", "small")]
-            found["frozen+small"] = torch.cat(both, 1)
-        width = self.random_features
-        return {name: random_features(found[name], width) if width else found[name] for name in names}
+            found["frozen+small"] = torch.cat([F.normalize(found[part].float()) for part in ("frozen", "small")], 1)
+        return {name: random_features(found[name], self.random_features) for name in names}
 
     def solve(self, sums: MomentSums) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight (num_classes, width) and bias (num_classes,) of every head, on unit features."""
@@ -131,25 +129,20 @@ def check_readouts(config: ReadoutConfig, method: Method) -> None:
 
 
 def check_widths(config: ReadoutConfig, nets: Sequence[Net]) -> dict[str, int]:
-    """Widths of the features of all clients' nets.
-
-    Raises:
-        ValueError: if they differ, since sums of different widths do not add up.
-    """
+    """Widths of the features of all clients' nets; raises a ValueError if they differ, since sums would not add up."""
     widths = [config.widths(net) for net in nets]
-    missing = [name for name in config.features if config.heads and widths and name not in widths[0]]
-    if missing:
+    if missing := [name for name in config.features if config.heads and name not in widths[0]]:
         logger.warning(
             f"readouts.features: the method's nets have no features {', '.join(missing)}, and so no readouts of them"
         )
-    for name in widths[0] if widths else ():
+    for name in widths[0]:
         if len(found := {each.get(name) for each in widths}) > 1:
             raise ValueError(
                 f"readouts.features must be features of one width on all clients, got {name} of widths "
                 f"{', '.join(str(width) for width in sorted(found, key=str))}: leave {name} out, or give all clients "
                 "the same small model."
             )
-    return widths[0] if widths else {}
+    return widths[0]
 
 
 def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> Payload:
@@ -161,17 +154,14 @@ def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> P
         whole: send the Gram matrix itself and the columns of all classes, in float64, and zeros without samples: masked
             summands must have equal shapes and add up.
     """
-    num_classes = client.data.data.num_classes
-    total: dict[str, MomentSums] = {}
+    num_classes, counts = client.data.data.num_classes, client.data.class_counts(client.task)
+    widths = config.widths(client.net) if whole or counts.any() else {}
+    total = {name: empty_sums(width, num_classes) for name, width in widths.items()}
     for batch, views in client.engine.infer(
         client.net, client.data, client.train_ids, views=lambda batch: config.views(client.net, batch)
     ):
         for name, features in views.items():
-            total[name] = added(total.get(name), moment_sums(features.cpu(), batch.labels.cpu(), num_classes))
-    if whole:
-        for name, width in config.widths(client.net).items():
-            total.setdefault(name, empty_sums(width, num_classes))
-    counts = client.data.class_counts(client.task)
+            total[name] = added(total[name], moment_sums(features.cpu(), batch.labels.cpu(), num_classes))
     payload: Payload = {}
     for name, sums in total.items():
         packed = MomentSums(pack_symmetric(sums.gram), sums.products) if whole else pack_sums(sums, counts)
@@ -214,8 +204,7 @@ class Readouts:
     def upload_spec(self, upload: Upload, net: Net) -> Payload:
         """Expected names, shapes and dtypes of ``client_sums``; without samples a client sends nothing."""
         is_masked = self.method.masks_sums
-        num_classes = len(upload.class_counts)
-        columns = num_classes if is_masked else int((upload.class_counts > 0).sum())
+        columns = len(upload.class_counts) if is_masked else int((upload.class_counts > 0).sum())
         dtype = torch.int64 if is_masked else torch.float32
         spec: Payload = {}
         for name, width in self.widths.items() if columns else ():
@@ -225,9 +214,7 @@ class Readouts:
 
     def check_upload(self, upload: Upload) -> str:
         """Whether sums are of as many samples of each class as announced; masked ones cannot be checked."""
-        if self.method.masks_sums or not upload.payload:
-            return ""
-        for name in self.widths:
+        for name in self.widths if upload.payload and not self.method.masks_sums else ():
             sums = unpack_sums(_named(name, upload.payload), upload.class_counts)
             if error := sums_error(sums, upload.class_counts):
                 return f"{name}.{error}"
@@ -263,16 +250,17 @@ class Readouts:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, accuracies and bytes."""
-        return {
-            "sums": {name: list(sums) for name, sums in self.sums.items()},
-            "values": dict(self.values),
-            "traffic": dict(self.traffic),
-        }
+        sums = {name: list(sums) for name, sums in self.sums.items()}
+        return {"sums": sums, "values": self.values, "traffic": self.traffic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of ``state_dict``."""
         self.sums = {name: MomentSums(*sums) for name, sums in state["sums"].items()}
-        self.values, self.traffic = dict(state["values"]), dict(state["traffic"])
+        self.values, self.traffic = state["values"], state["traffic"]
+
+
+def _named(name: str, payload: Payload) -> MomentSums:
+    return MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])
 
 
 def heads_of(answer: Payload) -> dict[str, dict[str, Tensor]]:
@@ -287,12 +275,4 @@ def heads_of(answer: Payload) -> dict[str, dict[str, Tensor]]:
 def readout_logits(views: Mapping[str, Tensor], heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Scores (B, num_classes) of each readout, from features (B, width) by view; float32."""
     units = {name: F.normalize(features.float()) for name, features in views.items()}
-    return {
-        name: F.linear(units[name.rpartition("/")[0]], head["weight"], head["bias"])
-        for name, head in heads.items()
-        if name.rpartition("/")[0] in units
-    }
-
-
-def _named(name: str, payload: Payload) -> MomentSums:
-    return MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])
+    return {name: F.linear(units[name.rpartition("/")[0]], **head) for name, head in heads.items()}

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,41 +92,28 @@ def _answer(folder: Path, context: Context, request: bytes) -> bytes:
         return pack(Reply([], reason)._asdict())
 
 
+@dataclass
 class FlowerTransport:
     """Exchanges messages with the nodes of a SuperLink.
 
     Nodes report their client in a handshake; of several nodes with the same client the first one is used while it is
     online. A request that fails is sent again: nodes carry out no command twice.
-
-    Args:
-        grid: Flower's grid.
-        num_clients: number of clients.
-        log: writes one line.
-        pause: seconds between two polls for replies.
-        retry: seconds before a failed message is sent again.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        num_clients: int,
-        log: Callable[[str], None] = lambda line: None,
-        pause: float = 0.5,
-        retry: float = 5.0,
-    ) -> None:
-        self.grid, self.num_clients, self.log, self.pause, self.retry = grid, num_clients, log, pause, retry
-        self.node_of_client: dict[int, int] = {}
-        self.unknown_nodes: set[int] = set()
-        """Nodes without a client of this run, in the current exchange."""
-        self._in_flight: dict[str, int] = {}
-        """Node by message id."""
-        self._retry_at: dict[int, float] = {}
-        """Time of the next attempt by node."""
+    grid: Grid
+    num_clients: int
+    log: Callable[[str], None] = lambda line: None
+    pause: float = 0.5
+    """Seconds between two polls for replies."""
+    retry: float = 5.0
+    """Seconds before a failed message is sent again."""
+    node_of_client: dict[int, int] = field(default_factory=dict, init=False)
 
     def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
         """Replies by client that arrive in time; returns as soon as all have arrived."""
-        for state in (self.unknown_nodes, self._in_flight, self._retry_at):
-            state.clear()
+        self.unknown_nodes: set[int] = set()  # without a client of this run
+        self.in_flight: dict[str, int] = {}  # node by message id
+        self.retry_at: dict[int, float] = {}  # by node
         replies: dict[int, bytes] = {}
         end = time.monotonic() + seconds
         while len(replies) < len(requests) and (left := end - time.monotonic()) > 0:
@@ -143,28 +131,28 @@ class FlowerTransport:
         for client, data in requests.items():
             if (node := self.node_of_client.get(client)) in online:
                 wanted[node] = (REQUEST, to_record(data))
-        now, busy = time.monotonic(), set(self._in_flight.values())
+        now, busy = time.monotonic(), set(self.in_flight.values())
         for node, (kind, content) in wanted.items():
-            if node not in busy and now >= self._retry_at.get(node, 0.0):
+            if node not in busy and now >= self.retry_at.get(node, 0.0):
                 # The lifetime ends with the deadline: later results are not used.
                 message = Message(content, node, kind, ttl=max(seconds_left, 1.0))
                 (message_id,) = self.grid.push_messages([message]) or [None]
                 if message_id is None:
-                    self._retry_at[node] = now + self.retry
+                    self.retry_at[node] = now + self.retry
                 else:
-                    self._in_flight[message_id] = node
+                    self.in_flight[message_id] = node
 
     def _collect(self, replies: dict[int, bytes]) -> None:
         client_of_node = {node: client for client, node in self.node_of_client.items()}
-        for message in self.grid.pull_messages(list(self._in_flight)) if self._in_flight else ():
-            node = self._in_flight.pop(message.metadata.reply_to_message_id, None)
+        for message in self.grid.pull_messages(list(self.in_flight)) if self.in_flight else ():
+            node = self.in_flight.pop(message.metadata.reply_to_message_id, None)
             if node is None:
                 continue
             client = client_of_node.get(node)
             if message.has_error():
                 sender = f"node {node}" if client is None else f"client {client}"
                 self.log(f"{sender}: {one_line(message.error.reason, 300)}; retrying in {self.retry:g} s")
-                self._retry_at[node] = time.monotonic() + self.retry
+                self.retry_at[node] = time.monotonic() + self.retry
             elif message.metadata.message_type == HANDSHAKE:
                 self._register(node, message)
             elif client is not None:

@@ -43,11 +43,7 @@ class Transport(Protocol):
 
 
 def run_server(
-    federation: Federation,
-    transport: Transport,
-    run_dir: Path,
-    deadline: float = 600.0,
-    log: Log = lambda line: None,
+    federation: Federation, transport: Transport, run_dir: Path, deadline: float = 600.0, log: Log = lambda line: None
 ) -> FederatedTrainer:
     """Train a federation of remote clients, or resume the run in ``run_dir``.
 
