@@ -97,7 +97,7 @@ class Doing:
 
 @given(st.lists(st.sampled_from(["arrives", "letter lost", "reply lost", "twice"]), min_size=1, max_size=12))
 def test_whatever_is_lost_nothing_is_done_twice_and_no_end_of_a_task_is_left_out(fates):
-    pending, node, heard = PendingCommands(0), Doing(), []
+    pending, node, heard = PendingCommands(), Doing(), []
     for step, fate in enumerate([*fates, "arrives"]):
         task, round_ = divmod(step, ROUNDS)
         if round_ == 0:

@@ -350,7 +350,7 @@ def test_a_node_without_sums_is_left_out_of_the_readouts_and_comes_back(network,
     exchange, away = FlowerPool._exchange, []
 
     def watched(self, asked):
-        kind = asked[0].commands[-1].kind
+        kind = self.pending[asked[0]].commands[-1].kind
         away.append(kind == "readout_sums" and "readout_sums" not in away)
         found = exchange(self, asked)
         away[-1] = kind

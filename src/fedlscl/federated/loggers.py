@@ -4,14 +4,13 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import torch
-from jsonargparse import dict_to_namespace
 from lightning.fabric.loggers.logger import Logger
 from typing_extensions import override
 
@@ -127,22 +126,23 @@ class LoggerCallback(ScalarCallback):
 
     @override
     def on_checkpoint(self, run: RunState) -> None:
-        for step, scalars in self._pending.items():
-            for logger in self.loggers:
-                logger.log_metrics(scalars, step)
-        self._pending = {}
         for logger in self.loggers:
+            for step, scalars in self._pending.items():
+                logger.log_metrics(scalars, step)
             logger.save()
+        self._pending = {}
 
     @override
     def on_fit_end(self, run: RunState) -> None:
-        for logger in self.loggers:
-            logger.finalize("success")
+        self._finalize("success")
 
     @override
     def on_exception(self, run: RunState) -> None:
+        self._finalize("failed")
+
+    def _finalize(self, status: str) -> None:
         for logger in self.loggers:
-            logger.finalize("failed")
+            logger.finalize(status)
 
 
 def round_scalars(run: RunState, lap: Lap, seconds: float) -> dict[str, float]:
@@ -191,12 +191,17 @@ def task_scalars(run: RunState) -> dict[str, float]:
 def hyperparameters(run: RunState) -> dict[str, Any]:
     """Method, data set, seed and the method's fields under dotted names; numbers, or text."""
     values = {"method": type(run.method).__name__, "seed": run.seed, "dataset": run.data["dataset"]}
-    values["rounds_per_task"] = run.rounds_per_task
-    for name, value in dict_to_namespace(plain(run.method)).items():
-        # TensorBoard would show True as 1.0000.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        values[name] = value if is_number else str(value)
-    return values
+    return values | {"rounds_per_task": run.rounds_per_task, **dict(_flat(plain(run.method)))}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            # TensorBoard would show True as 1.0000.
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + name, value if is_number else str(value)
 
 
 def peak_memory() -> dict[str, int]:

@@ -122,7 +122,6 @@ def unpack(data: bytes, limit: int | None = None) -> dict[str, Any]:
 class PendingCommands:
     """Unacknowledged commands of one client, numbered from 1, so that lost and repeated messages change nothing."""
 
-    client: int
     number: int = 0
     """Number of the newest command."""
     acknowledged: int = 0

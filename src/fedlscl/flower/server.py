@@ -99,9 +99,9 @@ class FlowerPool(ClientPool):
             raise ValueError(f"deadline must be > 0 seconds, got {deadline}.")
         self.federation, self.transport, self.deadline, self.log = federation, transport, deadline, log
         self.run_id = uuid.uuid4().hex
-        clients, tasks = range(federation.num_clients), range(federation.num_tasks)
-        self.pending = [PendingCommands(client) for client in clients]
-        self.descriptions: list[list[Description | None]] = [[None for _ in tasks] for _ in clients]
+        self.clients = range(federation.num_clients)
+        self.pending = [PendingCommands() for _ in self.clients]
+        self.descriptions: list[list[Description | None]] = [[None] * federation.num_tasks for _ in self.clients]
         self.rounds: list[dict[str, Any]] = []
         """Seconds and missing clients of every round; not part of the results, since they differ from run to run."""
 
@@ -129,7 +129,7 @@ class FlowerPool(ClientPool):
         kinds += [messages.UPLOAD] if with_uploads else []
         for client in participants:
             self.pending[client].add(progress, *kinds)
-        asked = [pending for pending in self.pending if progress.round == 0 or pending.client in participants]
+        asked = self.clients if progress.round == 0 else participants
         uploads, missed = self._exchange(asked)
         seconds, (task, round_) = time.perf_counter() - began, progress.position
         self.rounds.append({"task": task, "round": round_, "seconds": seconds, "asked": len(asked), "missed": missed})
@@ -150,7 +150,7 @@ class FlowerPool(ClientPool):
     def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
         save()  # nodes keep the results of two requests only
         self._add(progress, messages.READOUT_SUMS)
-        uploads, missed = self._exchange(self.pending)
+        uploads, missed = self._exchange(self.clients)
         for client in missed:
             uploads.unreadable.setdefault(client, "its sums of features did not arrive in time")
         return uploads
@@ -162,7 +162,7 @@ class FlowerPool(ClientPool):
 
     @override
     def finish(self, save: Callable[[], None]) -> None:
-        asked = [pending for pending in self.pending if pending.commands]
+        asked = [client for client in self.clients if self.pending[client].commands]
         missed = self._exchange(asked)[1] if asked else []
         save()
         if missed:
@@ -204,14 +204,14 @@ class FlowerPool(ClientPool):
         for pending in self.pending:
             pending.add(progress, *kinds)
 
-    def _exchange(self, asked: list[PendingCommands]) -> tuple[Uploads, list[int]]:
+    def _exchange(self, asked: Sequence[int]) -> tuple[Uploads, list[int]]:
         """Send pending commands and record the results; returns the uploads, and the clients without a valid reply."""
-        requests = {pending.client: self._request(pending) for pending in asked}
+        requests = {client: self._request(client) for client in asked}
         replies = self.transport.exchange(requests, self.deadline)
         uploads, parsed = Uploads([], {}), {}
         for client, data in sorted(replies.items()):
             try:
-                parsed[client] = self._parse(self.pending[client], data)
+                parsed[client] = self._parse(client, data)
             except ValueError as error:
                 uploads.unreadable[client] = str(error)
         described = {
@@ -224,25 +224,27 @@ class FlowerPool(ClientPool):
             else:
                 self.pending[client].acknowledge()
                 self._record(client, facts, uploads.received)
-        for pending in asked:
-            pending.drop_round()
+        for client in asked:
+            self.pending[client].drop_round()
         for client, reason in uploads.unreadable.items():
             self.log(f"client {client} is left out: {reason}")
         self._update_run()
         return uploads, sorted(requests.keys() - replies.keys() | uploads.unreadable.keys())
 
-    def _request(self, pending: PendingCommands) -> bytes:
+    def _request(self, client: int) -> bytes:
+        pending = self.pending[client]
         ours = self.run_id, self.federation.identity
-        return pack(Request(pending.client, *ours, pending.acknowledged, pending.commands)._asdict())
+        return pack(Request(client, *ours, pending.acknowledged, pending.commands)._asdict())
 
-    def _parse(self, pending: PendingCommands, data: bytes) -> list[tuple[Command, Fact]]:
-        reply = read_reply(data, self.run.validator.max_bytes + MAX_HEADER)
-        if reply.refusal:
-            raise ValueError(one_line(reply.refusal, 300))
-        if len(reply.results) != len(pending.commands):
-            raise ValueError(f"its reply must have {len(pending.commands)} results, got {len(reply.results)}")
-        names, pairs = self.run.readouts.names, zip(pending.commands, reply.results, strict=True)
-        return [(command, parse_result(pending.client, command, result, names)) for command, result in pairs]
+    def _parse(self, client: int, data: bytes) -> list[tuple[Command, Fact]]:
+        results, refusal = read_reply(data, self.run.validator.max_bytes + MAX_HEADER)
+        commands = self.pending[client].commands
+        if refusal:
+            raise ValueError(one_line(refusal, 300))
+        if len(results) != len(commands):
+            raise ValueError(f"its reply must have {len(commands)} results, got {len(results)}")
+        names, pairs = self.run.readouts.names, zip(commands, results, strict=True)
+        return [(command, parse_result(client, command, result, names)) for command, result in pairs]
 
     def _record(self, client: int, facts: list[tuple[Command, Fact]], uploads: list[Upload]) -> None:
         for command, fact in facts:
@@ -286,7 +288,7 @@ class FlowerPool(ClientPool):
         run.data |= evaluated_on(self.federation.datamodule)
         if not run.remote_nets and stream is not None:
             runner = ClientRunner(run.method, run.engine, run.seed, run.readout_config)
-            run.remote_nets = [runner.build(pending.client, stream).to("meta") for pending in self.pending]
+            run.remote_nets = [runner.build(client, stream).to("meta") for client in self.clients]
             run.readouts.widths = check_widths(run.readout_config, run.remote_nets)
 
 
