@@ -9,7 +9,7 @@ the family is described at `fedlscl.methods.training_free`.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -175,26 +175,19 @@ def empty_sums(width: int, num_classes: int) -> MomentSums:
     return MomentSums(torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, num_classes, dtype=torch.float64))
 
 
-@dataclass
 class Readouts:
     """The server's part: sums over all clients and tasks, and what the clients measured with the heads."""
 
-    config: ReadoutConfig
-    method: Method
-    num_clients: int
-    num_tasks: int
-    widths: dict[str, int] = field(default_factory=dict)
-    """Of the features that the clients have, by name; empty before their nets are known."""
-    sums: dict[str, MomentSums] = field(default_factory=dict)
-    """By feature view."""
-    values: dict[str, Tensor] = field(default_factory=dict)
-    """Accuracies (masks, clients, tasks, tasks) by readout, such as 'adapted/lda'; NaN where not measured."""
-    traffic: dict[str, Tensor] = field(init=False)
-    """``up`` and ``down`` in bytes, (clients, tasks) each."""
-
-    def __post_init__(self) -> None:
-        shape = (self.num_clients, self.num_tasks)
-        self.traffic = {name: torch.zeros(shape, dtype=torch.int64) for name in ("up", "down")}
+    def __init__(self, config: ReadoutConfig, method: Method, num_clients: int, num_tasks: int) -> None:
+        self.config, self.method = config, method
+        self.widths: dict[str, int] = {}
+        """Of the features that the clients have, by name; empty before their nets are known."""
+        self.sums: dict[str, MomentSums] = {}
+        """By feature view."""
+        self.values: dict[str, Tensor] = {}
+        """Accuracies (masks, clients, tasks, tasks) by readout, such as 'adapted/lda'; NaN where not measured."""
+        self.traffic = {way: torch.zeros(num_clients, num_tasks, dtype=torch.int64) for way in ("up", "down")}
+        """Bytes, (clients, tasks) each."""
 
     @property
     def names(self) -> list[str]:
@@ -243,10 +236,9 @@ class Readouts:
 
     def record(self, name: str, client: int, after_task: int, rows: Tensor) -> None:
         """Set accuracies (masks, tasks so far) of one client's readout."""
-        if name not in self.values:
-            shape = (len(MASKS), self.num_clients, self.num_tasks, self.num_tasks)
-            self.values[name] = torch.full(shape, torch.nan, dtype=torch.float64)
-        self.values[name][:, client, after_task, : rows.shape[1]] = rows.double()
+        clients, tasks = self.traffic["up"].shape
+        empty = torch.full((len(MASKS), clients, tasks, tasks), torch.nan, dtype=torch.float64)
+        self.values.setdefault(name, empty)[:, client, after_task, : rows.shape[1]] = rows.double()
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, accuracies and bytes."""

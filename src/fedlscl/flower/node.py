@@ -118,7 +118,15 @@ class Node:
         match command.kind:
             case messages.BEGIN:
                 runner.begin_task(client)
-                return self._describe(client)._asdict()
+                data = self.federation.datamodule
+                return Description(
+                    num_classes=data.num_classes,
+                    fingerprint=data.data.fingerprint,
+                    class_names=names_hash(data.class_names),
+                    classes=client.classes.tolist(),
+                    train_samples=len(client.train_ids),
+                    test_samples=len(client.data.evaluation_ids(client.task)),
+                )._asdict()
             case messages.TRAIN:
                 runner.train(client, lambda _, stage: runner.engine.train(stage))
             case messages.UPLOAD | messages.READOUT_SUMS as kind:
@@ -135,14 +143,3 @@ class Node:
             case kind:
                 raise ValueError(f"command {kind!r} is unknown: use the same version of fedlscl everywhere.")
         return {}
-
-    def _describe(self, client: Client) -> Description:
-        data = self.federation.datamodule
-        return Description(
-            num_classes=data.num_classes,
-            fingerprint=data.data.fingerprint,
-            class_names=names_hash(data.class_names),
-            classes=client.classes.tolist(),
-            train_samples=len(client.train_ids),
-            test_samples=len(client.data.evaluation_ids(client.task)),
-        )

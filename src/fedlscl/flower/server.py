@@ -61,7 +61,7 @@ def run_server(
     trainer = copy(federation.trainer)
     # Nodes keep the results of two requests only, hence a checkpoint after every round.
     trainer.devices, trainer.checkpoint_every, trainer.run_dir = 1, 1, run_dir
-    trainer.callbacks, trainer.identity = [NetworkLog(pool)], federation.identity
+    trainer.callbacks, trainer.identity = [pool], federation.identity
     job = (federation.method, federation.datamodule, federation.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CHECKPOINT
@@ -75,22 +75,11 @@ def run_server(
     return trainer
 
 
-class NetworkLog(Callback):
-    """Writes network.json and the results of all clients that have reported, with every checkpoint."""
+class FlowerPool(ClientPool, Callback):
+    """Clients on other machines: commands are collected and sent once per round; see `run_server`.
 
-    def __init__(self, pool: "FlowerPool") -> None:
-        self.pool = pool
-
-    @override
-    def on_checkpoint(self, run: RunState) -> None:
-        assert run.run_dir is not None
-        write_atomically(run.run_dir / "network.json", json.dumps(self.pool.rounds, indent=1).encode())
-        if run.remote_nets:
-            write_results(run)
-
-
-class FlowerPool(ClientPool):
-    """Clients on other machines: commands are collected and sent once per round; see `run_server`."""
+    As a callback it writes network.json and the results of all clients that have reported, with every checkpoint.
+    """
 
     def __init__(
         self, federation: Federation, transport: Transport, deadline: float = 600.0, log: Log = lambda line: None
@@ -133,8 +122,8 @@ class FlowerPool(ClientPool):
         uploads, missed = self._exchange(asked)
         seconds, (task, round_) = time.perf_counter() - began, progress.position
         self.rounds.append({"task": task, "round": round_, "seconds": seconds, "asked": len(asked), "missed": missed})
-        arrived = f"{len(asked) - len(missed)} of {len(asked)} clients in {seconds:.1f} s"
-        self.log(f"task {task + 1}, round {round_ + 1}: {arrived}")
+        arrived = f"{len(asked) - len(missed)} of {len(asked)} clients"
+        self.log(f"task {task + 1}, round {round_ + 1}: {arrived} in {seconds:.1f} s")
         return uploads
 
     @override
@@ -200,6 +189,13 @@ class FlowerPool(ClientPool):
         self._update_run()
         self.log(f"resuming after {progress.task} tasks and {progress.round} rounds")
 
+    @override
+    def on_checkpoint(self, run: RunState) -> None:
+        assert run.run_dir is not None
+        write_atomically(run.run_dir / "network.json", json.dumps(self.rounds, indent=1).encode())
+        if run.remote_nets:
+            write_results(run)
+
     def _add(self, progress: Progress, *kinds: str) -> None:
         for pending in self.pending:
             pending.add(progress, *kinds)
@@ -214,13 +210,12 @@ class FlowerPool(ClientPool):
                 parsed[client] = self._parse(client, data)
             except ValueError as error:
                 uploads.unreadable[client] = str(error)
-        described = {
-            client: [fact for _, fact in facts if isinstance(fact, Description)] for client, facts in parsed.items()
-        }
-        reference = self._reference([found for each in described.values() for found in each])
+        reported = [fact for facts in parsed.values() for _, fact in facts if isinstance(fact, Description)]
+        reference = self._reference(reported)
         for client, facts in parsed.items():
-            if flaws := [flaw for found in described[client] if (flaw := class_error(found, reference))]:
-                uploads.unreadable[client] = flaws[0]
+            flaws = (class_error(fact, reference) for _, fact in facts if isinstance(fact, Description))
+            if flaw := next(filter(None, flaws), ""):
+                uploads.unreadable[client] = flaw
             else:
                 self.pending[client].acknowledge()
                 self._record(client, facts, uploads.received)
