@@ -112,15 +112,9 @@ class LoggerCallback(ScalarCallback):
         self._pending.setdefault(step, {}).update(scalars)
 
     @override
-    def on_round_end(self, run: RunState) -> None:
-        super().on_round_end(run)
-        # The accuracies of a task belong to the step of its last round: one call per step.
-        if run.run_dir is None and not run.progress.last:
-            self.on_checkpoint(run)
-
-    @override
-    def on_task_end(self, run: RunState) -> None:
-        super().on_task_end(run)
+    def on_round_start(self, run: RunState) -> None:
+        super().on_round_start(run)
+        # Not before: the accuracies of a task belong to the step of its last round, and each step is one call.
         if run.run_dir is None:
             self.on_checkpoint(run)
 
@@ -133,16 +127,15 @@ class LoggerCallback(ScalarCallback):
         self._pending = {}
 
     @override
-    def on_fit_end(self, run: RunState) -> None:
-        self._finalize("success")
+    def on_fit_end(self, run: RunState, status: str = "success") -> None:
+        if run.run_dir is None:
+            self.on_checkpoint(run)
+        for logger in self.loggers:
+            logger.finalize(status)
 
     @override
     def on_exception(self, run: RunState) -> None:
-        self._finalize("failed")
-
-    def _finalize(self, status: str) -> None:
-        for logger in self.loggers:
-            logger.finalize(status)
+        self.on_fit_end(run, "failed")
 
 
 def round_scalars(run: RunState, lap: Lap, seconds: float) -> dict[str, float]:

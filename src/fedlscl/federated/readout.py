@@ -21,21 +21,8 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import Payload, Upload, num_bytes, outgoing
-from fedlscl.functional.analytic import (
-    MomentSums,
-    added,
-    discriminant_solution,
-    moment_sums,
-    ncm_solution,
-    pack_sums,
-    pack_symmetric,
-    packed_size,
-    random_features,
-    ridge_solution,
-    sums_error,
-    unpack_sums,
-    unpack_symmetric,
-)
+from fedlscl.functional import analytic
+from fedlscl.functional.analytic import MomentSums
 from fedlscl.nets.net import Net
 
 logger = logging.getLogger(__name__)
@@ -99,14 +86,14 @@ class ReadoutConfig:
             found["small"] = net.small(batch.images)
         if "frozen+small" in names:
             found["frozen+small"] = torch.cat([F.normalize(found[part].float()) for part in ("frozen", "small")], 1)
-        return {name: random_features(found[name], self.random_features) for name in names}
+        return {name: analytic.random_features(found[name], self.random_features) for name in names}
 
     def solve(self, sums: MomentSums) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight (num_classes, width) and bias (num_classes,) of every head, on unit features."""
         solutions = {
-            "lda": lambda: discriminant_solution(sums, self.shrinkage),
-            "ridge": lambda: ridge_solution(sums, self.ridge),
-            "ncm": lambda: ncm_solution(sums),
+            "lda": lambda: analytic.discriminant_solution(sums, self.shrinkage),
+            "ridge": lambda: analytic.ridge_solution(sums, self.ridge),
+            "ncm": lambda: analytic.ncm_solution(sums),
         }
         return {head: solutions[head]() for head in self.heads}
 
@@ -156,23 +143,19 @@ def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> P
     """
     num_classes, counts = client.data.data.num_classes, client.data.class_counts(client.task)
     widths = config.widths(client.net) if whole or counts.any() else {}
-    total = {name: empty_sums(width, num_classes) for name, width in widths.items()}
+    none = torch.zeros(0, dtype=torch.int64)
+    total = {name: analytic.moment_sums(torch.zeros(0, width), none, num_classes) for name, width in widths.items()}
     for batch, views in client.engine.infer(
         client.net, client.data, client.train_ids, views=lambda batch: config.views(client.net, batch)
     ):
         for name, features in views.items():
-            total[name] = added(total[name], moment_sums(features.cpu(), batch.labels.cpu(), num_classes))
+            part = analytic.moment_sums(features.cpu(), batch.labels.cpu(), num_classes)
+            total[name] = analytic.added(total[name], part)
     payload: Payload = {}
     for name, sums in total.items():
-        packed = MomentSums(pack_symmetric(sums.gram), sums.products) if whole else pack_sums(sums, counts)
-        payload |= {f"{name}.gram": packed.gram, f"{name}.products": packed.products}
+        gram, products = sums if whole else analytic.pack_sums(sums, counts)
+        payload |= {f"{name}.gram": analytic.pack_symmetric(gram) if whole else gram, f"{name}.products": products}
     return outgoing(payload)
-
-
-def empty_sums(width: int, num_classes: int) -> MomentSums:
-    """Sums over no samples."""
-    size = width + 1
-    return MomentSums(torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, num_classes, dtype=torch.float64))
 
 
 class Readouts:
@@ -201,15 +184,15 @@ class Readouts:
         dtype = torch.int64 if is_masked else torch.float32
         spec: Payload = {}
         for name, width in self.widths.items() if columns else ():
-            spec[f"{name}.gram"] = torch.empty(packed_size(width + 1), dtype=dtype, device="meta")
+            spec[f"{name}.gram"] = torch.empty(analytic.packed_size(width + 1), dtype=dtype, device="meta")
             spec[f"{name}.products"] = torch.empty(width + 1, columns, dtype=dtype, device="meta")
         return spec
 
     def check_upload(self, upload: Upload) -> str:
         """Whether sums are of as many samples of each class as announced; masked ones cannot be checked."""
         for name in self.widths if upload.payload and not self.method.masks_sums else ():
-            sums = unpack_sums(_named(name, upload.payload), upload.class_counts)
-            if error := sums_error(sums, upload.class_counts):
+            sums = analytic.unpack_sums(_named(name, upload.payload), upload.class_counts)
+            if error := analytic.sums_error(sums, upload.class_counts):
                 return f"{name}.{error}"
         return ""
 
@@ -219,7 +202,7 @@ class Readouts:
             self.traffic["up"][upload.client, progress.task] += num_bytes(upload.payload)
         for name in self.widths:
             for sums in self._summands(name, uploads):
-                self.sums[name] = added(self.sums.get(name), sums)
+                self.sums[name] = analytic.added(self.sums.get(name), sums)
         answer: Payload = {}
         for name, sums in self.sums.items():
             for head, (weight, bias) in self.config.solve(sums).items():
@@ -228,11 +211,11 @@ class Readouts:
 
     def _summands(self, name: str, uploads: list[Upload]) -> list[MomentSums]:
         if not self.method.masks_sums:
-            return [unpack_sums(_named(name, u.payload), u.class_counts) for u in uploads if u.payload]
+            return [analytic.unpack_sums(_named(name, u.payload), u.class_counts) for u in uploads if u.payload]
         parts = (f"{name}.gram", f"{name}.products")
         masked = {upload.client: {part: upload.payload[part] for part in parts} for upload in uploads}
         gram, products = (self.method.unmask_sums(masked)[part] for part in parts)
-        return [MomentSums(unpack_symmetric(gram, len(products)), products)]
+        return [MomentSums(analytic.unpack_symmetric(gram, len(products)), products)]
 
     def record(self, name: str, client: int, after_task: int, rows: Tensor) -> None:
         """Set accuracies (masks, tasks so far) of one client's readout."""
