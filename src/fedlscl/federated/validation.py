@@ -7,6 +7,7 @@ Checked are the sender and the round, the size, the form (``Method.upload_spec``
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -33,25 +34,22 @@ class RejectedUpload(NamedTuple):
     reason: str
 
 
+@dataclass(eq=False)
 class UploadValidator:
-    """Validates uploads against the method, the round, and each other.
+    """Validates uploads against the method, the round, and each other."""
 
-    Args:
-        method: defines well-formed uploads.
-        stream: sizes of the data; may be set later, before the first upload.
-        max_norm_ratio: maximum ratio of a tensor's norm (and of the number of samples) to the running median; 0 for
-            no limit (ours).
-        max_bytes: maximum size of an upload (ours).
-    """
-
-    def __init__(
-        self, method: Method, stream: StreamShape | None = None, max_norm_ratio: float = 1000.0, max_bytes: int = 2**30
-    ) -> None:
-        self.method, self.stream, self.max_norm_ratio, self.max_bytes = method, stream, max_norm_ratio, max_bytes
-        self.norms: dict[str, list[float]] = {}
-        self.rejected: list[RejectedUpload] = []
-        self._net: Net | None = None
-        self._initial_norms: dict[str, float] = {}
+    method: Method
+    """Defines well-formed uploads."""
+    stream: StreamShape | None = None
+    """Sizes of the data; may be set later, before the first upload."""
+    max_norm_ratio: float = 1000.0
+    """Largest ratio of a tensor's norm, and of the number of samples, to the running median; 0 for no limit (ours)."""
+    max_bytes: int = 2**30
+    """Largest size of an upload (ours)."""
+    norms: dict[str, list[float]] = field(default_factory=dict, init=False)
+    rejected: list[RejectedUpload] = field(default_factory=list, init=False)
+    _net: Net | None = field(default=None, init=False)
+    _initial_norms: dict[str, float] = field(default_factory=dict, init=False)
 
     def filter(self, uploads: list[Upload], progress: Progress, rules: Method | Readouts | None = None) -> list[Upload]:
         """The valid uploads, in the same order; the others are added to ``rejected`` and logged.

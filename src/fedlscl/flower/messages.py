@@ -1,7 +1,7 @@
 """Messages between server and nodes, and the commands that a node has not yet acknowledged.
 
-A message is one safetensors blob whose metadata has a JSON header; nothing in it is executed. The header is a nested
-value with a reference in place of each tensor.
+A message is one safetensors blob whose metadata has a JSON header, in which tensors are named; nothing in it is
+executed.
 """
 
 import json
