@@ -92,7 +92,7 @@ class LoggerCallback(ScalarCallback):
     """Logs to Lightning loggers.
 
     Scalars are sent when a checkpoint is written: a resumed run repeats the rounds after the last checkpoint, and most
-    loggers cannot replace a step. A run without a folder writes no checkpoint and logs at once.
+    loggers cannot replace a step. A run without a folder writes no checkpoint: a step is sent when the next one starts.
     """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
