@@ -17,7 +17,7 @@ from fedlscl.data.images import decode_one
 from fedlscl.data.split import read_manifest
 from fedlscl.federated.checkpoint import MAGIC, load_checkpoint, load_last_good, previous, save_checkpoint
 from fedlscl.federated.client import Client
-from fedlscl.federated.payload import read_payload
+from fedlscl.federated.payload import read_message
 from fedlscl.flower.messages import read_reply, read_request
 from fedlscl.nets.vit import FoundationConfig, foundation
 from fedlscl.report.runs import read_run
@@ -85,7 +85,7 @@ def canaries(folder, place):
             yield f"{what}, {name}", lambda content=content: load_checkpoint(_file(place / "c.pt", content))
         yield f"previous checkpoint, {name}", lambda sealed=sealed: _fall_back(place, sealed)
         yield f"parked client, {name}", lambda data=data: _parked(_file(place / "1.pt", data))
-        yield f"upload, {name}", lambda data=data: read_payload(data)
+        yield f"upload, {name}", lambda data=data: read_message(data)
         yield f"letter, {name}", lambda data=data: read_request(data)
         yield f"reply, {name}", lambda data=data: read_reply(data)
         yield f"weights, {name}", lambda data=data: _weights(_file(place / "w.safetensors", data))

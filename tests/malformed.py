@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fedlscl.callbacks import Callback
-from fedlscl.federated.payload import Upload, read_payload, write_payload
+from fedlscl.federated.payload import Upload, read_message, write_payload
 
 
 def unknown_sender(upload, picker):
@@ -125,7 +125,7 @@ def deliver(validator, upload, arrived, progress):
     uploads = []
     for item in arrived:
         try:
-            uploads.append(item if isinstance(item, Upload) else replace(upload, payload=read_payload(item, 2**30)))
+            uploads.append(item if isinstance(item, Upload) else replace(upload, payload=read_message(item, 2**30)[1]))
         except ValueError as error:
             assert "\n" not in str(error)
             validator.reject(upload.client, progress, str(error))

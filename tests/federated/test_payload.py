@@ -12,7 +12,6 @@ from fedlscl.federated.payload import (
     num_bytes,
     outgoing,
     read_message,
-    read_payload,
     write_payload,
 )
 
@@ -69,14 +68,14 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 )
 def test_a_broken_message_is_refused_in_one_line(data, said):
     with pytest.raises(ValueError, match=said) as error:
-        read_payload(data)
+        read_message(data)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(framed))
 def test_whatever_the_bytes_it_is_a_message_or_one_line(data):
     try:
-        assert all(type(value) is torch.Tensor for value in read_payload(data).values())
+        assert all(type(value) is torch.Tensor for value in read_message(data)[1].values())
     except ValueError as error:
         assert "\n" not in str(error)
 
@@ -86,7 +85,7 @@ def test_a_message_that_is_changed_anywhere_is_read_or_refused(draw):
     data = bytearray(write_payload({"w": torch.randn(3), "m": torch.tensor([True]), "n": torch.tensor(3)}))
     data[draw.draw(st.integers(0, len(data) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     try:
-        read_payload(bytes(data))
+        read_message(bytes(data))
     except ValueError as error:
         assert "\n" not in str(error)
 
@@ -99,10 +98,10 @@ def test_what_was_written_is_read_with_memory_of_its_own():
         "e": torch.ones(0),
     }
     data = write_payload(payload)
-    found = read_payload(data, len(data))
+    found = read_message(data, len(data))[1]
     assert found.keys() == payload.keys() and all(torch.equal(found[name], value) for name, value in payload.items())
     assert all(value.data_ptr() % 16 == 0 for value in found.values())
     with pytest.raises(ValueError, match=f"of {len(data)} bytes is larger than {len(data) - 1}"):
-        read_payload(data, len(data) - 1)
+        read_message(data, len(data) - 1)
     metadata, _ = read_message(save(payload, metadata={"who": "me"}))
     assert metadata == {"who": "me"}

@@ -9,7 +9,7 @@ from fedlscl.callbacks.results import write_results
 from fedlscl.flower import apps
 from fedlscl.flower.apps import from_record, to_record
 from fedlscl.flower.federation import read_federation
-from fedlscl.flower.messages import Request, read_reply
+from fedlscl.flower.messages import Request, pack, read_reply
 from flower_network import EXAMPLE, ROOT, Network, missing
 
 
@@ -39,7 +39,7 @@ def test_a_node_that_is_set_up_wrongly_says_so_in_one_line(node, config, reason,
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.delenv("MISSING", raising=False)
     monkeypatch.setenv("HOME", "/HOME")
-    message = Message(to_record(Request(0, "ab", "other", 0, [], None).encode()), 1, "train")
+    message = Message(to_record(pack(Request(0, "ab", "other", 0, [])._asdict())), 1, "train")
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(1, 1, node, RecordDict(), {"config": config})
     reply = read_reply(from_record(apps.client_app(EXAMPLE / "federation")(message, context).content))

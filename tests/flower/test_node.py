@@ -5,12 +5,16 @@ import torch
 
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.messages import Command, Request, pack, read_reply, unpack
+from fedlscl.flower.messages import Command, Request, pack, read_reply
 from fedlscl.flower.node import Node
 from tiny_methods import METHODS
 
 BEGIN, TRAIN, UPLOAD = (Command(n, kind, 0, 0) for n, kind in enumerate(("begin_task", "train", "upload"), start=1))
-LETTER = Request(0, "ab", "id", 0, [BEGIN, TRAIN, UPLOAD], None)
+LETTER = Request(0, "ab", "id", 0, [BEGIN, TRAIN, UPLOAD])
+
+
+def sent(letter=LETTER, **changed):
+    return pack(letter._replace(**changed)._asdict())
 
 
 @pytest.fixture
@@ -25,43 +29,42 @@ def node(make_data, tmp_path):
 
 
 def test_a_letter_that_comes_again_gets_the_same_reply_and_nothing_is_done(node, tmp_path, monkeypatch):
-    first = node().answer(LETTER.encode())
+    first = node().answer(sent())
     state = (tmp_path / "ab.pt").read_bytes()
     monkeypatch.setattr(Node, "_client", lambda *_: pytest.fail("was done again"))
-    assert node().answer(LETTER.encode()) == first
+    assert node().answer(sent()) == first
     assert (tmp_path / "ab.pt").read_bytes() == state
 
 
 def test_a_node_that_lost_its_reply_before_it_was_saved_does_the_same_again(node, tmp_path):
-    first = node().answer(LETTER.encode())
+    first = node().answer(sent())
     (tmp_path / "ab.pt").unlink()
-    assert node().answer(LETTER.encode()) == first
+    assert node().answer(sent()) == first
 
 
 def test_commands_of_one_letter_are_those_of_several(node, tmp_path):
-    whole = read_reply(node().answer(LETTER.encode()))
+    whole = read_reply(node().answer(sent()))
     (tmp_path / "ab.pt").unlink()
     for number in (1, 2, 3):
-        reply = read_reply(node().answer(LETTER._replace(commands=LETTER.commands[:number]).encode()))
-    payloads = [result.results[-1].tensors for result in (whole, reply)]
+        reply = read_reply(node().answer(sent(commands=LETTER.commands[:number])))
+    payloads = [result.results[-1]["payload"] for result in (whole, reply)]
     assert payloads[0].keys() == payloads[1].keys()
     assert all(torch.equal(payloads[0][name], payloads[1][name]) for name in payloads[0])
 
 
 def test_only_upload_counts_and_accuracies_leave_a_node(node, make_data):
     tests = [Command(4, "test_before", 0, 0), Command(5, "end_task", 0, 0), Command(6, "test_after", 0, 0)]
-    header, tensors = unpack(node("FedNCM").answer(LETTER._replace(commands=[*LETTER.commands, *tests]).encode()))
-    stream = make_data().stream(0)
-    said = {number: values for number, values in header["results"]}
-    assert {number: list(values) for number, values in said.items() if values} == {
-        1: ["num_classes", "fingerprint", "class_names", "classes", "train_samples", "test_samples"],
-        3: ["samples"],
-    }
-    assert said[1]["classes"] == stream.classes(0).tolist() and said[3]["samples"] == len(stream.train_ids(0))
-    kinds = {name.split("/")[1] for name in tensors}
-    assert kinds == {"payload", "class_counts", "accuracies"}
-    sizes = {name: value.shape for name, value in tensors.items() if "accuracies" in name}
-    assert sizes == {"4/accuracies": (2, 1), "6/accuracies": (2, 1)}
+    results = read_reply(node("FedNCM").answer(sent(commands=[*LETTER.commands, *tests]))).results
+    assert [list(result) for result in results] == [
+        ["num_classes", "fingerprint", "class_names", "classes", "train_samples", "test_samples"],
+        [],
+        ["payload", "class_counts"],
+        ["accuracies"],
+        [],
+        ["accuracies"],
+    ]
+    assert results[0]["classes"] == make_data().stream(0).classes(0).tolist()
+    assert results[3]["accuracies"].shape == results[5]["accuracies"].shape == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -75,40 +78,47 @@ def test_only_upload_counts_and_accuracies_leave_a_node(node, make_data):
     ],
 )
 def test_what_a_node_cannot_accept_comes_back_in_one_line(node, tmp_path, letter, reason):
-    reply = read_reply(node().answer(letter.encode()))
-    assert reason in reply.refusal and not reply.results and reply.done == 0
+    reply = read_reply(node().answer(sent(letter)))
+    assert reason in reply.refusal and not reply.results
     assert not list(tmp_path.glob("*.pt"))
 
 
 def test_nonsense_is_refused(node):
-    for data in (b"", b"nonsense", pack({"client": 0}, {}), pack([], {})):
+    for data in (b"", b"nonsense", pack({"client": 0}), pack([])):
         assert read_reply(node().answer(data)).refusal
 
 
 def test_a_server_from_before_the_last_checkpoint_is_refused(node):
-    for number, acknowledged in ((1, 0), (2, 1), (3, 2)):
-        letter = LETTER._replace(commands=LETTER.commands[:number], acknowledged=acknowledged)
-        assert not read_reply(node().answer(letter.encode())).refusal
+    letters = [sent(commands=LETTER.commands[n : n + 1], acknowledged=n) for n in range(3)]
+    replies = [node().answer(letter) for letter in letters]
     # One step back is kept for it, two are not.
-    assert [result.number for result in read_reply(node().answer(letter._replace(acknowledged=1).encode())).results]
-    assert "too old" in read_reply(node().answer(LETTER.encode())).refusal
+    assert not read_reply(replies[2]).refusal and [node().answer(letter) for letter in letters[1:]] == replies[1:]
+    assert "too old" in read_reply(node().answer(letters[0])).refusal
+
+
+@pytest.mark.parametrize("changed", [{"round": 1}, {"kind": "test_before"}, {"payload": {"w": torch.ones(1)}}])
+def test_a_number_never_stands_for_another_command(node, changed):
+    """A server that resumes from its previous checkpoint may number otherwise."""
+    node().answer(sent())
+    commands = [BEGIN, TRAIN._replace(**changed), UPLOAD]
+    assert "too old" in read_reply(node().answer(sent(commands=commands))).refusal
 
 
 @pytest.mark.parametrize("changed", [{"train_per_class": 7}, {"private_classes": 1, "num_tasks": 1}])
 def test_a_node_does_not_continue_on_other_data_or_another_split(node, changed):
     first = LETTER._replace(commands=[BEGIN])
-    node().answer(first.encode())
+    node().answer(sent(first))
     # As long as the server has accepted nothing, corrected data begin again.
-    fresh = read_reply(node(**changed).answer(first.encode()))
-    assert not fresh.refusal and fresh.results[0].values["classes"]
-    assert not read_reply(node().answer(first.encode())).refusal
-    refused = read_reply(node(**changed).answer(LETTER._replace(acknowledged=1).encode()))
+    fresh = read_reply(node(**changed).answer(sent(first)))
+    assert not fresh.refusal and fresh.results[0]["classes"]
+    assert not read_reply(node().answer(sent(first))).refusal
+    refused = read_reply(node(**changed).answer(sent(acknowledged=1)))
     assert refused.refusal.startswith("the data of client 0 must not change during a run: restore its images")
-    assert not read_reply(node().answer(LETTER._replace(acknowledged=1).encode())).refusal
+    assert not read_reply(node().answer(sent(acknowledged=1))).refusal
 
 
 def test_every_run_has_a_state_of_its_own(node, tmp_path):
-    replies = [node().answer(LETTER._replace(run=run).encode()) for run in ("ab", "cd")]
+    replies = [node().answer(sent(run=run)) for run in ("ab", "cd")]
     assert replies[0] == replies[1]
     assert {path.name for path in tmp_path.glob("*.pt")} == {"ab.pt", "cd.pt"}
 
@@ -152,6 +162,6 @@ def test_a_node_needs_its_own_samples_only(node, make_data, tmp_path):
     trainer = FederatedTrainer(rounds_per_task=1, accelerator="cpu")
     datamodule = SpatialTemporalDataModule(**own, manifest=str(tmp_path / "own.json"))
     alone = Node(Federation(METHODS["FedAvg"](), datamodule, trainer, 42, "id"), 0, tmp_path / "alone")
-    (_, found), (_, wanted) = (unpack(each.answer(LETTER.encode())) for each in (alone, node()))
+    found, wanted = (read_reply(each.answer(sent())).results[2]["payload"] for each in (alone, node()))
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert json.loads((tmp_path / "own.json").read_text())["clients"][1][0]["train"] == []

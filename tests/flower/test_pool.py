@@ -1,4 +1,5 @@
 import json
+import re
 import time
 import unicodedata
 from dataclasses import replace
@@ -19,7 +20,8 @@ from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower import server
 from fedlscl.flower.apps import to_record
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.server import Description, FlowerPool, check_classes, parse_description
+from fedlscl.flower.messages import Command, Description
+from fedlscl.flower.server import FlowerPool, class_error, parse_description, parse_result
 from tiny_methods import METHODS
 
 ALL = sorted(set(METHODS) - {"Joint", "JointLSCL"})
@@ -137,10 +139,12 @@ def kill_server(patched, where, round_):
     )
 
 
-def test_a_server_goes_back_one_checkpoint_and_the_nodes_follow(network, undisturbed, monkeypatch):
+@pytest.mark.parametrize("where", ["after_checkpoint", "before_checkpoint"])
+def test_a_server_goes_back_one_checkpoint_and_the_nodes_follow(network, undisturbed, monkeypatch, where):
+    """Also where they are one request ahead of it."""
     made = network(small())
     with monkeypatch.context() as patched:
-        kill_server(patched, "after_checkpoint", 1)
+        kill_server(patched, where, 1)
         with pytest.raises(Killed):
             made.fit()
     path = made.folder / "run" / "checkpoint.pt"
@@ -345,9 +349,10 @@ def test_a_node_without_sums_is_left_out_of_the_readouts_and_comes_back(network,
     made = network(METHODS["LoRM"](), **READOUTS)
     exchange, away = FlowerPool._exchange, []
 
-    def watched(self, asked, kind="upload"):
+    def watched(self, asked):
+        kind = self.pending[asked[0]].commands[-1].kind
         away.append(kind == "readout_sums" and "readout_sums" not in away)
-        found = exchange(self, asked, kind)
+        found = exchange(self, asked)
         away[-1] = kind
         return found
 
@@ -357,6 +362,17 @@ def test_a_node_without_sums_is_left_out_of_the_readouts_and_comes_back(network,
     reasons = [rejected.reason for rejected in served.run.rejected]
     assert reasons == ["its sums of features did not arrive in time"]
     assert all(not found[:, :, 1].isnan().any() for found in served.run.readouts.values.values())
+
+
+def test_heads_of_two_tasks_wait_side_by_side(pool):
+    """A client that misses a whole task evaluates the heads of each task."""
+    for task in range(2):
+        pool.evaluate_readouts(Progress(task, 0), {0: {"adapted/ncm.bias": torch.full((2,), task)}})
+    assert [float(command.payload["adapted/ncm.bias"][0]) for command in pool.pending[0].commands] == [0.0, 1.0]
+    restored = FlowerPool(pool.federation, None)
+    restored._update_run = lambda: None
+    restored.load_state_dict(pool.state_dict(), Progress(0, 0))
+    assert restored.pending == pool.pending
 
 
 def description(*names):
@@ -395,12 +411,11 @@ def test_what_was_accepted_first_stays(pool):
     ],
 )
 def test_other_classes_are_refused(found, message):
-    with pytest.raises(ValueError, match=message):
-        check_classes(found, AB)
+    assert re.match(message, class_error(found, AB))
 
 
 def test_unicode_form_and_trailing_space_are_accepted():
-    check_classes(description("e\u0301", "b "), description("\u00e9", "b"))
+    assert class_error(description("e\u0301", "b "), description("\u00e9", "b")) == ""
 
 
 @pytest.mark.parametrize(
@@ -411,3 +426,19 @@ def test_a_malformed_description_is_refused(changed):
     assert parse_description(AB._asdict()) == AB
     with pytest.raises(ValueError, match=r"malformed: use the same version|its classes must be in \[0, 1\]"):
         parse_description(AB._asdict() | changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "reason"),
+    [
+        ("upload", {}, "must have class counts and a payload of tensors"),
+        ("upload", {"payload": {"w": 1}, "class_counts": torch.ones(2)}, "must have class counts"),
+        ("readout_sums", {"payload": {}, "class_counts": [1]}, "must have class counts"),
+        ("test_after", {}, r"must have shape \(2, 1\)"),
+        ("test_before", {"accuracies": torch.ones(2, 1, dtype=torch.int64)}, r"must be in \[0, 1\]"),
+        ("readout", {"adapted/ncm": torch.full((2, 1), torch.nan)}, r"must be in \[0, 1\]"),
+    ],
+)
+def test_a_malformed_result_is_refused(kind, result, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_result(0, Command(1, kind, 0, 0), result, ["adapted/ncm"])

@@ -28,12 +28,7 @@ class DamagedError(ValueError):
 
 
 def previous(path: Path) -> Path:
-    """Path of the checkpoint that was written before the one at ``path``.
-
-    Example:
-        >>> previous(Path("checkpoint.pt")).name
-        'checkpoint.previous.pt'
-    """
+    """Path of the checkpoint that was written before the one at ``path``, such as checkpoint.previous.pt."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
@@ -42,33 +37,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(canonical({"version": VERSION, **state}), buffer)
     body = buffer.getbuffer()
-    digest = hashlib.sha256(body).digest()
-    write_atomically(path, MAGIC, digest, body, kept=previous(path))
+    write_atomically(path, MAGIC, hashlib.sha256(body).digest(), body, kept=previous(path))
 
 
 def load_last_good(path: Path, identity: str = "") -> dict[str, Any]:
-    """Read a checkpoint, or the previous one (with a warning) if it is damaged.
-
-    The previous one then replaces the damaged one.
-
-    Raises:
-        ValueError: as ``load_checkpoint``, if neither can be read.
-    """
+    """Read a checkpoint as ``load_checkpoint``; the previous one, with a warning, replaces one that is damaged."""
     try:
         return load_checkpoint(path, identity)
     except DamagedError as damage:
+        older = previous(path)
         try:
-            state = load_checkpoint(previous(path), identity)
+            state = load_checkpoint(older, identity)
         except DamagedError:
-            raise DamagedError(
-                f"{damage} {str(previous(path))!r}, the one before it, is damaged, too: continue from a copy, or start "
-                "a new run."
-            ) from None
+            remedy = "continue from a copy, or start a new run."
+            raise DamagedError(f"{damage} {str(older)!r}, the one before it, is damaged, too: {remedy}") from None
         except ValueError:
             raise damage from None
-        logger.warning(f"{damage} Resuming from {str(previous(path))!r}, the one before it.")
-    _link(previous(path), path)
-    return state
+        logger.warning(f"{damage} Resuming from {str(older)!r}, the one before it.")
+        _link(older, path)
+        return state
 
 
 def canonical(value: Any, storages: set[int] | None = None) -> Any:
@@ -92,11 +79,7 @@ def canonical(value: Any, storages: set[int] | None = None) -> Any:
 
 
 def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain values are unpickled.
-
-    Args:
-        path: the file.
-        identity: expected fingerprint of the run, or a prefix of it.
+    """Read a checkpoint of a run with this fingerprint, or a prefix of it; only tensors and plain values are unpickled.
 
     Raises:
         DamagedError: if the file is damaged or not a checkpoint of fedlscl.
@@ -135,10 +118,7 @@ def load_checkpoint(path: Path, identity: str = "") -> dict[str, Any]:
 def write_atomically(path: Path, *parts: bytes | memoryview, kept: Path | None = None) -> None:
     """Write a file so that readers see the old or the whole new content, also after a power failure.
 
-    Args:
-        path: the file.
-        parts: its content.
-        kept: name for the replaced file, where the file system has hard links.
+    The replaced file gets the name ``kept``, where the file system has hard links.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -152,9 +132,8 @@ def write_atomically(path: Path, *parts: bytes | memoryview, kept: Path | None =
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"could not write {path} ({error.strerror}); its previous content is intact"
-        ) from error
+        text = f"could not write {path} ({error.strerror}); its previous content is intact"
+        raise OSError(error.errno, text) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

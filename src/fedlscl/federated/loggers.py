@@ -92,7 +92,7 @@ class LoggerCallback(ScalarCallback):
     """Logs to Lightning loggers.
 
     Scalars are sent when a checkpoint is written: a resumed run repeats the rounds after the last checkpoint, and most
-    loggers cannot replace a step. A run without a folder writes no checkpoint and logs at once.
+    loggers cannot replace a step. A run without a folder writes no checkpoint: a step is sent when the next one starts.
     """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
@@ -112,41 +112,49 @@ class LoggerCallback(ScalarCallback):
         self._pending.setdefault(step, {}).update(scalars)
 
     @override
-    def on_round_end(self, run: RunState) -> None:
-        super().on_round_end(run)
-        # The accuracies of a task belong to the step of its last round: one call per step.
-        if run.run_dir is None and not run.progress.last:
-            self.on_checkpoint(run)
-
-    @override
-    def on_task_end(self, run: RunState) -> None:
-        super().on_task_end(run)
+    def on_round_start(self, run: RunState) -> None:
+        super().on_round_start(run)
+        # Not before: the accuracies of a task belong to the step of its last round, and each step is one call.
         if run.run_dir is None:
             self.on_checkpoint(run)
 
     @override
     def on_checkpoint(self, run: RunState) -> None:
-        for step, scalars in self._pending.items():
-            for logger in self.loggers:
-                logger.log_metrics(scalars, step)
-        self._pending = {}
         for logger in self.loggers:
+            for step, scalars in self._pending.items():
+                logger.log_metrics(scalars, step)
             logger.save()
+        self._pending = {}
 
     @override
-    def on_fit_end(self, run: RunState) -> None:
+    def on_fit_end(self, run: RunState, status: str = "success") -> None:
+        if run.run_dir is None:
+            self.on_checkpoint(run)
         for logger in self.loggers:
-            logger.finalize("success")
+            logger.finalize(status)
 
     @override
     def on_exception(self, run: RunState) -> None:
-        for logger in self.loggers:
-            logger.finalize("failed")
+        self.on_fit_end(run, "failed")
 
 
 def round_scalars(run: RunState, lap: Lap, seconds: float) -> dict[str, float]:
-    """Loss terms, bytes, seconds, speed and memory of the current round, by tag."""
-    scalars = dict(_losses(run))
+    """Loss terms, bytes, seconds, speed and memory of the current round, by tag.
+
+    Loss terms are those of a stage's last pass if it has several, by client, and their means over clients.
+    """
+    scalars: dict[str, float] = {}
+    by_term: dict[str, list[float]] = {}
+    for entry in run.history:
+        if (entry["task"], entry["round"]) != run.progress.position:
+            continue
+        who = "server" if entry["client"] == AT_SERVER else f"client_{entry['client']}"
+        for name, value in entry["terms"].items():
+            term = f"{entry['stage']}/{name}"
+            scalars[f"train/{who}/{term}"] = value
+            if entry["client"] != AT_SERVER:
+                by_term.setdefault(term, []).append(value)
+    scalars |= {f"loss/{term}": fmean(values) for term, values in by_term.items()}
     scalars["uploads/rejected"] = sum((found.task, found.round) == run.progress.position for found in run.rejected)
     for direction in ("up", "down"):
         total = int(run.traffic[direction][:, *run.progress.position].sum())
@@ -171,22 +179,6 @@ def task_scalars(run: RunState) -> dict[str, float]:
         for client, average in enumerate(average_accuracy(run.matrix.of(mask))[:, task].tolist()):
             scalars[f"accuracy_{mask}/client_{client}"] = average
     return scalars
-
-
-def _losses(run: RunState) -> Iterator[tuple[str, float]]:
-    """Loss terms of the current round by client (of a stage's last pass if it has several), and means over clients."""
-    by_term: dict[str, list[float]] = {}
-    for entry in run.history:
-        if (entry["task"], entry["round"]) != run.progress.position:
-            continue
-        for name, value in entry["terms"].items():
-            if entry["client"] == AT_SERVER:
-                yield f"train/server/{entry['stage']}/{name}", value
-            else:
-                by_term.setdefault(f"{entry['stage']}/{name}", []).append(value)
-                yield f"train/client_{entry['client']}/{entry['stage']}/{name}", value
-    for name, values in by_term.items():
-        yield f"loss/{name}", fmean(values)
 
 
 def hyperparameters(run: RunState) -> dict[str, Any]:

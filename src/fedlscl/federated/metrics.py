@@ -47,22 +47,12 @@ def correct(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
 
 
 def current_accuracy(matrix: Tensor) -> Tensor:
-    """Accuracy on the newest task (Table 1), (clients, tasks).
-
-    Example:
-        >>> current_accuracy(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
-        tensor([[0.9000, 0.7000]])
-    """
+    """Accuracy on the newest task (Table 1), (clients, tasks)."""
     return matrix.diagonal(dim1=1, dim2=2)
 
 
 def average_accuracy(matrix: Tensor) -> Tensor:
-    """Mean accuracy over all tasks so far (Table 2), (clients, tasks).
-
-    Example:
-        >>> average_accuracy(torch.tensor([[[0.9, torch.nan], [0.5, 0.7]]]))
-        tensor([[0.9000, 0.6000]])
-    """
+    """Mean accuracy over all tasks so far (Table 2), (clients, tasks)."""
     return matrix.nanmean(2)
 
 
@@ -140,14 +130,7 @@ def plain(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON with lists of numbers on one line.
-
-    Example:
-        >>> print(to_json({"a": [1, 2]}), end="")
-        {
-         "a": [1, 2]
-        }
-    """
+    """Indented JSON with lists of numbers on one line."""
     text = json.dumps(value, indent=1, allow_nan=False)
     # Strings of JSON hold no line break, so that only lists can match.
     return re.sub(r"\[(\n[^\[\]{}]+)\]", lambda found: "[" + re.sub(r"\n *", " ", found[1]).strip() + "]", text) + "\n"
@@ -155,8 +138,7 @@ def to_json(value: Any) -> str:
 
 def to_csv(rows: Iterable[dict[str, Any]]) -> str:
     """CSV with the columns in the order in which the rows first name them; floats as repr."""
-    rows = list(rows)
-    text = io.StringIO()
+    rows, text = list(rows), io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -53,19 +53,10 @@ def write_payload(payload: Payload, metadata: dict[str, str] | None = None) -> b
     return save({name: value.contiguous() for name, value in payload.items()}, metadata)
 
 
-def read_payload(data: bytes, limit: int | None = None) -> Payload:
-    """Tensors of an untrusted message; see ``read_message``."""
-    return read_message(data, limit)[1]
-
-
 def read_message(data: bytes, limit: int | None = None) -> tuple[dict[str, str], Payload]:
-    """Metadata and tensors of an untrusted message; nothing in it is executed.
+    """Metadata and tensors of an untrusted message of at most ``limit`` bytes; nothing in it is executed.
 
     Tensors are copied, since the alignment of their memory may decide the last bit of a product.
-
-    Args:
-        data: safetensors.
-        limit: maximum number of bytes.
 
     Raises:
         ValueError: if the bytes are not exactly one message; the text has one line, whatever they contain.

@@ -9,7 +9,7 @@ the family is described at `fedlscl.methods.training_free`.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,21 +21,8 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Progress
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import Payload, Upload, num_bytes, outgoing
-from fedlscl.functional.analytic import (
-    MomentSums,
-    added,
-    discriminant_solution,
-    moment_sums,
-    ncm_solution,
-    pack_sums,
-    pack_symmetric,
-    packed_size,
-    random_features,
-    ridge_solution,
-    sums_error,
-    unpack_sums,
-    unpack_symmetric,
-)
+from fedlscl.functional import analytic
+from fedlscl.functional.analytic import MomentSums
 from fedlscl.nets.net import Net
 from fedlscl.options import Interval, Positive, Whole, check_options
 
@@ -77,33 +64,31 @@ class ReadoutConfig:
             return {}
         frozen = net.foundation.width
         found = {"adapted": frozen, "frozen": frozen}
-        small = getattr(net, "small", None)
-        if small is not None:
+        if (small := getattr(net, "small", None)) is not None:
             found |= {"small": small.width, "frozen+small": frozen + small.width}
         return {name: self.random_features or found[name] for name in self.features if name in found}
 
     def views(self, net: Net, batch: Batch) -> dict[str, Tensor]:
         """Features (B, width) of a prepared batch, by name."""
-        names = self.widths(net)
-        found = {"adapted": net(batch.images, batch.prefix).head_input} if "adapted" in names else {}
-        if {"frozen", "frozen+small"} & names.keys():
+        names, found = self.widths(net).keys(), {}
+        if "adapted" in names:
+            found["adapted"] = net(batch.images, batch.prefix).head_input
+        if names & {"frozen", "frozen+small"}:
             assert net.foundation is not None
             prefix = net.frozen_prefix(batch.images) if batch.prefix is None else batch.prefix.float()
             found["frozen"] = net.foundation.to(batch.images.device).features(prefix, net.entry)
-        if {"small", "frozen+small"} & names.keys():
+        if names & {"small", "frozen+small"}:
             found["small"] = net.small(batch.images)
         if "frozen+small" in names:
-            both = [F.normalize(found[name].float()) for name in ("frozen", "small")]
-            found["frozen+small"] = torch.cat(both, 1)
-        width = self.random_features
-        return {name: random_features(found[name], width) if width else found[name] for name in names}
+            found["frozen+small"] = torch.cat([F.normalize(found[part].float()) for part in ("frozen", "small")], 1)
+        return {name: analytic.random_features(found[name], self.random_features) for name in names}
 
     def solve(self, sums: MomentSums) -> dict[str, tuple[Tensor, Tensor]]:
         """Weight (num_classes, width) and bias (num_classes,) of every head, on unit features."""
         solutions = {
-            "lda": lambda: discriminant_solution(sums, self.shrinkage),
-            "ridge": lambda: ridge_solution(sums, self.ridge),
-            "ncm": lambda: ncm_solution(sums),
+            "lda": lambda: analytic.discriminant_solution(sums, self.shrinkage),
+            "ridge": lambda: analytic.ridge_solution(sums, self.ridge),
+            "ncm": lambda: analytic.ncm_solution(sums),
         }
         return {head: solutions[head]() for head in self.heads}
 
@@ -126,25 +111,20 @@ def check_readouts(config: ReadoutConfig, method: Method) -> None:
 
 
 def check_widths(config: ReadoutConfig, nets: Sequence[Net]) -> dict[str, int]:
-    """Widths of the features of all clients' nets.
-
-    Raises:
-        ValueError: if they differ, since sums of different widths do not add up.
-    """
+    """Widths of the features of all clients' nets; raises a ValueError if they differ, since sums would not add up."""
     widths = [config.widths(net) for net in nets]
-    missing = [name for name in config.features if config.heads and widths and name not in widths[0]]
-    if missing:
+    if missing := [name for name in config.features if config.heads and name not in widths[0]]:
         logger.warning(
             f"readouts.features: the method's nets have no features {', '.join(missing)}, and so no readouts of them"
         )
-    for name in widths[0] if widths else ():
+    for name in widths[0]:
         if len(found := {each.get(name) for each in widths}) > 1:
             raise ValueError(
                 f"readouts.features must be features of one width on all clients, got {name} of widths "
                 f"{', '.join(str(width) for width in sorted(found, key=str))}: leave {name} out, or give all clients "
                 "the same small model."
             )
-    return widths[0] if widths else {}
+    return widths[0]
 
 
 def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> Payload:
@@ -156,50 +136,36 @@ def client_sums(client: Client, config: ReadoutConfig, whole: bool = False) -> P
         whole: send the Gram matrix itself and the columns of all classes, in float64, and zeros without samples: masked
             summands must have equal shapes and add up.
     """
-    num_classes = client.data.data.num_classes
-    total: dict[str, MomentSums] = {}
+    num_classes, counts = client.data.data.num_classes, client.data.class_counts(client.task)
+    widths = config.widths(client.net) if whole or counts.any() else {}
+    none = torch.zeros(0, dtype=torch.int64)
+    total = {name: analytic.moment_sums(torch.zeros(0, width), none, num_classes) for name, width in widths.items()}
     for batch, views in client.engine.infer(
         client.net, client.data, client.train_ids, views=lambda batch: config.views(client.net, batch)
     ):
         for name, features in views.items():
-            total[name] = added(total.get(name), moment_sums(features.cpu(), batch.labels.cpu(), num_classes))
-    if whole:
-        for name, width in config.widths(client.net).items():
-            total.setdefault(name, empty_sums(width, num_classes))
-    counts = client.data.class_counts(client.task)
+            part = analytic.moment_sums(features.cpu(), batch.labels.cpu(), num_classes)
+            total[name] = analytic.added(total[name], part)
     payload: Payload = {}
     for name, sums in total.items():
-        packed = MomentSums(pack_symmetric(sums.gram), sums.products) if whole else pack_sums(sums, counts)
-        payload |= {f"{name}.gram": packed.gram, f"{name}.products": packed.products}
+        gram, products = sums if whole else analytic.pack_sums(sums, counts)
+        payload |= {f"{name}.gram": analytic.pack_symmetric(gram) if whole else gram, f"{name}.products": products}
     return outgoing(payload)
 
 
-def empty_sums(width: int, num_classes: int) -> MomentSums:
-    """Sums over no samples."""
-    size = width + 1
-    return MomentSums(torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, num_classes, dtype=torch.float64))
-
-
-@dataclass
 class Readouts:
     """The server's part: sums over all clients and tasks, and what the clients measured with the heads."""
 
-    config: ReadoutConfig
-    method: Method
-    num_clients: int
-    num_tasks: int
-    widths: dict[str, int] = field(default_factory=dict)
-    """Of the features that the clients have, by name; empty before their nets are known."""
-    sums: dict[str, MomentSums] = field(default_factory=dict)
-    """By feature view."""
-    values: dict[str, Tensor] = field(default_factory=dict)
-    """Accuracies (masks, clients, tasks, tasks) by readout, such as 'adapted/lda'; NaN where not measured."""
-    traffic: dict[str, Tensor] = field(init=False)
-    """``up`` and ``down`` in bytes, (clients, tasks) each."""
-
-    def __post_init__(self) -> None:
-        shape = (self.num_clients, self.num_tasks)
-        self.traffic = {name: torch.zeros(shape, dtype=torch.int64) for name in ("up", "down")}
+    def __init__(self, config: ReadoutConfig, method: Method, num_clients: int, num_tasks: int) -> None:
+        self.config, self.method = config, method
+        self.widths: dict[str, int] = {}
+        """Of the features that the clients have, by name; empty before their nets are known."""
+        self.sums: dict[str, MomentSums] = {}
+        """By feature view."""
+        self.values: dict[str, Tensor] = {}
+        """Accuracies (masks, clients, tasks, tasks) by readout, such as 'adapted/lda'; NaN where not measured."""
+        self.traffic = {way: torch.zeros(num_clients, num_tasks, dtype=torch.int64) for way in ("up", "down")}
+        """Bytes, (clients, tasks) each."""
 
     @property
     def names(self) -> list[str]:
@@ -209,22 +175,19 @@ class Readouts:
     def upload_spec(self, upload: Upload, net: Net) -> Payload:
         """Expected names, shapes and dtypes of ``client_sums``; without samples a client sends nothing."""
         is_masked = self.method.masks_sums
-        num_classes = len(upload.class_counts)
-        columns = num_classes if is_masked else int((upload.class_counts > 0).sum())
+        columns = len(upload.class_counts) if is_masked else int((upload.class_counts > 0).sum())
         dtype = torch.int64 if is_masked else torch.float32
         spec: Payload = {}
         for name, width in self.widths.items() if columns else ():
-            spec[f"{name}.gram"] = torch.empty(packed_size(width + 1), dtype=dtype, device="meta")
+            spec[f"{name}.gram"] = torch.empty(analytic.packed_size(width + 1), dtype=dtype, device="meta")
             spec[f"{name}.products"] = torch.empty(width + 1, columns, dtype=dtype, device="meta")
         return spec
 
     def check_upload(self, upload: Upload) -> str:
         """Whether sums are of as many samples of each class as announced; masked ones cannot be checked."""
-        if self.method.masks_sums or not upload.payload:
-            return ""
-        for name in self.widths:
-            sums = unpack_sums(_named(name, upload.payload), upload.class_counts)
-            if error := sums_error(sums, upload.class_counts):
+        for name in self.widths if upload.payload and not self.method.masks_sums else ():
+            sums = analytic.unpack_sums(_named(name, upload.payload), upload.class_counts)
+            if error := analytic.sums_error(sums, upload.class_counts):
                 return f"{name}.{error}"
         return ""
 
@@ -234,7 +197,7 @@ class Readouts:
             self.traffic["up"][upload.client, progress.task] += num_bytes(upload.payload)
         for name in self.widths:
             for sums in self._summands(name, uploads):
-                self.sums[name] = added(self.sums.get(name), sums)
+                self.sums[name] = analytic.added(self.sums.get(name), sums)
         answer: Payload = {}
         for name, sums in self.sums.items():
             for head, (weight, bias) in self.config.solve(sums).items():
@@ -243,31 +206,31 @@ class Readouts:
 
     def _summands(self, name: str, uploads: list[Upload]) -> list[MomentSums]:
         if not self.method.masks_sums:
-            return [unpack_sums(_named(name, u.payload), u.class_counts) for u in uploads if u.payload]
+            return [analytic.unpack_sums(_named(name, u.payload), u.class_counts) for u in uploads if u.payload]
         parts = (f"{name}.gram", f"{name}.products")
         masked = {upload.client: {part: upload.payload[part] for part in parts} for upload in uploads}
         gram, products = (self.method.unmask_sums(masked)[part] for part in parts)
-        return [MomentSums(unpack_symmetric(gram, len(products)), products)]
+        return [MomentSums(analytic.unpack_symmetric(gram, len(products)), products)]
 
     def record(self, name: str, client: int, after_task: int, rows: Tensor) -> None:
         """Set accuracies (masks, tasks so far) of one client's readout."""
-        if name not in self.values:
-            shape = (len(MASKS), self.num_clients, self.num_tasks, self.num_tasks)
-            self.values[name] = torch.full(shape, torch.nan, dtype=torch.float64)
-        self.values[name][:, client, after_task, : rows.shape[1]] = rows.double()
+        clients, tasks = self.traffic["up"].shape
+        empty = torch.full((len(MASKS), clients, tasks, tasks), torch.nan, dtype=torch.float64)
+        self.values.setdefault(name, empty)[:, client, after_task, : rows.shape[1]] = rows.double()
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, accuracies and bytes."""
-        return {
-            "sums": {name: list(sums) for name, sums in self.sums.items()},
-            "values": dict(self.values),
-            "traffic": dict(self.traffic),
-        }
+        sums = {name: list(sums) for name, sums in self.sums.items()}
+        return {"sums": sums, "values": self.values, "traffic": self.traffic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of ``state_dict``."""
         self.sums = {name: MomentSums(*sums) for name, sums in state["sums"].items()}
-        self.values, self.traffic = dict(state["values"]), dict(state["traffic"])
+        self.values, self.traffic = state["values"], state["traffic"]
+
+
+def _named(name: str, payload: Payload) -> MomentSums:
+    return MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])
 
 
 def heads_of(answer: Payload) -> dict[str, dict[str, Tensor]]:
@@ -282,12 +245,4 @@ def heads_of(answer: Payload) -> dict[str, dict[str, Tensor]]:
 def readout_logits(views: Mapping[str, Tensor], heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Scores (B, num_classes) of each readout, from features (B, width) by view; float32."""
     units = {name: F.normalize(features.float()) for name, features in views.items()}
-    return {
-        name: F.linear(units[name.rpartition("/")[0]], head["weight"], head["bias"])
-        for name, head in heads.items()
-        if name.rpartition("/")[0] in units
-    }
-
-
-def _named(name: str, payload: Payload) -> MomentSums:
-    return MomentSums(payload[f"{name}.gram"], payload[f"{name}.products"])
+    return {name: F.linear(units[name.rpartition("/")[0]], **head) for name, head in heads.items()}

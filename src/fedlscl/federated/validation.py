@@ -7,13 +7,15 @@ Checked are the sender and the round, the size, the form (``Method.upload_spec``
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedlscl.federated.method import Method, Progress, StreamShape
 from fedlscl.federated.payload import Payload, Upload, one_line
+from fedlscl.federated.readout import Readouts
 from fedlscl.nets.net import Net
 
 SAMPLES = "number of samples"
@@ -32,44 +34,24 @@ class RejectedUpload(NamedTuple):
     reason: str
 
 
-class UploadRules(Protocol):
-    """Defines well-formed uploads: a method, or `Readouts` for its own messages."""
-
-    def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        """As ``Method.upload_spec``."""
-        ...
-
-    def check_upload(self, upload: Upload) -> str:
-        """As ``Method.check_upload``."""
-        ...
-
-
+@dataclass(eq=False)
 class UploadValidator:
-    """Validates uploads against the method, the round, and each other.
+    """Validates uploads against the method, the round, and each other."""
 
-    Args:
-        method: defines well-formed uploads.
-        stream: sizes of the data; may be set later, before the first upload.
-        max_norm_ratio: maximum ratio of a tensor's norm (and of the number of samples) to the running median; 0 for
-            no limit (ours).
-        max_bytes: maximum size of an upload (ours).
-    """
+    method: Method
+    """Defines well-formed uploads."""
+    stream: StreamShape | None = None
+    """Sizes of the data; may be set later, before the first upload."""
+    max_norm_ratio: float = 1000.0
+    """Largest ratio of a tensor's norm, and of the number of samples, to the running median; 0 for no limit (ours)."""
+    max_bytes: int = 2**30
+    """Largest size of an upload (ours)."""
+    norms: dict[str, list[float]] = field(default_factory=dict, init=False)
+    rejected: list[RejectedUpload] = field(default_factory=list, init=False)
+    _net: Net | None = field(default=None, init=False)
+    _initial_norms: dict[str, float] = field(default_factory=dict, init=False)
 
-    def __init__(
-        self,
-        method: Method,
-        stream: StreamShape | None = None,
-        max_norm_ratio: float = 1000.0,
-        max_bytes: int = 2**30,
-    ) -> None:
-        self.method, self.stream = method, stream
-        self.max_norm_ratio, self.max_bytes = max_norm_ratio, max_bytes
-        self.norms: dict[str, list[float]] = {}
-        self.rejected: list[RejectedUpload] = []
-        self._net: Net | None = None
-        self._initial_norms: dict[str, float] = {}
-
-    def filter(self, uploads: list[Upload], progress: Progress, rules: UploadRules | None = None) -> list[Upload]:
+    def filter(self, uploads: list[Upload], progress: Progress, rules: Method | Readouts | None = None) -> list[Upload]:
         """The valid uploads, in the same order; the others are added to ``rejected`` and logged.
 
         Other rules than the method's decide alone: norms are not compared, nor kept for the method's uploads.
@@ -101,24 +83,21 @@ class UploadValidator:
 
     def state_dict(self) -> dict[str, Any]:
         """Norms of accepted uploads, and rejected uploads."""
-        return {
-            "norms": {name: list(values) for name, values in self.norms.items()},
-            "rejected": [rejected._asdict() for rejected in self.rejected],
-        }
+        return {"norms": dict(self.norms), "rejected": [rejected._asdict() for rejected in self.rejected]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of ``state_dict``."""
-        self.norms = {name: list(values) for name, values in state["norms"].items()}
+        self.norms = dict(state["norms"])
         self.rejected = [RejectedUpload(**rejected) for rejected in state["rejected"]]
 
-    def _error(self, upload: Upload, progress: Progress, times: int, rules: UploadRules) -> str:
+    def _error(self, upload: Upload, progress: Progress, times: int, rules: Method | Readouts) -> str:
         """The reason to reject an upload on its own, or an empty string."""
         try:
             return next(self._errors(upload, progress, times, rules), "") or rules.check_upload(upload)
         except Exception as error:  # No upload may end the round of the other clients.
             return f"cannot be checked ({type(error).__name__}: {one_line(error)})"
 
-    def _errors(self, upload: Upload, progress: Progress, times: int, rules: UploadRules) -> Iterator[str]:
+    def _errors(self, upload: Upload, progress: Progress, times: int, rules: Method | Readouts) -> Iterator[str]:
         """Errors of an upload; each check requires that those before it have passed."""
         stream, client, position = self.stream, upload.client, (upload.task, upload.round)
         assert stream is not None
@@ -157,7 +136,7 @@ class UploadValidator:
             if not value.isfinite().all():
                 yield f"{_quoted(name)} is not finite"
 
-    def _expected(self, upload: Upload, rules: UploadRules) -> Payload:
+    def _expected(self, upload: Upload, rules: Method | Readouts) -> Payload:
         """The specification of an upload; without one, the upload itself."""
         if self._net is None:
             assert self.stream is not None

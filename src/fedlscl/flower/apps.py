@@ -3,18 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlscl.cli import expanded
+from fedlscl.cli import expanded, explain
 from fedlscl.federated.payload import one_line
-
-if TYPE_CHECKING:
-    from fedlscl.flower.federation import Federation
 
 HANDSHAKE, REQUEST = "query", "train"
 """Flower's message types for our messages."""
@@ -29,11 +27,8 @@ def server_app(folder: str | Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from fedlscl.cli import explain
-        from fedlscl.flower.federation import read_federation
-
         try:
-            run(read_federation(Path(folder) / path_option(context.run_config, "config")), grid, context)
+            _serve(Path(folder), grid, context.run_config)
         except Exception as error:
             if (reason := explain(error)) is not None:
                 log(f"error: {reason}")
@@ -42,17 +37,19 @@ def server_app(folder: str | Path) -> ServerApp:
     return app
 
 
-def run(federation: "Federation", grid: Grid, context: Context) -> None:
+def _serve(folder: Path, grid: Grid, options: Mapping[str, Any]) -> None:
     """Train a federation in the folder ``run-dir``, or resume the run that it contains."""
     from fedlscl.cli.runs import lock
     from fedlscl.federated.metrics import summary
+    from fedlscl.flower.federation import read_federation
     from fedlscl.flower.server import run_server
 
-    run_dir, deadline = path_option(context.run_config, "run-dir"), float(context.run_config["deadline"])
-    transport = FlowerTransport(grid, federation.num_clients, log)
+    federation = read_federation(folder / path_option(options, "config"))
+    run_dir, deadline = path_option(options, "run-dir"), float(options["deadline"])
     run_dir.mkdir(parents=True, exist_ok=True)
     handle = lock(run_dir)
     try:
+        transport = FlowerTransport(grid, federation.num_clients, log)
         matrix = run_server(federation, transport, run_dir, deadline, log).matrix
     finally:
         os.close(handle)
@@ -77,61 +74,46 @@ def client_app(folder: str | Path) -> ClientApp:
 
 
 def _answer(folder: Path, context: Context, request: bytes) -> bytes:
-    # Imported here: torch takes seconds to import, and a handshake does not need it.
-    from fedlscl.cli import explain
+    # Imported here: Lightning takes seconds to import, and a handshake does not need it.
     from fedlscl.flower.federation import read_federation
-    from fedlscl.flower.messages import Reply
+    from fedlscl.flower.messages import Reply, pack
     from fedlscl.flower.node import Node
 
-    index, config = int(context.node_config[PARTITION]), context.node_config
+    config = context.node_config
     try:
         if "state-dir" not in config:
             raise ValueError("state-dir is missing: add it to --node-config.")
         own = {option: str(config[name]) for option, name in DATA_OPTIONS.items() if name in config}
         federation = read_federation(folder / path_option(context.run_config, "config"), **own)
-        return Node(federation, index, path_option(config, "state-dir")).answer(request)
+        return Node(federation, int(config[PARTITION]), path_option(config, "state-dir")).answer(request)
     except Exception as error:
-        reason = explain(error)
-        if reason is None:
+        if (reason := explain(error)) is None:
             raise
-        return Reply(index, 0, [], reason).encode()
+        return pack(Reply([], reason)._asdict())
 
 
+@dataclass
 class FlowerTransport:
     """Exchanges messages with the nodes of a SuperLink.
 
     Nodes report their client in a handshake; of several nodes with the same client the first one is used while it is
     online. A request that fails is sent again: nodes carry out no command twice.
-
-    Args:
-        grid: Flower's grid.
-        num_clients: number of clients.
-        log: writes one line.
-        pause: seconds between two polls for replies.
-        retry: seconds before a failed message is sent again.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        num_clients: int,
-        log: Callable[[str], None] = lambda line: None,
-        pause: float = 0.5,
-        retry: float = 5.0,
-    ) -> None:
-        self.grid, self.num_clients, self.log, self.pause, self.retry = grid, num_clients, log, pause, retry
-        self.node_of_client: dict[int, int] = {}
-        self.unknown_nodes: set[int] = set()
-        """Nodes without a client of this run, in the current exchange."""
-        self._in_flight: dict[str, int] = {}
-        """Node by message id."""
-        self._retry_at: dict[int, float] = {}
-        """Time of the next attempt by node."""
+    grid: Grid
+    num_clients: int
+    log: Callable[[str], None] = lambda line: None
+    pause: float = 0.5
+    """Seconds between two polls for replies."""
+    retry: float = 5.0
+    """Seconds before a failed message is sent again."""
+    node_of_client: dict[int, int] = field(default_factory=dict, init=False)
 
     def exchange(self, requests: dict[int, bytes], seconds: float) -> dict[int, bytes]:
         """Replies by client that arrive in time; returns as soon as all have arrived."""
-        for state in (self.unknown_nodes, self._in_flight, self._retry_at):
-            state.clear()
+        self.unknown_nodes: set[int] = set()  # without a client of this run
+        self.in_flight: dict[str, int] = {}  # node by message id
+        self.retry_at: dict[int, float] = {}  # by node
         replies: dict[int, bytes] = {}
         end = time.monotonic() + seconds
         while len(replies) < len(requests) and (left := end - time.monotonic()) > 0:
@@ -143,38 +125,34 @@ class FlowerTransport:
 
     def _send(self, requests: dict[int, bytes], seconds_left: float) -> None:
         """Send handshakes to new nodes, and requests to nodes that are online."""
-        online, now = set(self.grid.get_node_ids()), time.monotonic()
-        known, busy = set(self.node_of_client.values()), set(self._in_flight.values())
-        wanted = {}
-        if len(known) < self.num_clients or not known <= online:
-            new = online - known - self.unknown_nodes
-            wanted = {node: (HANDSHAKE, RecordDict()) for node in new}
+        online, known = set(self.grid.get_node_ids()), set(self.node_of_client.values())
+        new = online - known - self.unknown_nodes if len(known) < self.num_clients or not known <= online else ()
+        wanted = {node: (HANDSHAKE, RecordDict()) for node in new}
         for client, data in requests.items():
-            if self.node_of_client.get(client) in online:
-                wanted[self.node_of_client[client]] = (REQUEST, to_record(data))
+            if (node := self.node_of_client.get(client)) in online:
+                wanted[node] = (REQUEST, to_record(data))
+        now, busy = time.monotonic(), set(self.in_flight.values())
         for node, (kind, content) in wanted.items():
-            if node not in busy and now >= self._retry_at.get(node, 0.0):
+            if node not in busy and now >= self.retry_at.get(node, 0.0):
                 # The lifetime ends with the deadline: later results are not used.
                 message = Message(content, node, kind, ttl=max(seconds_left, 1.0))
                 (message_id,) = self.grid.push_messages([message]) or [None]
                 if message_id is None:
-                    self._retry_at[node] = now + self.retry
+                    self.retry_at[node] = now + self.retry
                 else:
-                    self._in_flight[message_id] = node
+                    self.in_flight[message_id] = node
 
     def _collect(self, replies: dict[int, bytes]) -> None:
-        if not self._in_flight:
-            return
         client_of_node = {node: client for client, node in self.node_of_client.items()}
-        for message in self.grid.pull_messages(list(self._in_flight)):
-            node = self._in_flight.pop(message.metadata.reply_to_message_id, None)
+        for message in self.grid.pull_messages(list(self.in_flight)) if self.in_flight else ():
+            node = self.in_flight.pop(message.metadata.reply_to_message_id, None)
             if node is None:
                 continue
             client = client_of_node.get(node)
             if message.has_error():
                 sender = f"node {node}" if client is None else f"client {client}"
                 self.log(f"{sender}: {one_line(message.error.reason, 300)}; retrying in {self.retry:g} s")
-                self._retry_at[node] = time.monotonic() + self.retry
+                self.retry_at[node] = time.monotonic() + self.retry
             elif message.metadata.message_type == HANDSHAKE:
                 self._register(node, message)
             elif client is not None:
@@ -183,15 +161,14 @@ class FlowerTransport:
     def _register(self, node: int, message: Message) -> None:
         client = message.content.config_records.get(RECORD, {}).get(PARTITION)
         if type(client) is not int or not 0 <= client < self.num_clients:
-            self.log(f"node {node} is ignored: partition-id must be 0 to {self.num_clients - 1}, got {client!r}")
-            self.unknown_nodes.add(node)
-            return
-        registered = self.node_of_client.get(client, node)
-        if registered != node and registered in self.grid.get_node_ids():
-            self.log(f"node {node} is ignored: node {registered} has the same partition-id {client}")
-            self.unknown_nodes.add(node)
+            flaw = f"partition-id must be 0 to {self.num_clients - 1}, got {client!r}"
+        elif (registered := self.node_of_client.get(client, node)) != node and registered in self.grid.get_node_ids():
+            flaw = f"node {registered} has the same partition-id {client}"
         else:
             self.node_of_client[client] = node
+            return
+        self.log(f"node {node} is ignored: {flaw}")
+        self.unknown_nodes.add(node)
 
 
 def to_record(data: bytes) -> RecordDict:

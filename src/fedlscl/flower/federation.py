@@ -34,12 +34,10 @@ class Federation:
     """The resolved configuration as YAML."""
 
     def __post_init__(self) -> None:
+        name = type(self.method).__name__
         if self.method.simulation_only:
-            raise ValueError(
-                f"method must not pool the data of all clients, got {type(self.method).__name__}: use fedlscl fit."
-            )
+            raise ValueError(f"method must not pool the data of all clients, got {name}: use fedlscl fit.")
         if self.method.needs_public_images:
-            name = type(self.method).__name__
             raise ValueError(
                 f"{name} with these options must run in a simulation: its server trains on labelled images."
             )
@@ -64,24 +62,16 @@ class Federation:
         return ClientRunner(deepcopy(self.method), Engine(fabric, cache), self.seed, trainer.readouts)
 
 
-def read_federation(config: Path, root: str | None = None, manifest: str | None = None) -> Federation:
-    """Read a configuration.
-
-    Args:
-        config: YAML file.
-        root: folder of a node's data; replaces ``data.root``.
-        manifest: split of a node that has its own samples only; replaces ``data.manifest``.
-    """
-    arguments = ["--config", str(config)]
-    arguments += [] if root is None else ["--data.root", root]
-    arguments += [] if manifest is None else ["--data.manifest", manifest]
-    trainer, method, datamodule, resolved, text = build(arguments)
+def read_federation(config: Path, **own: str) -> Federation:
+    """Read a YAML file; ``own`` replaces ``data.root`` and ``data.manifest``, the split of a node's own samples."""
+    options = [part for name, value in own.items() for part in (f"--data.{name}", value)]
+    trainer, method, datamodule, resolved, text = build(["--config", str(config), *options])
     return Federation(method, datamodule, trainer, resolved["seed_everything"], identify(resolved), text)
 
 
 def identify(config: dict[str, Any]) -> str:
     """Fingerprint of the options that decide a result and are equal on all machines."""
     data = {name: value for name, value in config["data"].items() if name not in NODE_OPTIONS}
-    dataset = config["data"]["dataset"]
-    dataset = Path(dataset).name if isinstance(dataset, str) else dataset
-    return hash_of({**decisive_options(config), "data": data | {"dataset": dataset}})
+    if isinstance(dataset := data["dataset"], str):
+        data["dataset"] = Path(dataset).name
+    return hash_of({**decisive_options(config), "data": data})

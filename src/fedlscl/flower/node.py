@@ -1,10 +1,9 @@
 """Node: one client on its own machine, which carries out the server's commands and keeps its state in one file."""
 
 import fcntl
+import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from fedlscl.data.loader import names_hash
 from fedlscl.federated.checkpoint import load_last_good, save_checkpoint
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import StreamShape
-from fedlscl.federated.payload import Payload
 from fedlscl.flower import messages
 from fedlscl.flower.federation import Federation
-from fedlscl.flower.messages import READOUT, Command, Reply, Request, Result, read_request, under_prefix, with_prefix
+from fedlscl.flower.messages import Command, Description, Reply, Request, pack, read_request
 
 RUN_ID = re.compile(r"[0-9a-f]{1,64}")
 
@@ -44,10 +42,16 @@ class Node:
             request = read_request(data)
             self._check(request)
             self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(self.folder):
-                return self._answer(request).encode()
+            # A repeated request may arrive in another process while the first one is being answered.
+            handle = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                reply = Reply(self._results(request))
+            finally:
+                os.close(handle)
         except ValueError as error:
-            return Reply(self.index, 0, [], " ".join(str(error).split())).encode()
+            reply = Reply([], " ".join(str(error).split()))
+        return pack(reply._asdict())
 
     def _check(self, request: Request) -> None:
         if request.client != self.index:
@@ -60,7 +64,7 @@ class Node:
                 "every node."
             )
 
-    def _answer(self, request: Request) -> Reply:
+    def _results(self, request: Request) -> list[dict[str, Any]]:
         path = self.folder / f"{request.run}.pt"
         state = load_last_good(path, request.identity) if path.exists() else None
         data = self.federation.datamodule
@@ -72,29 +76,31 @@ class Node:
                     "names and split, or start a new run."
                 )
             state = None  # The server has accepted nothing yet: start again with the corrected data.
-        done, acknowledged, kept_from = state["numbers"] if state else (0, 0, 0)
+        done, replies = (state["done"], state["replies"]) if state else (0, [])
         if request.acknowledged > done:
             problem = "is missing" if state is None else "is older than the server's"
             raise ValueError(f"the state of client {self.index} in {path} {problem}: restore it, or start a new run.")
-        if request.acknowledged < kept_from:
+        # By the command and its payload, since a number may stand for another command after a server's restart.
+        commands = {hashlib.sha256(pack(command)).hexdigest(): command for command in request.commands}
+        known = {key: result for reply in replies for key, result in reply.items()}
+        new = [key for key, command in commands.items() if command.number > done]
+        if commands.keys() - known.keys() - set(new):
             raise ValueError(f"the server's checkpoint is too old for client {self.index}: restore its newest one.")
-        outbox = [Result(**entry) for entry in state["outbox"]] if state else []
-        new = [command for command in request.commands if command.number > done]
-        if new:
-            client = self._client(state)
-            outbox += [Result(c.number, *self._run(client, c, request.answer)) for c in new]
-            done = new[-1].number
-            # Results of the previous request are kept, too, for a server that resumes from its previous checkpoint.
-            outbox = newest_uploads([result for result in outbox if result.number > acknowledged])
-            state = {
-                "identity": request.identity,
-                "data": identity,
-                "client": client.state_dict(),
-                "numbers": [done, request.acknowledged, acknowledged],
-                "outbox": [result._asdict() for result in outbox],
-            }
-            save_checkpoint(path, state)
-        return Reply(self.index, done, [result for result in outbox if result.number > request.acknowledged])
+        if not new:
+            return [known[key] for key in commands]
+        client = self._client(state)
+        known |= {key: self._run(client, commands[key]) for key in new}
+        reply = {key: known[key] for key in commands}
+        state = {
+            "identity": request.identity,
+            "data": identity,
+            "client": client.state_dict(),
+            "done": commands[new[-1]].number,
+            # That of the previous request, too, for a server that resumes from its previous checkpoint.
+            "replies": [*replies[-1:], reply],
+        }
+        save_checkpoint(path, state)
+        return list(reply.values())
 
     def _client(self, state: dict[str, Any] | None) -> Client:
         self.runner = self.federation.client_runner(self.folder / "tokens")
@@ -105,59 +111,35 @@ class Node:
             client.load_state_dict(state["client"])
         return client
 
-    def _run(self, client: Client, command: Command, answer: Payload | None) -> tuple[dict[str, Any], Payload]:
-        """Carry out one command; returns the values and tensors of its result."""
+    def _run(self, client: Client, command: Command) -> dict[str, Any]:
+        """Carry out one command; returns the plain values and tensors of its result."""
+        runner, payload = self.runner, command.payload
         client.task, client.round = command.task, command.round
         match command.kind:
             case messages.BEGIN:
-                self.runner.begin_task(client)
-                return self._description(client), {}
+                runner.begin_task(client)
+                data = self.federation.datamodule
+                return Description(
+                    num_classes=data.num_classes,
+                    fingerprint=data.data.fingerprint,
+                    class_names=names_hash(data.class_names),
+                    classes=client.classes.tolist(),
+                    train_samples=len(client.train_ids),
+                    test_samples=len(client.data.evaluation_ids(client.task)),
+                )._asdict()
             case messages.TRAIN:
-                self.runner.train(client, lambda _, stage: self.runner.engine.train(stage))
-            case messages.UPLOAD:
-                upload = self.runner.upload(client)
-                tensors = with_prefix("payload", upload.payload) | {"class_counts": upload.class_counts}
-                return {"samples": upload.num_samples}, tensors
-            case messages.DOWNLOAD if answer is not None:
-                self.runner.download(client, {n: v for n, v in answer.items() if not n.startswith(f"{READOUT}/")})
+                runner.train(client, lambda _, stage: runner.engine.train(stage))
+            case messages.UPLOAD | messages.READOUT_SUMS as kind:
+                upload = runner.upload(client) if kind == messages.UPLOAD else runner.readout_sums(client)
+                return {"payload": upload.payload, "class_counts": upload.class_counts}
+            case messages.DOWNLOAD if payload is not None:
+                runner.download(client, payload)
             case messages.END:
-                self.runner.end_task(client)
+                runner.end_task(client)
             case messages.TEST_BEFORE | messages.TEST_AFTER:
-                return {}, {"accuracies": self.runner.evaluate(client)}
-            case messages.READOUT_SUMS:
-                upload = self.runner.readout_sums(client)
-                tensors = with_prefix("payload", upload.payload) | {"class_counts": upload.class_counts}
-                return {}, tensors
-            case messages.READOUT if answer is not None:
-                return {}, self.runner.evaluate_readouts(client, under_prefix(READOUT, answer))
-            case _:
-                raise ValueError(f"command {command.kind!r} is unknown: use the same version of fedlscl everywhere.")
-        return {}, {}
-
-    def _description(self, client: Client) -> dict[str, Any]:
-        data = self.federation.datamodule
-        return {
-            "num_classes": data.num_classes,
-            "fingerprint": data.data.fingerprint,
-            "class_names": names_hash(data.class_names),
-            "classes": client.classes.tolist(),
-            "train_samples": len(client.train_ids),
-            "test_samples": len(client.data.evaluation_ids(client.task)),
-        }
-
-
-def newest_uploads(outbox: list[Result], number: int = 2) -> list[Result]:
-    """Remove all but the newest uploads."""
-    uploads = [result.number for result in outbox if "samples" in result.values]
-    return [result for result in outbox if result.number not in uploads[:-number]]
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Exclude other processes from a folder: a repeated request may arrive while the first one is being answered."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+                return {"accuracies": runner.evaluate(client)}
+            case messages.READOUT if payload is not None:
+                return runner.evaluate_readouts(client, payload)
+            case kind:
+                raise ValueError(f"command {kind!r} is unknown: use the same version of fedlscl everywhere.")
+        return {}
