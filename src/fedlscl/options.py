@@ -22,7 +22,7 @@ class Interval:
         self.has_low, self.has_high = text[0] == "[", text[-1] == "]"
         self.text = f"in {text}" if math.isfinite(self.high) else f"{'>=' if self.has_low else '>'} {self.low:g}"
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         is_above = value >= self.low if self.has_low else value > self.low
         return is_above and (value <= self.high if self.has_high else value < self.high)
 

@@ -349,10 +349,10 @@ def test_a_node_without_sums_is_left_out_of_the_readouts_and_comes_back(network,
     made = network(METHODS["LoRM"](), **READOUTS)
     exchange, away = FlowerPool._exchange, []
 
-    def watched(self, asked):
+    def watched(self, asked, *given, **named):
         kind = self.pending[asked[0]].commands[-1].kind
         away.append(kind == "readout_sums" and "readout_sums" not in away)
-        found = exchange(self, asked)
+        found = exchange(self, asked, *given, **named)
         away[-1] = kind
         return found
 

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +29,6 @@ TrainStage = Callable[[Client | None, Stage], Any]
 """Trains one stage of a client, or of the server (None)."""
 
 
-class Uploads(NamedTuple):
-    """Messages of the participants of a round."""
-
-    received: list[Upload]
-    unreadable: dict[int, str]
-    """Reason by client, of messages that could not be read."""
-
-
 class ClientPool(ABC):
     """Runs the clients' part of Algorithm 1."""
 
@@ -54,8 +46,11 @@ class ClientPool(ABC):
         """Start a task on all clients; with ``first_round`` > 0 a resumed one."""
 
     @abstractmethod
-    def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> Uploads:
-        """Local training of one round, evaluation in a task's last round, and uploads if the server aggregates."""
+    def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> list[Upload]:
+        """Local training of one round, evaluation in a task's last round, and uploads if the server aggregates.
+
+        Of a message that cannot be read, ``run.validator.reject`` gets the reason.
+        """
 
     @abstractmethod
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
@@ -66,7 +61,7 @@ class ClientPool(ABC):
         """End a task on all clients and evaluate them."""
 
     @abstractmethod
-    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
+    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> list[Upload]:
         """All clients' sums of the features of a task that has ended; ``save`` writes a checkpoint before them."""
 
     @abstractmethod
@@ -137,7 +132,7 @@ class LocalPool(ClientPool):
                 self.runner.begin_task(client)
 
     @override
-    def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> Uploads:
+    def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> list[Upload]:
         run = self.run
         for client in run.clients:
             client.round = progress.round
@@ -155,9 +150,7 @@ class LocalPool(ClientPool):
             run.history[start:] = sorted(self.ranks.gather(run.history[start:]), key=lambda entry: entry["client"])
         if progress.last:
             self._gather_accuracies("before", progress.task, present)
-        if not with_uploads:
-            return Uploads([], {})
-        return Uploads(sorted(self.ranks.gather(own), key=lambda upload: upload.client), {})
+        return sorted(self.ranks.gather(own), key=lambda upload: upload.client)
 
     @override
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
@@ -174,9 +167,9 @@ class LocalPool(ClientPool):
         self._gather_accuracies("after", progress.task, self.run.clients)
 
     @override
-    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
+    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> list[Upload]:
         uploads = self.ranks.gather([self.runner.readout_sums(client) for client in self._own(self.run.clients)])
-        return Uploads(sorted(uploads, key=lambda upload: upload.client), {})
+        return sorted(uploads, key=lambda upload: upload.client)
 
     @override
     def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:

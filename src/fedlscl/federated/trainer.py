@@ -220,9 +220,7 @@ class FederatedTrainer:
         run.participants = self.sample_clients(run.num_clients, run.seed, progress)
         self._call("on_round_start")
         aggregates = self.server_every == "round" or progress.last
-        uploads, unreadable = self.pool.train(progress, run.participants, with_uploads=aggregates)
-        for client, reason in unreadable.items():
-            run.validator.reject(client, progress, reason)
+        uploads = self.pool.train(progress, run.participants, with_uploads=aggregates)
         if aggregates:
             self._server_step(uploads)
         self._call("on_round_end")
@@ -279,9 +277,7 @@ class FederatedTrainer:
         """Collect the clients' sums of features, solve the readouts' heads and evaluate them."""
         run, progress = self.run, self.run.progress
         position = Progress(progress.task, self.rounds_per_task)
-        uploads, unreadable = self.pool.readout_sums(progress, lambda: self.save(position))
-        for client, reason in unreadable.items():
-            run.validator.reject(client, progress, reason)
+        uploads = self.pool.readout_sums(progress, lambda: self.save(position))
         run.validator.stream = self.pool.stream
         uploads = run.validator.filter(uploads, progress, run.readouts)
         answer = run.readouts.add(uploads, progress)

@@ -19,7 +19,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
-from fedlscl.federated.pool import ClientPool, ClientRunner, Uploads, evaluated_on
+from fedlscl.federated.pool import ClientPool, ClientRunner, evaluated_on
 from fedlscl.federated.readout import check_widths
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
@@ -111,7 +111,7 @@ class FlowerPool(ClientPool, Callback):
             self._add(Progress(task, 0), messages.BEGIN)
 
     @override
-    def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> Uploads:
+    def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> list[Upload]:
         began = time.perf_counter()
         kinds = [messages.TRAIN]
         kinds += [messages.TEST_BEFORE] if progress.last else []
@@ -119,7 +119,7 @@ class FlowerPool(ClientPool, Callback):
         for client in participants:
             self.pending[client].add(progress, *kinds)
         asked = self.clients if progress.round == 0 else participants
-        uploads, missed = self._exchange(asked)
+        uploads, missed = self._exchange(asked, progress)
         seconds, (task, round_) = time.perf_counter() - began, progress.position
         self.rounds.append({"task": task, "round": round_, "seconds": seconds, "asked": len(asked), "missed": missed})
         arrived = f"{len(asked) - len(missed)} of {len(asked)} clients"
@@ -136,13 +136,10 @@ class FlowerPool(ClientPool, Callback):
         self._add(progress, messages.END, messages.TEST_AFTER)
 
     @override
-    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> Uploads:
+    def readout_sums(self, progress: Progress, save: Callable[[], None]) -> list[Upload]:
         save()  # nodes keep the results of two requests only
         self._add(progress, messages.READOUT_SUMS)
-        uploads, missed = self._exchange(self.clients)
-        for client in missed:
-            uploads.unreadable.setdefault(client, "its sums of features did not arrive in time")
-        return uploads
+        return self._exchange(self.clients, progress, missing="its sums of features did not arrive in time")[0]
 
     @override
     def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
@@ -152,7 +149,7 @@ class FlowerPool(ClientPool, Callback):
     @override
     def finish(self, save: Callable[[], None]) -> None:
         asked = [client for client in self.clients if self.pending[client].commands]
-        missed = self._exchange(asked)[1] if asked else []
+        missed = self._exchange(asked, self.run.progress)[1] if asked else []
         save()
         if missed:
             raise ValueError(
@@ -200,31 +197,40 @@ class FlowerPool(ClientPool, Callback):
         for pending in self.pending:
             pending.add(progress, *kinds)
 
-    def _exchange(self, asked: Sequence[int]) -> tuple[Uploads, list[int]]:
-        """Send pending commands and record the results; returns the uploads, and the clients without a valid reply."""
+    def _exchange(self, asked: Sequence[int], progress: Progress, missing: str = "") -> tuple[list[Upload], list[int]]:
+        """Send pending commands and record the results; returns the uploads, and the clients without a valid reply.
+
+        Malformed replies are rejected, absent ones only for a reason, ``missing``.
+        """
         requests = {client: self._request(client) for client in asked}
         replies = self.transport.exchange(requests, self.deadline)
-        uploads, parsed = Uploads([], {}), {}
+        uploads: list[Upload] = []
+        unreadable: dict[int, str] = {}
+        parsed: dict[int, list[tuple[Command, Fact]]] = {}
         for client, data in sorted(replies.items()):
             try:
                 parsed[client] = self._parse(client, data)
             except ValueError as error:
-                uploads.unreadable[client] = str(error)
+                unreadable[client] = str(error)
         reported = [fact for facts in parsed.values() for _, fact in facts if isinstance(fact, Description)]
         reference = self._reference(reported)
         for client, facts in parsed.items():
             flaws = (class_error(fact, reference) for _, fact in facts if isinstance(fact, Description))
             if flaw := next(filter(None, flaws), ""):
-                uploads.unreadable[client] = flaw
+                unreadable[client] = flaw
             else:
                 self.pending[client].acknowledge()
-                self._record(client, facts, uploads.received)
+                self._record(client, facts, uploads)
         for client in asked:
             self.pending[client].drop_round()
-        for client, reason in uploads.unreadable.items():
+        for client, reason in unreadable.items():
             self.log(f"client {client} is left out: {reason}")
         self._update_run()
-        return uploads, sorted(requests.keys() - replies.keys() | uploads.unreadable.keys())
+        missed = unreadable | dict.fromkeys(requests.keys() - replies.keys(), missing)
+        for client, reason in sorted(missed.items()):
+            if reason:
+                self.run.validator.reject(client, progress, reason)
+        return uploads, sorted(missed)
 
     def _request(self, client: int) -> bytes:
         pending = self.pending[client]
