@@ -29,5 +29,5 @@ def test_both_parts_have_every_class_of_two_or_more(labels, seed):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit):
-    with pytest.raises(ValueError, match=f"limit must be >= 1 sample of each class, got {limit}"):
+    with pytest.raises(ValueError, match=f"limit must be >= 1, got {limit}"):
         first_per_class(np.arange(3), limit, seed=0)

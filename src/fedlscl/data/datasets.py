@@ -362,32 +362,14 @@ class NpzFile(ImageSource):
     def load(self) -> ImageData:
         path = Path(self.path).expanduser()
         arrays = _read_npz(path)
-        images = [_npz_images(arrays[key], f"{key} of {path}") for key in ("train_images", "test_images")]
-        sizes = [tuple(part.shape[1:]) for part in images]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"train and test images of {path} must have one size, got {sizes[0]} and {sizes[1]}.")
-        labels = [
-            _npz_labels(arrays[f"{part}_labels"], len(images[n]), f"{part}_labels of {path}")
-            for n, part in enumerate(("train", "test"))
-        ]
-        found = np.unique(labels[0])
-        names = arrays.get("class_names", np.arange(len(found)))
+        images, labels = [], []
+        for part in ("train", "test"):
+            images.append(_npz_images(arrays[f"{part}_images"], f"{part}_images of {path}"))
+            labels.append(_npz_labels(arrays[f"{part}_labels"], f"{part}_labels of {path}"))
+        names = arrays.get("class_names", np.arange(len(labels[0].unique())))
         if names.ndim != 1 or names.dtype.kind not in "Uiu":
             raise ValueError(f"class_names of {path} must be one string per class, got {names.dtype} {names.shape}.")
-        if len(found) == len(names) and found[-1] >= len(found):
-            shown = ", ".join(map(str, found[:6])) + ", ..." * (len(found) > 6)
-            raise ValueError(
-                f"train_labels of {path} must be 0 to {len(found) - 1} without gaps, got {shown}: renumber them and "
-                "test_labels, such as with numpy.unique(labels, return_inverse=True)."
-            )
-        for part, values in zip(("train", "test"), labels, strict=True):
-            if (largest := int(values.max())) >= len(names):
-                fix = "name every class" if "class_names" in arrays else "add train images of that class"
-                raise ValueError(
-                    f"{part}_labels of {path} must be below {len(names)}, got {largest}: {fix} or correct the labels."
-                )
-        train, test = map(torch.from_numpy, labels)
-        return ImageData(path.name, images[0], train, images[1], test, tuple(str(name) for name in names))
+        return ImageData(path.name, images[0], labels[0], images[1], labels[1], tuple(map(str, names)))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -418,12 +400,10 @@ def _npz_images(array: np.ndarray, what: str) -> Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
 
 
-def _npz_labels(array: np.ndarray, num_images: int, what: str) -> np.ndarray:
+def _npz_labels(array: np.ndarray, what: str) -> Tensor:
+    """Turn (N,) or (N, 1) into (N,); `ImageData` checks the rest."""
     if array.dtype.kind not in "iu":
         raise ValueError(f"{what} must be integers, got {array.dtype}.")
-    if array.shape not in ((num_images,), (num_images, 1)):
-        raise ValueError(f"{what} must have shape ({num_images},), one label per image, got {array.shape}.")
-    for worst in (array.min(), array.max()):
-        if not 0 <= worst <= np.iinfo(np.int64).max:
-            raise ValueError(f"{what} must be numbered from 0, got {worst}: correct the labels.")
-    return array.reshape(-1).astype(np.int64)
+    if (largest := array.max(initial=0)) > np.iinfo(np.int64).max:
+        raise ValueError(f"{what} must be numbered from 0, got {largest}: correct the labels.")
+    return torch.from_numpy((array[:, 0] if array.shape[1:] == (1,) else array).astype(np.int64))

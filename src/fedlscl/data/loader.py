@@ -52,32 +52,39 @@ class ImageData:
     """Whether the images were cropped from files by `centre_crop`; `predict` then crops as well."""
 
     def __post_init__(self) -> None:
-        parts = ("train", self.train_images, self.train_labels), ("test", self.test_images, self.test_labels)
-        for part, images, _ in parts:
-            _check_images(images, f"{part}_images of data set {self.name!r}")
-        size, test_size = (tuple(images.shape[2:]) for images in (self.train_images, self.test_images))
-        if size != test_size:
-            raise ValueError(
-                f"test_images of data set {self.name!r} must be {size} like train_images, got {test_size}: resize them."
-            )
-        for part, images, labels in parts:
-            _check_labels(labels, len(images), f"{part}_labels of data set {self.name!r}")
-            counts = torch.bincount(labels, minlength=self.num_classes)
-            if len(counts) > self.num_classes:
-                raise ValueError(
-                    f"{part}_labels of data set {self.name!r} must be below {self.num_classes}, the number of class "
-                    f"names, got {len(counts) - 1}: name every class or correct the labels."
-                )
-            if not counts.all():
-                empty = self.class_names[int(counts.argmin())]
-                raise ValueError(
-                    f"data set {self.name!r} has no {part} image of class {empty!r}: add one or remove the class."
-                )
+        self._check("train", self.train_images, self.train_labels)
+        self._check("test", self.test_images, self.test_labels)
         # As they read: é has two encodings, and spaces around a name do not show.
         names = [plain_name(str(name)) for name in self.class_names]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"class_names of {self.name!r} must be different, got {twice!r} twice: rename one class.")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"class_names of {self.name!r} must be different, got {twice[0]!r} twice: rename one.")
+
+    def _check(self, part: str, images: Any, labels: Any) -> None:
+        what = f"{part}_images of data set {self.name!r} must"
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise ValueError(f"{what} be a uint8 tensor in 0..255, got {_kind(images)}: scale and convert it.")
+        shape, size = tuple(images.shape), tuple(self.train_images.shape[2:])
+        if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
+            is_last = len(shape) == 4 and shape[3] == 3
+            fix = "use images.permute(0, 3, 1, 2)" if is_last else "repeat a single channel three times"
+            raise ValueError(f"{what} have shape (N, 3, height, width), got {shape}: {fix}.")
+        if shape[2:] != size:
+            raise ValueError(f"{what} be {size} like train_images, got {shape[2:]}: resize them.")
+        what = f"{part}_labels of data set {self.name!r} must"
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise ValueError(f"{what} be an int64 tensor, got {_kind(labels)}: convert it.")
+        if labels.shape != (len(images),):
+            raise ValueError(f"{what} have shape ({len(images)},), got {tuple(labels.shape)}: one label per image.")
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"{what} be 0 to {self.num_classes - 1}, one for each class name, got {outside[0]}: give every class a "
+                "name and train images, or renumber the labels with numpy.unique(labels, return_inverse=True)."
+            )
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        if not counts.all():
+            empty = self.class_names[int(counts.argmin())]
+            raise ValueError(f"{self.name!r} has no {part} image of class {empty!r}: add one or remove the class.")
 
     @property
     def num_classes(self) -> int:
@@ -88,8 +95,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 over every pixel, shape and label, in order, and over `names_hash`.
 
-        Equal values mean equal data; the name of the data set does not count. It takes about half a second for each GB
-        of pixels, once for each object.
+        The name of the data set does not count. It takes half a second for each GB of pixels, once for each object.
         """
         digest = hashlib.sha256(names_hash(self.class_names).encode())
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
@@ -138,25 +144,6 @@ def _take(train: Tensor, test: Tensor, ids: Tensor) -> Tensor:
     return taken
 
 
-def _check_images(images: Any, what: str) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise ValueError(f"{what} must be a uint8 tensor in 0..255, got {_kind(images)}: scale and convert it.")
-    shape = tuple(images.shape)
-    if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
-        is_last = len(shape) == 4 and shape[3] == 3
-        fix = "use images.permute(0, 3, 1, 2)" if is_last else "repeat a single channel three times"
-        raise ValueError(f"{what} must have shape (N, 3, height, width), got {shape}: {fix}.")
-
-
-def _check_labels(labels: Any, count: int, what: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise ValueError(f"{what} must be an int64 tensor, got {_kind(labels)}: convert it.")
-    if labels.shape != (count,):
-        raise ValueError(f"{what} must have shape ({count},), got {tuple(labels.shape)}: give one label per image.")
-    if count and labels.min() < 0:
-        raise ValueError(f"{what} must be >= 0, got {int(labels.min())}: number the classes from 0.")
-
-
 def _kind(value: Any) -> str:
     return str(value.dtype if isinstance(value, Tensor) else type(value).__name__)
 
@@ -188,8 +175,7 @@ def first_per_class(labels: np.ndarray, limit: int | None, seed: int) -> np.ndar
         >>> first_per_class(np.array([0, 0, 0, 1]), 1, seed=0).size
         2
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be >= 1 sample of each class, got {limit}: use None for all.")
+    check_integers(1, limit=limit)
     return np.sort(np.concatenate([ids[:limit] for ids in _permuted_per_class(labels, seed)]))
 
 
@@ -197,16 +183,13 @@ def split_per_class(labels: np.ndarray, train_fraction: float, seed: int) -> tup
     """Sorted positions of the train part and of the test part; both have every class that has two samples.
 
     Example:
-        >>> train, test = split_per_class(np.repeat([0, 1], 4), 0.75, seed=0)
-        >>> train.size, test.size
-        (6, 2)
+        >>> [part.size for part in split_per_class(np.repeat([0, 1], 4), 0.75, seed=0)]
+        [6, 2]
     """
-    train, test = [], []
-    for ids in _permuted_per_class(labels, seed):
-        cut = min(max(round(train_fraction * len(ids)), 1), max(len(ids) - 1, 1))
-        train.append(ids[:cut])
-        test.append(ids[cut:])
-    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
+    classes = _permuted_per_class(labels, seed)
+    sizes = [min(max(round(train_fraction * len(ids)), 1), max(len(ids) - 1, 1)) for ids in classes]
+    train = np.concatenate([ids[:size] for ids, size in zip(classes, sizes, strict=True)])
+    return np.sort(train), np.setdiff1d(np.arange(len(labels)), train)
 
 
 def _permuted_per_class(labels: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -225,22 +208,21 @@ def batches(
     num_workers: int = 0,
     augment: Augment = "none",
 ) -> DataLoader:
-    """Loader of `Batch` over ids (n,).
+    """Loader of `Batch` over ids (n,), which may be empty.
 
     Args:
         data: the data set.
-        ids: (n,) positions in the data set; an empty tensor gives a loader without batches.
+        ids: (n,) positions in it.
         batch_size: the most samples in a batch.
         shuffle: whether every pass has a new order, drawn from the generator.
         generator: of the order; torch's global one if left out.
         num_workers: processes that load batches; 0 loads in this one.
         augment: random changes of the images; they do not change the order.
     """
-    order = EvenBatches(len(ids), batch_size, shuffle, generator)
     return DataLoader(
         _BatchDataset(data, ids),
         batch_size=None,
-        sampler=order if augment == "none" else _Seeded(order, generator),
+        sampler=(EvenBatches if augment == "none" else _Seeded)(len(ids), batch_size, shuffle, generator),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_initialized(),  # in use here: copies from pinned memory do not stop the host
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
@@ -276,19 +258,16 @@ class EvenBatches(Sampler[Tensor]):
             yield from order.tensor_split(self.num_batches)
 
 
-class _Seeded(Sampler[tuple[Tensor, int]]):
-    """Positions of every batch with the seed of its augmentation, whichever process will load it."""
+class _Seeded(EvenBatches):
+    """Every batch with the seed of its augmentation, whichever process will load it."""
 
-    def __init__(self, order: EvenBatches, generator: torch.Generator | None) -> None:
-        self.order = order
-        start = torch.initial_seed() if generator is None else generator.initial_seed()
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        start = torch.initial_seed() if self.generator is None else self.generator.initial_seed()
         self.seeds = torch.Generator().manual_seed(start ^ 1)
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for positions in self.order:
+    def __iter__(self) -> Iterator[Any]:
+        for positions in super().__iter__():
             yield positions, int(torch.randint(2**62, (), generator=self.seeds))
 
 
@@ -362,56 +341,32 @@ class Buffer:
         return self.labels.unique()
 
     def updated(self, ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> "Buffer":
-        """Replace the samples of each class in ``labels`` by its new samples of lowest loss.
-
-        Args:
-            ids: (m,) without repetition.
-            labels: (m,).
-            losses: (m,).
-            per_class: the most samples of a class.
-        """
+        """Replace the samples of each class in ``labels`` by its new samples of `lowest_loss`; all (m,), ids unique."""
         ids, labels, losses = ids.cpu().long(), labels.cpu().long(), losses.detach().cpu().float()
-        chosen = _lowest_loss(ids, labels, losses, per_class)
-        kept = ~torch.isin(self.labels, labels)
-        parts = [
-            torch.cat([old[kept], new[chosen]])
-            for old, new in ((self.ids, ids), (self.labels, labels), (self.losses, losses))
-        ]
-        by_class = torch.argsort(parts[1], stable=True)
-        return Buffer(*(part[by_class] for part in parts))
+        chosen, kept = lowest_loss(ids, labels, losses, per_class), ~torch.isin(self.labels, labels)
+        by_class = torch.cat([self.labels[kept], labels[chosen]]).argsort(stable=True)
+        pairs = (self.ids, ids), (self.labels, labels), (self.losses, losses)
+        return Buffer(*(torch.cat([old[kept], new[chosen]])[by_class] for old, new in pairs))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The three tensors by field name."""
-        return {"ids": self.ids, "labels": self.labels, "losses": self.losses}
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Tensor]) -> "Buffer":
-        """Restore from `state_dict`."""
-        return Buffer(state["ids"], state["labels"], state["losses"])
+        """The three tensors by field name; ``Buffer(**state)`` restores them."""
+        return dict(vars(self))
 
 
 def lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> Tensor:
-    """Ids of the ``per_class`` samples of lowest loss of each class, ordered by class, loss and id.
+    """Positions of at most ``per_class`` samples of lowest loss of each class, ordered by class, loss and id; all (m,).
 
     The order of the samples does not matter; NaN counts as the largest loss.
 
-    Args:
-        ids: (m,).
-        labels: (m,).
-        losses: (m,).
-        per_class: the most samples of a class.
+    Example:
+        >>> lowest_loss(torch.tensor([7, 8, 9]), torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.1]), per_class=1)
+        tensor([1, 2])
     """
-    return ids[_lowest_loss(ids, labels, losses, per_class)]
-
-
-def _lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> Tensor:
     check_integers(0, per_class=per_class)
-    order = torch.argsort(ids, stable=True)
-    order = order[torch.argsort(losses[order], stable=True)]
-    order = order[torch.argsort(labels[order], stable=True)]
+    order = torch.from_numpy(np.lexsort((ids, losses, labels)))
     _, counts = labels[order].unique_consecutive(return_counts=True)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return order[torch.arange(len(order), device=order.device) - starts < per_class]
+    return order[torch.arange(len(order)) - starts < per_class]
 
 
 def check_integers(low: int, high: int | None = None, /, **values: int | None) -> None:
