@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from typing_extensions import override
 from fedlscl.data.folders import Files, imagenet_r_folder, list_folder
 from fedlscl.data.images import centre_crop, decode
 from fedlscl.data.loader import ImageData, check_integers, first_per_class, split_per_class
+from fedlscl.options import Count, Interval, Whole, check_options
 
-MAX_SIDE, MAX_FAKE_BYTES = 4096, 2**31
-"""Largest image_size in pixels, and most bytes of 'fake' images (ours)."""
+MAX_SIDE = 4096
+Side = Annotated[int, Interval(f"[1, {MAX_SIDE}]")]
+"""Side of an image in pixels; the limit is ours."""
 SEED = 0
 """Of the choice of samples: not the seed of a run, so that all runs have the same test set (ours)."""
 
@@ -80,7 +82,8 @@ def load_images(
     Raises:
         ValueError: if the data set is unknown, missing or damaged, or a number is out of range.
     """
-    check_sizes(image_size, train_per_class, test_per_class, fake_classes)
+    check_integers(1, MAX_SIDE, image_size=image_size)
+    check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
     check_integers(0, seed=seed)
     limits = train_per_class, test_per_class
     # What each short name stands for.
@@ -119,14 +122,6 @@ def load_images(
                 "if they are in 0..1"
             )
     return data
-
-
-def check_sizes(
-    image_size: int | None, train_per_class: int | None, test_per_class: int | None, fake_classes: int
-) -> None:
-    """Raise a ValueError that names the first option that no data set can have."""
-    check_integers(1, MAX_SIDE, image_size=image_size)
-    check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
 
 
 def _folder(root: str | None, dataset: Any) -> str:
@@ -190,25 +185,24 @@ class Digits(ImageSource):
         return ImageData("digits", images[train], labels[train], images[test], labels[test], names)
 
 
-FAKE_SIZE, FAKE_TRAIN, FAKE_TEST = 32, 20, 10
+FAKE_SIZE, FAKE_TRAIN, FAKE_TEST, MAX_FAKE_BYTES = 32, 20, 10, 2**31
 
 
 @dataclass
 class Fake(ImageSource):
     """Noise over a colour and a grating that depend on the class: learnable, and made in no time."""
 
-    num_classes: int = 12
-    image_size: int = FAKE_SIZE
-    """Side in pixels."""
-    train_per_class: int | None = None
+    num_classes: Count = 12
+    image_size: Side = FAKE_SIZE
+    train_per_class: Count | None = None
     """Train images of each class, 20 if left out."""
-    test_per_class: int | None = None
+    test_per_class: Count | None = None
     """Test images of each class, 10 if left out."""
-    seed: int = SEED
+    seed: Whole = SEED
 
     @override
     def load(self) -> ImageData:
-        check_sizes(self.image_size, self.train_per_class, self.test_per_class, self.num_classes)
+        check_options(self)
         num_classes, size = self.num_classes, self.image_size
         num_train, num_test = self.train_per_class or FAKE_TRAIN, self.test_per_class or FAKE_TEST
         needed = num_classes * (num_train + num_test) * 3 * size**2

@@ -217,12 +217,14 @@ def batches(
         shuffle: whether every pass has a new order, drawn from the generator.
         generator: of the order; torch's global one if left out.
         num_workers: processes that load batches; 0 loads in this one.
-        augment: random changes of the images; they do not change the order.
+        augment: random changes of the images of a shuffled loader, for training; they do not change the order.
     """
     return DataLoader(
         _BatchDataset(data, ids),
         batch_size=None,
-        sampler=(EvenBatches if augment == "none" else _Seeded)(len(ids), batch_size, shuffle, generator),
+        sampler=(_Seeded if shuffle and augment == "standard" else EvenBatches)(
+            len(ids), batch_size, shuffle, generator
+        ),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_initialized(),  # in use here: copies from pinned memory do not stop the host
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
