@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from fedlscl.data.folders import Files, imagenet_r_folder, list_folder
-from fedlscl.data.images import centre_crop, decode
+from fedlscl.data.images import Files, centre_crop, decode, imagenet_r_folder, list_folder
 from fedlscl.data.loader import ImageData, check_integers, first_per_class, split_per_class
 from fedlscl.options import Count, Interval, Whole, check_options
 
@@ -70,8 +69,7 @@ def load_images(
     Args:
         dataset: 'cifar100', 'imagenet-r', 'folder', 'digits', 'fake', the name of an .npz file, or an `ImageSource`.
         root: folder that holds a named data set.
-        image_size: side in pixels, 1 to 4096, of 'folder', 'imagenet-r' (224) and 'fake' (32) images; other data sets
-            keep their size.
+        image_size: side in pixels of 'folder', 'imagenet-r' (224) and 'fake' (32) images; others keep their size.
         train_per_class: keep at most so many train samples of each class; for 'fake' how many are made.
         test_per_class: the same for test samples.
         download: fetch 'cifar100' if it is not under root.
@@ -85,31 +83,30 @@ def load_images(
     check_integers(1, MAX_SIDE, image_size=image_size)
     check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
     check_integers(0, seed=seed)
-    limits = train_per_class, test_per_class
-    # What each short name stands for.
-    named: dict[str, Callable[[], ImageSource]] = {
-        "cifar100": lambda: CIFAR100(_folder(root, dataset), download),
-        "imagenet-r": lambda: ImageNetR(_folder(root, dataset), image_size or IMAGE_SIZE, cache_dir, *limits, seed),
-        "folder": lambda: Folder(_folder(root, dataset), image_size or IMAGE_SIZE, cache_dir, *limits, seed),
-        "digits": lambda: Digits(seed),
-        "fake": lambda: Fake(fake_classes, image_size or FAKE_SIZE, *limits, seed),
-    }
-    if image_size is not None and dataset not in ("imagenet-r", "folder", "fake"):
+    if not root and dataset in ("cifar100", "imagenet-r", "folder"):
+        raise ValueError(f"root must be the folder of data set {dataset!r}, got {root!r}: set root.")
+    if image_size and dataset not in ("imagenet-r", "folder", "fake"):
         raise ValueError(
             f"image_size must be left out for {dataset!r}, got {image_size}: its images are kept as stored, and every "
             "net resizes them."
         )
+    place, limits = root or "", (train_per_class, test_per_class)
+    named: dict[str, Callable[[], ImageSource]] = {
+        "cifar100": lambda: CIFAR100(place, download),
+        "imagenet-r": lambda: ImageNetR(place, image_size or IMAGE_SIZE, cache_dir, *limits, seed),
+        "folder": lambda: Folder(place, image_size or IMAGE_SIZE, cache_dir, *limits, seed),
+        "digits": lambda: Digits(seed),
+        "fake": lambda: Fake(fake_classes, image_size or FAKE_SIZE, *limits, seed),
+    }
     if isinstance(dataset, ImageSource):
         source = dataset
     elif dataset in named:
         source = named[dataset]()
     elif dataset.endswith(".npz"):
-        source = NpzFile(str(Path(root or "").expanduser() / dataset))
+        source = NpzFile(str(Path(place) / dataset))
     else:
         choices = ", ".join(map(repr, named))
-        raise ValueError(
-            f"dataset must be {choices}, the name of an .npz file or a class_path, got {dataset!r}: correct it."
-        )
+        raise ValueError(f"dataset must be {choices}, the name of an .npz file or a class_path, got {dataset!r}.")
     data = source.load()
     if not isinstance(data, ImageData):
         raise ValueError(f"{type(source).__name__}.load must return ImageData, got {type(data).__name__}.")
@@ -122,15 +119,6 @@ def load_images(
                 "if they are in 0..1"
             )
     return data
-
-
-def _folder(root: str | None, dataset: Any) -> str:
-    if not root:
-        raise ValueError(f"root must be the folder of data set {dataset!r}, got {root!r}: set root.")
-    return str(Path(root).expanduser())
-
-
-# Data sets in memory.
 
 
 @dataclass
@@ -148,19 +136,14 @@ class CIFAR100(ImageSource):
 
         try:
             parts = CIFAR100(self.root, train=True, download=self.download), CIFAR100(self.root, train=False)
-        except RuntimeError:
+        except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"root must hold cifar100, undamaged, got {self.root!r}: set download=true, or unpack "
+                f"root must hold cifar100, undamaged, got {self.root!r} ({error}): set download=true, or unpack "
                 "cifar-100-python.tar.gz there."
             ) from None
-        except OSError as error:
-            raise ValueError(
-                f"cifar100 could not be downloaded to root {self.root!r} ({error}): unpack cifar-100-python.tar.gz "
-                "there."
-            ) from None
         images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-        labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
-        return ImageData("cifar100", images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
+        train, test = zip(images, [torch.tensor(part.targets) for part in parts], strict=True)
+        return ImageData("cifar100", *train, *test, tuple(parts[0].classes))
 
 
 @dataclass
@@ -178,14 +161,12 @@ class Digits(ImageSource):
             raise ValueError("dataset 'digits' needs scikit-learn: pip install fedlscl[digits].") from None
         pixels, digits = datasets.load_digits(return_X_y=True)  # (1797, 64) in 0..16
         grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8))
-        images = grey.view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
-        labels = torch.from_numpy(digits.astype(np.int64))
-        train, test = split_per_class(labels.numpy(), 0.75, self.seed)
-        names = tuple(str(digit) for digit in range(10))
-        return ImageData("digits", images[train], labels[train], images[test], labels[test], names)
+        images, labels = grey.view(-1, 1, 8, 8).repeat(1, 3, 1, 1), torch.from_numpy(digits.astype(np.int64))
+        train, test = split_per_class(digits, 0.75, self.seed)
+        return ImageData("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-FAKE_SIZE, FAKE_TRAIN, FAKE_TEST, MAX_FAKE_BYTES = 32, 20, 10, 2**31
+FAKE_SIZE, MAX_FAKE_BYTES = 32, 2**31
 
 
 @dataclass
@@ -204,9 +185,8 @@ class Fake(ImageSource):
     def load(self) -> ImageData:
         check_options(self)
         num_classes, size = self.num_classes, self.image_size
-        num_train, num_test = self.train_per_class or FAKE_TRAIN, self.test_per_class or FAKE_TEST
-        needed = num_classes * (num_train + num_test) * 3 * size**2
-        if needed > MAX_FAKE_BYTES:
+        num_train, num_test = self.train_per_class or 20, self.test_per_class or 10
+        if (needed := num_classes * (num_train + num_test) * 3 * size**2) > MAX_FAKE_BYTES:
             raise ValueError(
                 f"fake images must take at most {MAX_FAKE_BYTES:,} bytes, got {needed:,}: lower image_size, "
                 "train_per_class, test_per_class or fake_classes."
@@ -245,7 +225,7 @@ class TorchDatasets(ImageSource):
     test: Dataset
     class_names: Sequence[str] | None = None
     """In label order; left out, ``train.classes`` if it has them, else the numbers of the classes."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side in pixels to which PIL images are resized (shorter side) and cropped; left out, all have one size."""
     title: str = ""
     """What results and manifests call the data set; left out, the name of the class of ``train``."""
@@ -257,14 +237,12 @@ class TorchDatasets(ImageSource):
 
     @override
     def load(self) -> ImageData:
-        images, labels = zip(*(self._read(part) for part in ("train", "test")), strict=True)
-        names = self.class_names or getattr(self.train, "classes", None) or range(int(labels[0].max()) + 1)
-        return ImageData(
-            self.name, images[0], labels[0], images[1], labels[1], tuple(map(str, names)), self.image_size is not None
-        )
+        check_options(self)
+        train, test = self._read(self.train, "train"), self._read(self.test, "test")
+        names = self.class_names or getattr(self.train, "classes", None) or range(int(train[1].max()) + 1)
+        return ImageData(self.name, *train, *test, tuple(map(str, names)), is_cropped=self.image_size is not None)
 
-    def _read(self, part: str) -> tuple[Tensor, Tensor]:
-        dataset: Any = getattr(self, part)
+    def _read(self, dataset: Any, part: str) -> tuple[Tensor, Tensor]:
         pairs = [dataset[index] for index in range(len(dataset))]
         images = [self._image(image, f"image {n} of {part}") for n, (image, _) in enumerate(pairs)]
         shapes = sorted({tuple(image.shape[1:]) for image in images})
@@ -289,8 +267,6 @@ class TorchDatasets(ImageSource):
         )
 
 
-# Image folders.
-
 IMAGE_SIZE = 224
 
 
@@ -302,14 +278,13 @@ class Folder(ImageSource):
     """
 
     root: str
-    image_size: int = IMAGE_SIZE
-    """Side in pixels."""
+    image_size: Side = IMAGE_SIZE
     cache_dir: str | None = None
     """Folder of decoded images, ~/.cache/fedlscl if left out."""
-    train_per_class: int | None = None
+    train_per_class: Count | None = None
     """At most so many train images of each class, chosen before they are decoded."""
-    test_per_class: int | None = None
-    seed: int = SEED
+    test_per_class: Count | None = None
+    seed: Whole = SEED
     """Of the choice of images."""
 
     @override
@@ -317,6 +292,7 @@ class Folder(ImageSource):
         return self._load(Path(self.root).expanduser(), "folder")
 
     def _load(self, root: Path, name: str) -> ImageData:
+        check_options(self)
         class_names, train, test = list_folder(root, self.seed)
 
         def decoded(files: Files, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -337,8 +313,6 @@ class ImageNetR(Folder):
         return self._load(imagenet_r_folder(Path(self.root).expanduser()), "imagenet-r")
 
 
-# Files in the layout of MedMNIST.
-
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -346,8 +320,8 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 class NpzFile(ImageSource):
     """An .npz file with uint8 images (N, H, W[, 1 or 3]) and labels (N,) or (N, 1); never unpickles.
 
-    Its arrays are train_images, train_labels, test_images and test_labels; an optional class_names gives the names in
-    label order.
+    Its arrays are those of MedMNIST: train_images, train_labels, test_images and test_labels; an optional class_names
+    gives the names in label order.
     """
 
     path: str
@@ -356,24 +330,24 @@ class NpzFile(ImageSource):
     def load(self) -> ImageData:
         path = Path(self.path).expanduser()
         arrays = _read_npz(path)
-        images, labels = [], []
-        for part in ("train", "test"):
-            images.append(_npz_images(arrays[f"{part}_images"], f"{part}_images of {path}"))
-            labels.append(_npz_labels(arrays[f"{part}_labels"], f"{part}_labels of {path}"))
-        names = arrays.get("class_names", np.arange(len(labels[0].unique())))
+        train, test = (
+            (
+                _npz_images(arrays[f"{part}_images"], f"{part}_images of {path}"),
+                _npz_labels(arrays[f"{part}_labels"], f"{part}_labels of {path}"),
+            )
+            for part in ("train", "test")
+        )
+        names = arrays.get("class_names", np.arange(len(train[1].unique())))
         if names.ndim != 1 or names.dtype.kind not in "Uiu":
             raise ValueError(f"class_names of {path} must be one string per class, got {names.dtype} {names.shape}.")
-        return ImageData(path.name, images[0], labels[0], images[1], labels[1], tuple(map(str, names)))
+        return ImageData(path.name, *train, *test, tuple(map(str, names)))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: set root to its folder and dataset to its name.")
     try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with stored:
+        with np.lib.npyio.NpzFile(path) as stored:  # allows no pickles, as np.load, and no other files
             arrays = {key: stored[key] for key in (*KEYS, "class_names") if key in stored.files}
             found = ", ".join(stored.files)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,22 +1,36 @@
-"""Images in memory: batches, data sets, and image files decoded once."""
+"""Image files: which images of a folder are of which class, and their pixels, decoded once."""
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import rank_zero_info
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+
+from fedlscl.data.loader import split_per_class
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ENDINGS = ", ".join(SUFFIXES)
+SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information"),
+    *("lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+"""What operating systems and network storage put beside images, in lower case; hidden names begin with a dot."""
+TEST_PARTS = ("test", "val", "valid", "validation")
+"""Names of the folder of test images; the first that exists is used."""
+PART = re.compile(r"(train|test|val)(s|ing|id|idation)?([-_ ]?(set|data|images))?[-_ ]?\d*")
 CACHE_DIR = "~/.cache/fedlscl"
 VERSION = 2
 """Part of every cached file's name: raise it whenever the pixels of any file change."""
@@ -28,6 +42,148 @@ MODES: dict[str, str] = {
     **dict.fromkeys(("I", "F"), REFUSED),
 }
 """How each of Pillow's modes becomes RGB; a mode that is not listed is refused."""
+Files = list[tuple[Path, int]]
+"""Images with their labels."""
+
+
+def list_folder(root: Path, seed: int) -> tuple[list[str], Files, Files]:
+    """Class names, train images and test images of `Folder`.
+
+    Warns in one line of other files and folders beside the images, which are left out.
+
+    Raises:
+        ValueError: if a folder is missing or has too few images.
+    """
+    train = root / "train"
+    if train.is_dir():
+        images, folders, _ = contents(train)
+        # Images directly in it, and no other part beside it: a class of that name, as CIFAR-100 has one.
+        if folders or not images or any(part_meant(path.name) in ("test", "val") for path in root.iterdir()):
+            return _list_parts(root, train)
+    classes, files, left_out = _list_images(root, at_least=2)
+    if len(classes) > 1 and all(map(part_meant, classes)):
+        raise ValueError(
+            f"{root} must hold one folder of images per class, got {', '.join(classes)}: name these folders train and "
+            "test, and put one folder of images per class into each."
+        )
+    _warn_left_out(root, left_out)
+    parts = split_per_class(np.array([label for _, label in files]), 0.8, seed)
+    train_files, test_files = ([files[n] for n in part] for part in parts)
+    return classes, train_files, test_files
+
+
+def _list_parts(root: Path, train: Path) -> tuple[list[str], Files, Files]:
+    test = next((root / part for part in TEST_PARTS if (root / part).is_dir()), None)
+    images, folders, _ = contents(root)
+    if test is None:
+        meant = [(path.name, part) for path in folders if (part := part_meant(path.name)) in ("test", "val")]
+        hint = f"did you mean {meant[0][1]}? rename {meant[0][0]}" if meant else f"add one, or set root to {train}"
+        raise ValueError(f"{root} has train but neither test nor val: {hint}.")
+    classes, train_files, left_out = _list_images(train)
+    _, test_files, others = _list_images(test, classes)
+    beside = [path for path in folders if path not in (train, test)]
+    _warn_left_out(root, [*images, *beside, *left_out, *others])
+    return classes, train_files, test_files
+
+
+def _list_images(folder: Path, classes: Sequence[str] = (), at_least: int = 1) -> tuple[list[str], Files, list[Path]]:
+    """Class names, images with their labels and what is left out; ``classes`` are those of the train images."""
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "is missing"
+        raise ValueError(f"image folder {folder} {state}: set root to a folder with one folder of images per class.")
+    left_out, folders, _ = contents(folder)
+    if not folders:
+        state = f"has {len(left_out)} images but no folder" if left_out else "is empty"
+        raise ValueError(f"image folder {folder} {state}: put one folder of images per class into it.")
+    names = [path.name for path in folders]
+    if classes and (unknown := sorted(set(names) - set(classes))):
+        raise ValueError(f"{folder / unknown[0]} has no counterpart in train: add it or remove the class.")
+    files = []
+    for label, name in enumerate(classes or names):
+        path = folder / name
+        if not path.is_dir():
+            raise ValueError(f"image folder {path} is missing: add it, or remove the class from train.")
+        images, folders, others = contents(path)
+        if len(images) < at_least:
+            beside = f" beside {_named(path, [*folders, *others])}" if folders or others else ""
+            meant = part_meant(name) if folders and not images else None
+            fix = f"did you mean {meant}? rename it" if meant else "add images, or remove the class"
+            raise ValueError(
+                f"image folder {path} must hold {at_least} or more images ({ENDINGS}), got {len(images)}{beside}: "
+                f"{fix}."
+            )
+        files += [(image, label) for image in images]
+        left_out += [*folders, *others]
+    return names, files, left_out
+
+
+def imagenet_r_folder(root: Path) -> Path:
+    """The folder of the 200 classes of ImageNet-R: root, or root/imagenet-r."""
+    root = root / "imagenet-r" if (root / "imagenet-r").is_dir() else root
+    if (found := len(contents(root).folders) if root.is_dir() else 0) != 200:
+        raise ValueError(
+            f"{root} must have the 200 class folders of ImageNet-R, got {found}: unpack imagenet-r.tar there, or use "
+            "dataset 'folder' for a part of it."
+        )
+    return root
+
+
+def find_images(root: Path) -> list[Path]:
+    """All images below a folder, sorted; each folder is read once, also if symbolic links lead to it again."""
+    images, others, pending, seen = [], [], [root], set()
+    while pending:
+        folder = pending.pop()
+        if (real := folder.resolve()) not in seen:
+            seen.add(real)
+            found = contents(folder)
+            images += found.images
+            others += found.others
+            pending += reversed(found.folders)
+    _warn_left_out(root, others, "")
+    return sorted(images)
+
+
+class Contents(NamedTuple):
+    """What is directly in a folder, each sorted, without hidden names and `SYSTEM_NAMES`."""
+
+    images: list[Path]
+    folders: list[Path]
+    others: list[Path]
+
+
+def contents(folder: Path) -> Contents:
+    """List a folder; an image is a file that ends in one of `SUFFIXES`, in any case."""
+    found = Contents([], [], [])
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.casefold() in SYSTEM_NAMES:
+            continue
+        if path.is_dir():
+            found.folders.append(path)
+        else:
+            (found.images if path.suffix.lower() in SUFFIXES else found.others).append(path)
+    return found
+
+
+def part_meant(name: str) -> str | None:
+    """The part, train, test or val, that a folder called Train, testing or val_images was meant to be."""
+    found = PART.fullmatch(name.casefold())
+    return found[1] if found else None
+
+
+def _warn_left_out(
+    root: Path, left_out: list[Path], where: str = " and lie directly in the folder of their class"
+) -> None:
+    if left_out:
+        rank_zero_warn(f"{root}: left out {_named(root, left_out)}; images end in {ENDINGS}{where}")
+
+
+def _named(root: Path, paths: list[Path]) -> str:
+    """How many files and folders, and the first three by name."""
+    folders = sum(path.is_dir() for path in paths)
+    counts = (len(paths) - folders, "file"), (folders, "folder")
+    total = " and ".join(f"{count:,} {word}{'s' * (count > 1)}" for count, word in counts if count)
+    names = ", ".join(f"{path.relative_to(root)}{'/' * path.is_dir()}" for path in paths[:3])
+    return f"{total} ({names}{', ...' * (len(paths) > 3)})"
 
 
 def decode(files: list[Path], image_size: int, cache_dir: str | None) -> Tensor:
@@ -41,23 +197,17 @@ def decode(files: list[Path], image_size: int, cache_dir: str | None) -> Tensor:
     Raises:
         ValueError: if an image cannot be read, or the cache has no room.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size must be >= 1 pixel, got {image_size}.")
-    folder = Path(cache_dir or CACHE_DIR).expanduser()
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), files))
+    key = hashlib.sha256(json.dumps([VERSION, image_size, hashes]).encode()).hexdigest()[:32]
+    cached = Path(cache_dir or CACHE_DIR).expanduser() / f"{key}.npy"
     shape = (len(files), 3, image_size, image_size)
-    cached = folder / f"{_key(files, image_size)}.npy"
     images = _mapped(cached, shape)
     if images is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
         _write(files, shape, cached)
         images = np.load(cached, mmap_mode="c")
     return torch.from_numpy(images)
-
-
-def _key(files: list[Path], image_size: int) -> str:
-    with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), files))
-    return hashlib.sha256(json.dumps([VERSION, image_size, contents]).encode()).hexdigest()[:32]
 
 
 def _mapped(cached: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -71,7 +221,7 @@ def _mapped(cached: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write(files: list[Path], shape: tuple[int, ...], cached: Path) -> None:
-    needed, free = int(np.prod(shape)), shutil.disk_usage(cached.parent).free
+    needed, free = math.prod(shape), shutil.disk_usage(cached.parent).free
     # Writing a mapped file on a full disk kills the process.
     if needed > free:
         raise ValueError(
@@ -84,24 +234,14 @@ def _write(files: list[Path], shape: tuple[int, ...], cached: Path) -> None:
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
 
         def store(index: int) -> None:
-            images[index] = decode_one(files[index], shape[-1])
+            images[index] = centre_crop(read_image(files[index]), *shape[2:])
 
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(store, range(len(files))):
-                pass
+            list(pool.map(store, range(len(files))))  # raises what a thread raised
         images.flush()
         temporary.replace(cached)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def decode_one(file: Path, height: int, width: int | None = None) -> np.ndarray:
-    """One image as (3, height, width) uint8, see `read_image` and `centre_crop`.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    return centre_crop(read_image(file), height, width or height)
 
 
 def centre_crop(image: "Image", height: int, width: int) -> np.ndarray:
