@@ -91,8 +91,8 @@ def test_a_manifest_of_the_first_format_is_refused_with_the_remedy(saved):
         (NAMES[::-1], "must name class 0 'class7' as the data set does, got 'class0'"),
         ([*NAMES[:7], "melanoma"], "must name class 7 'melanoma' as the data set does, got 'class7'"),
         ([*NAMES[:7], "Class7"], "must name class 7 'Class7'"),
-        (NAMES[:7], "must have the 7 classes of the data set, got 8"),
-        ([*NAMES, "class8"], "must have the 9 classes of the data set, got 8"),
+        (NAMES[:7], "must name class 7 None as the data set does, got 'class7'"),
+        ([*NAMES, "class8"], "must name class 8 'class8' as the data set does, got None"),
     ],
 )
 def test_other_class_names_are_refused(saved, names, message):

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,9 +24,3 @@ def test_both_parts_have_every_class_of_two_or_more(labels, seed):
     assert sorted([*train, *test]) == list(range(len(labels)))
     several = {label for label in labels if (labels == label).sum() > 1}
     assert several <= set(labels[train]) and several == set(labels[test])
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(limit):
-    with pytest.raises(ValueError, match=f"limit must be >= 1, got {limit}"):
-        first_per_class(np.arange(3), limit, seed=0)

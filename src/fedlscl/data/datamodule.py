@@ -255,11 +255,6 @@ class ClientStream:
     evaluate_on: str
 
     @property
-    def num_tasks(self) -> int:
-        """Tasks of the stream."""
-        return len(self.split.classes)
-
-    @property
     def num_samples(self) -> int:
         """Train samples of all tasks."""
         return sum(len(ids) for ids in self.split.train)

@@ -64,18 +64,10 @@ def load_images(
     fake_classes: int = 12,
     seed: int = SEED,
 ) -> ImageData:
-    """Load a data set as uint8 images.
+    """Load a data set as uint8 images; the options are those of `SpatialTemporalDataModule`.
 
-    Args:
-        dataset: 'cifar100', 'imagenet-r', 'folder', 'digits', 'fake', the name of an .npz file, or an `ImageSource`.
-        root: folder that holds a named data set.
-        image_size: side in pixels of 'folder', 'imagenet-r' (224) and 'fake' (32) images; others keep their size.
-        train_per_class: keep at most so many train samples of each class; for 'fake' how many are made.
-        test_per_class: the same for test samples.
-        download: fetch 'cifar100' if it is not under root.
-        cache_dir: where decoded image folders are kept, by default ~/.cache/fedlscl.
-        fake_classes: number of classes of 'fake'.
-        seed: of the choice of samples.
+    The seed is that of the choice of samples. ``image_size`` left out is 224 for image folders and 32 for 'fake', which
+    makes as many images of each class as ``train_per_class`` and ``test_per_class`` say, or 20 and 10.
 
     Raises:
         ValueError: if the data set is unknown, missing or damaged, or a number is out of range.
@@ -330,13 +322,7 @@ class NpzFile(ImageSource):
     def load(self) -> ImageData:
         path = Path(self.path).expanduser()
         arrays = _read_npz(path)
-        train, test = (
-            (
-                _npz_images(arrays[f"{part}_images"], f"{part}_images of {path}"),
-                _npz_labels(arrays[f"{part}_labels"], f"{part}_labels of {path}"),
-            )
-            for part in ("train", "test")
-        )
+        train, test = _npz_part(arrays, "train", path), _npz_part(arrays, "test", path)
         names = arrays.get("class_names", np.arange(len(train[1].unique())))
         if names.ndim != 1 or names.dtype.kind not in "Uiu":
             raise ValueError(f"class_names of {path} must be one string per class, got {names.dtype} {names.shape}.")
@@ -358,20 +344,18 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _npz_images(array: np.ndarray, what: str) -> Tensor:
-    """Turn (N, H, W[, 1 or 3]) into (N, 3, H, W)."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"{what} must be uint8 in 0..255, got {array.dtype}.")
-    shape, array = array.shape, array[..., None] if array.ndim == 3 else array
-    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
-        raise ValueError(f"{what} must have shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {shape}.")
-    return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-
-
-def _npz_labels(array: np.ndarray, what: str) -> Tensor:
-    """Turn (N,) or (N, 1) into (N,); `ImageData` checks the rest."""
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be integers, got {array.dtype}.")
-    if (largest := array.max(initial=0)) > np.iinfo(np.int64).max:
-        raise ValueError(f"{what} must be numbered from 0, got {largest}: correct the labels.")
-    return torch.from_numpy((array[:, 0] if array.shape[1:] == (1,) else array).astype(np.int64))
+def _npz_part(arrays: dict[str, np.ndarray], part: str, path: Path) -> tuple[Tensor, Tensor]:
+    """Images (N, H, W[, 1 or 3]) as (N, 3, H, W), labels (N,) or (N, 1) as (N,); `ImageData` checks the rest."""
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if images.dtype != np.uint8:
+        raise ValueError(f"{part}_images of {path} must be uint8 in 0..255, got {images.dtype}.")
+    if images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or 0 in images.shape:
+        shapes = "(N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+        raise ValueError(f"{part}_images of {path} must have shape {shapes}, got {images.shape}.")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{part}_labels of {path} must be integers, got {labels.dtype}.")
+    if (largest := labels.max(initial=0)) > np.iinfo(np.int64).max:
+        raise ValueError(f"{part}_labels of {path} must be numbered from 0, got {largest}: correct the labels.")
+    pixels = torch.from_numpy(images).view(*images.shape[:3], -1).permute(0, 3, 1, 2)
+    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
+    return pixels.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels.astype(np.int64))

@@ -187,12 +187,9 @@ def _named(root: Path, paths: list[Path]) -> str:
 
 
 def decode(files: list[Path], image_size: int, cache_dir: str | None) -> Tensor:
-    """Images (N, 3, image_size, image_size) uint8, mapped from the cache; decoded on first use.
+    """Images (N, 3, image_size, image_size) uint8 of `centre_crop`, mapped from the cache; decoded on first use.
 
-    Args:
-        files: the images, in order; their contents and image_size identify the cached file.
-        image_size: shorter side after resizing (bicubic) and side of the centre crop, in pixels.
-        cache_dir: folder of the cached files.
+    The contents and the order of the files, and image_size, identify the cached file.
 
     Raises:
         ValueError: if an image cannot be read, or the cache has no room.

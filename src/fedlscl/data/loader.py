@@ -136,11 +136,8 @@ def _take(train: Tensor, test: Tensor, ids: Tensor) -> Tensor:
     is_train = ids < len(train)
     if is_train.all():
         return train[ids]
-    if not is_train.any():
-        return test[ids - len(train)]
-    taken = train.new_empty(len(ids), *train.shape[1:])
+    taken = test[(ids - len(train)).clamp(min=0)]
     taken[is_train] = train[ids[is_train]]
-    taken[~is_train] = test[ids[~is_train] - len(train)]
     return taken
 
 
@@ -166,17 +163,16 @@ def names_hash(class_names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([plain_name(name) for name in class_names]).encode()).hexdigest()
 
 
-def first_per_class(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+def first_per_class(labels: np.ndarray, limit: int | None, *seeds: int) -> np.ndarray:
     """Sorted positions of at most ``limit`` samples of each class: the first ones of a seeded permutation.
 
     A larger limit keeps what a smaller one chose.
 
     Example:
-        >>> first_per_class(np.array([0, 0, 0, 1]), 1, seed=0).size
+        >>> first_per_class(np.array([0, 0, 0, 1]), 1, 0).size
         2
     """
-    check_integers(1, limit=limit)
-    return np.sort(np.concatenate([ids[:limit] for ids in _permuted_per_class(labels, seed)]))
+    return np.sort(np.concatenate([ids[:limit] for ids in _permuted_per_class(labels, *seeds)]))
 
 
 def split_per_class(labels: np.ndarray, train_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -192,10 +188,10 @@ def split_per_class(labels: np.ndarray, train_fraction: float, seed: int) -> tup
     return np.sort(train), np.setdiff1d(np.arange(len(labels)), train)
 
 
-def _permuted_per_class(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+def _permuted_per_class(labels: np.ndarray, *seeds: int) -> list[np.ndarray]:
     return [
-        np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
-        for label in np.unique(labels)
+        np.random.default_rng((*seeds, label)).permutation(np.flatnonzero(labels == label))
+        for label in np.unique(labels).tolist()
     ]
 
 
@@ -219,12 +215,11 @@ def batches(
         num_workers: processes that load batches; 0 loads in this one.
         augment: random changes of the images of a shuffled loader, for training; they do not change the order.
     """
+    sampler = _Seeded if shuffle and augment == "standard" else EvenBatches
     return DataLoader(
         _BatchDataset(data, ids),
         batch_size=None,
-        sampler=(_Seeded if shuffle and augment == "standard" else EvenBatches)(
-            len(ids), batch_size, shuffle, generator
-        ),
+        sampler=sampler(len(ids), batch_size, shuffle, generator),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_initialized(),  # in use here: copies from pinned memory do not stop the host
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
@@ -232,6 +227,7 @@ def batches(
     )
 
 
+@dataclass(eq=False)
 class EvenBatches(Sampler[Tensor]):
     """Positions 0..n-1 in ceil(n / batch_size) batches whose sizes differ by at most one.
 
@@ -242,29 +238,29 @@ class EvenBatches(Sampler[Tensor]):
         [[0, 1, 2], [3, 4]]
     """
 
-    def __init__(
-        self, num_samples: int, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
-    ) -> None:
-        check_integers(1, batch_size=batch_size)
-        self.num_samples, self.shuffle, self.generator = num_samples, shuffle, generator
-        self.num_batches = -(-num_samples // batch_size)
+    num_samples: int
+    batch_size: int
+    shuffle: bool
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_integers(1, batch_size=self.batch_size)
 
     def __len__(self) -> int:
-        return self.num_batches
+        return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         # Drawn at the first batch, not before: with workers a DataLoader asks for an iterator twice and drops one.
-        if self.num_batches:
-            n = self.num_samples
+        if n := self.num_samples:
             order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
-            yield from order.tensor_split(self.num_batches)
+            yield from order.tensor_split(len(self))
 
 
 class _Seeded(EvenBatches):
     """Every batch with the seed of its augmentation, whichever process will load it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         start = torch.initial_seed() if self.generator is None else self.generator.initial_seed()
         self.seeds = torch.Generator().manual_seed(start ^ 1)
 
@@ -273,11 +269,12 @@ class _Seeded(EvenBatches):
             yield positions, int(torch.randint(2**62, (), generator=self.seeds))
 
 
+@dataclass(eq=False)
 class _BatchDataset(Dataset[Batch]):
     """An item is a whole batch: positions, or positions with the seed of their augmentation."""
 
-    def __init__(self, data: ImageData, ids: Tensor) -> None:
-        self.data, self.ids = data, ids
+    data: ImageData
+    ids: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fedlscl.data.loader import check_integers, plain_name
+from fedlscl.data.loader import check_integers, first_per_class, plain_name
 from fedlscl.options import Interval
 
 Protocol = Literal["local", "global"]
@@ -52,19 +53,8 @@ def spatial_temporal_split(
     """Give each client its private classes and a Dirichlet share of the public ones, in an order of its own.
 
     With protocol 'global' all clients have the public classes alone, in the same order, and a client may get no sample
-    of a class, or of a whole task.
-
-    Args:
-        train_labels: (N,) integers; samples with a negative one are given to no client.
-        test_labels: (M,) integers.
-        num_clients: clients K.
-        num_tasks: tasks T per client, of equally many classes.
-        private_classes: classes per client that no other client has.
-        public_classes: classes that every client has; their train samples are divided without overlap.
-        dirichlet_alpha: Dirichlet concentration per public class; smaller is more heterogeneous.
-        protocol: 'local' or 'global'.
-        seed: of the class order, the task orders and the shares.
-        class_names: names in label order, for error messages.
+    of a class, or of a whole task. Labels are integers (N,) and (M,); train samples with a negative one are given to no
+    client. Class names in label order are for error messages; the other options are those of the datamodule.
 
     Raises:
         ValueError: if there are too few classes, if they cannot be cut into equal tasks, or if a public class has
@@ -152,16 +142,13 @@ def held_out(train_labels: np.ndarray, per_class: int, seed: int, class_names: S
         >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2, 42, ["a", "b"]).size
         4
     """
-    chosen = [np.zeros(0, dtype=np.int64)]
-    for label in np.unique(train_labels).tolist() if per_class else ():
-        ids = np.flatnonzero(train_labels == label)
-        if len(ids) <= per_class:
+    for label, count in zip(*np.unique(train_labels, return_counts=True), strict=True):
+        if count <= per_class:
             raise ValueError(
-                f"validation_per_class must be less than the {len(ids)} train samples of class {class_names[label]!r}, "
+                f"validation_per_class must be less than the {count} train samples of class {class_names[label]!r}, "
                 f"got {per_class}: lower it or raise train_per_class."
             )
-        chosen.append(np.random.default_rng((seed, VALIDATION, label)).permutation(ids)[:per_class])
-    return np.sort(np.concatenate(chosen))
+    return first_per_class(train_labels, per_class, seed, VALIDATION)
 
 
 def save_manifest(
@@ -246,13 +233,8 @@ def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]
         ValueError: as `read_manifest`, or if it belongs to another data set.
     """
     saved = read_manifest(path)
-    if len(saved.class_names) != len(class_names):
-        raise ValueError(
-            f"manifest {path} must have the {len(class_names)} classes of the data set, got {len(saved.class_names)}: "
-            "use the data set that it was saved from."
-        )
-    for label, (name, own) in enumerate(zip(saved.class_names, class_names, strict=True)):
-        if plain_name(name) != plain_name(own):
+    for label, (name, own) in enumerate(zip_longest(saved.class_names, class_names)):
+        if plain_name(str(name)) != plain_name(str(own)):
             raise ValueError(
                 f"manifest {path} must name class {label} {own!r} as the data set does, got {name!r}: "
                 "number and name the classes as in the data set that it was saved from."
