@@ -45,11 +45,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self) -> ImageData:
-        """Read all images and labels; called once for each datamodule.
-
-        Raises:
-            ValueError: if the data set is missing or damaged.
-        """
+        """Read all images and labels, once for each datamodule; a ValueError says what is missing or damaged."""
 
 
 def load_images(
@@ -68,9 +64,6 @@ def load_images(
 
     The seed is that of the choice of samples. ``image_size`` left out is 224 for image folders and 32 for 'fake', which
     makes as many images of each class as ``train_per_class`` and ``test_per_class`` say, or 20 and 10.
-
-    Raises:
-        ValueError: if the data set is unknown, missing or damaged, or a number is out of range.
     """
     check_integers(1, MAX_SIDE, image_size=image_size)
     check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
@@ -333,7 +326,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: set root to its folder and dataset to its name.")
     try:
-        with np.lib.npyio.NpzFile(path) as stored:  # allows no pickles, as np.load, and no other files
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as stored:  # refuses pickles
             arrays = {key: stored[key] for key in (*KEYS, "class_names") if key in stored.files}
             found = ", ".join(stored.files)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:

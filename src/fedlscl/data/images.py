@@ -47,13 +47,7 @@ Files = list[tuple[Path, int]]
 
 
 def list_folder(root: Path, seed: int) -> tuple[list[str], Files, Files]:
-    """Class names, train images and test images of `Folder`.
-
-    Warns in one line of other files and folders beside the images, which are left out.
-
-    Raises:
-        ValueError: if a folder is missing or has too few images.
-    """
+    """Class names, train images and test images of `Folder`; a warning counts what lies beside them and is left out."""
     train = root / "train"
     if train.is_dir():
         images, folders, _ = contents(train)
@@ -190,9 +184,6 @@ def decode(files: list[Path], image_size: int, cache_dir: str | None) -> Tensor:
     """Images (N, 3, image_size, image_size) uint8 of `centre_crop`, mapped from the cache; decoded on first use.
 
     The contents and the order of the files, and image_size, identify the cached file.
-
-    Raises:
-        ValueError: if an image cannot be read, or the cache has no room.
     """
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), files))
@@ -264,11 +255,8 @@ def read_image(file: Path) -> "Image":
     """An image file as 8-bit RGB, its first frame or page, turned upright as its EXIF orientation says.
 
     Transparent parts become white. 16-bit grey levels are divided by 257, 12-bit levels of TIFF by 4095 / 255. Colour
-    profiles are not applied. All of this is our choice.
-
-    Raises:
-        ValueError: if the file cannot be read, is too large for Pillow, has signed, 32-bit or floating-point pixels, or
-            has alpha 0 everywhere over varying colours.
+    profiles are not applied. Signed, 32-bit and floating-point pixels are refused, and alpha 0 everywhere over varying
+    colours. All of this is our choice.
     """
     from PIL import Image
 

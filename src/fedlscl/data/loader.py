@@ -204,16 +204,10 @@ def batches(
     num_workers: int = 0,
     augment: Augment = "none",
 ) -> DataLoader:
-    """Loader of `Batch` over ids (n,), which may be empty.
+    """Loader of `EvenBatches` of ids (n,), which may be empty, as `Batch`.
 
-    Args:
-        data: the data set.
-        ids: (n,) positions in it.
-        batch_size: the most samples in a batch.
-        shuffle: whether every pass has a new order, drawn from the generator.
-        generator: of the order; torch's global one if left out.
-        num_workers: processes that load batches; 0 loads in this one.
-        augment: random changes of the images of a shuffled loader, for training; they do not change the order.
+    If shuffled, every pass has a new order, drawn from the generator (torch's global one if left out), and ``augment``
+    changes the images, not their order.
     """
     sampler = _Seeded if shuffle and augment == "standard" else EvenBatches
     return DataLoader(
@@ -356,10 +350,6 @@ def lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> 
     """Positions of at most ``per_class`` samples of lowest loss of each class, ordered by class, loss and id; all (m,).
 
     The order of the samples does not matter; NaN counts as the largest loss.
-
-    Example:
-        >>> lowest_loss(torch.tensor([7, 8, 9]), torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.1]), per_class=1)
-        tensor([1, 2])
     """
     check_integers(0, per_class=per_class)
     order = torch.from_numpy(np.lexsort((ids, losses, labels)))

@@ -56,10 +56,6 @@ def spatial_temporal_split(
     of a class, or of a whole task. Labels are integers (N,) and (M,); train samples with a negative one are given to no
     client. Class names in label order are for error messages; the other options are those of the datamodule.
 
-    Raises:
-        ValueError: if there are too few classes, if they cannot be cut into equal tasks, or if a public class has
-            fewer train samples than there are clients.
-
     Example:
         >>> labels = np.repeat(np.arange(8), 10)
         >>> kwargs = dict(num_clients=3, num_tasks=2, private_classes=2, public_classes=2, seed=42)
@@ -135,9 +131,6 @@ def _share(
 def held_out(train_labels: np.ndarray, per_class: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
     """Sorted ids of the train samples that are kept for validation: ``per_class`` random ones of each class.
 
-    Raises:
-        ValueError: if a class would have no other train sample.
-
     Example:
         >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2, 42, ["a", "b"]).size
         4
@@ -158,14 +151,10 @@ def save_manifest(
     fingerprint: str,
     meta: dict[str, str | int | float | None],
 ) -> None:
-    """Write classes, train ids and test ids as a JSON file that other projects can read, with a hash of its content.
+    """Write a split as a JSON file that other projects can read, with a hash of its content; replaced atomically.
 
-    Args:
-        path: the file, replaced atomically.
-        splits: one per client.
-        class_names: names in label order.
-        fingerprint: `ImageData.fingerprint` of the data set.
-        meta: how the split was drawn and the images were prepared.
+    Class names are in label order, the fingerprint is `ImageData.fingerprint`, and ``meta`` says how the split was
+    drawn and the images were prepared.
     """
     clients = [
         [
@@ -212,26 +201,19 @@ class Preparation(NamedTuple):
 
 
 def preparation(manifest: Manifest) -> Preparation:
-    """Read it from ``meta``.
-
-    Raises:
-        ValueError: if the manifest does not record it.
-    """
-    height, width, rule = (manifest.meta.get(f"image_{name}") for name in ("height", "width", "rule"))
-    if rule not in ("crop", "stored") or not all(isinstance(side, int) and side > 0 for side in (height, width)):
+    """What ``meta`` says of it."""
+    size: list[Any] = [manifest.meta.get("image_height"), manifest.meta.get("image_width")]
+    rule = manifest.meta.get("image_rule")
+    if rule not in ("crop", "stored") or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(
-            f"the manifest must record image_height, image_width and image_rule, got {height}, {width} and {rule!r}: "
-            "save it again with SpatialTemporalDataModule.save_manifest."
+            f"the manifest must record image_height, image_width and image_rule, got {size[0]}, {size[1]} and "
+            f"{rule!r}: save it again with SpatialTemporalDataModule.save_manifest."
         )
-    return Preparation(height, width, is_cropped=rule == "crop")
+    return Preparation(*size, is_cropped=rule == "crop")
 
 
 def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]) -> list[ClientSplit]:
-    """Read a split back, for the data set with this fingerprint and these names in label order.
-
-    Raises:
-        ValueError: as `read_manifest`, or if it belongs to another data set.
-    """
+    """Read the split of the data set with this fingerprint and these names in label order; refuses any other."""
     saved = read_manifest(path)
     for label, (name, own) in enumerate(zip_longest(saved.class_names, class_names)):
         if plain_name(str(name)) != plain_name(str(own)):
@@ -249,11 +231,7 @@ def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read a split and what is known about its data set.
-
-    Raises:
-        ValueError: if the file is missing, changed or of another format.
-    """
+    """Read a split and what is known about its data set, unless the file was changed or has another format."""
     try:
         content = json.loads(Path(path).read_text())
         stored, version = content.pop("sha256"), content["format"]
