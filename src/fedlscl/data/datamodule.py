@@ -151,7 +151,7 @@ class SpatialTemporalDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        _ = self.data, self.splits
+        _ = self.splits
 
     def stream(self, client: int) -> "ClientStream":
         """The tasks of one client."""

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from fedlscl.data.images import Files, centre_crop, decode, imagenet_r_folder, list_folder
-from fedlscl.data.loader import ImageData, check_integers, first_per_class, split_per_class
+from fedlscl.data.loader import ImageData, check_integers, choose_per_class
 from fedlscl.options import Count, Interval, Whole, check_options
 
 MAX_SIDE = 4096
@@ -147,7 +148,8 @@ class Digits(ImageSource):
         pixels, digits = datasets.load_digits(return_X_y=True)  # (1797, 64) in 0..16
         grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8))
         images, labels = grey.view(-1, 1, 8, 8).repeat(1, 3, 1, 1), torch.from_numpy(digits.astype(np.int64))
-        train, test = split_per_class(digits, 0.75, self.seed)
+        train = choose_per_class(digits, 0.75, self.seed)
+        test = np.delete(np.arange(len(digits)), train)
         return ImageData("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
@@ -237,9 +239,7 @@ class TorchDatasets(ImageSource):
         return torch.stack(images), torch.tensor([int(label) for _, label in pairs])
 
     def _image(self, image: Any, what: str) -> Tensor:
-        from PIL.Image import Image
-
-        if isinstance(image, Image):
+        if isinstance(image, Image.Image):
             image = image.convert("RGB")
             height, width = (self.image_size,) * 2 if self.image_size else (image.height, image.width)
             return torch.from_numpy(centre_crop(image, height, width).copy())  # Pillow's own memory is read-only
@@ -282,7 +282,7 @@ class Folder(ImageSource):
 
         def decoded(files: Files, limit: int | None) -> tuple[Tensor, Tensor]:
             labels = np.array([label for _, label in files], dtype=np.int64)
-            chosen = first_per_class(labels, limit, self.seed)
+            chosen = choose_per_class(labels, limit, self.seed)
             images = decode([files[n][0] for n in chosen], self.image_size, self.cache_dir)
             return images, torch.from_numpy(labels[chosen])
 

@@ -9,17 +9,15 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
-from fedlscl.data.loader import split_per_class
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from fedlscl.data.loader import choose_per_class
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ENDINGS = ", ".join(SUFFIXES)
@@ -61,9 +59,9 @@ def list_folder(root: Path, seed: int) -> tuple[list[str], Files, Files]:
             "test, and put one folder of images per class into each."
         )
     _warn_left_out(root, left_out)
-    parts = split_per_class(np.array([label for _, label in files]), 0.8, seed)
-    train_files, test_files = ([files[n] for n in part] for part in parts)
-    return classes, train_files, test_files
+    chosen = choose_per_class(np.array([label for _, label in files]), 0.8, seed)
+    rest = np.delete(np.arange(len(files)), chosen)
+    return classes, [files[n] for n in chosen], [files[n] for n in rest]
 
 
 def _list_parts(root: Path, train: Path) -> tuple[list[str], Files, Files]:
@@ -232,34 +230,30 @@ def _write(files: list[Path], shape: tuple[int, ...], cached: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def centre_crop(image: "Image", height: int, width: int) -> np.ndarray:
+def centre_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
     """An RGB image resized (bicubic) until it covers height x width, then cropped: (3, height, width) uint8.
 
     An image of that size stays as it is.
     """
-    from PIL.Image import Resampling
-
     size = covering(image, height, width)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    image = image.resize(size, Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def covering(image: "Image", height: int, width: int) -> tuple[int, int]:
+def covering(image: Image.Image, height: int, width: int) -> tuple[int, int]:
     """The smallest (width, height) of the image's aspect ratio that covers height x width; the rest is cropped."""
     scale = max(width / image.width, height / image.height)
     return max(width, round(image.width * scale)), max(height, round(image.height * scale))
 
 
-def read_image(file: Path) -> "Image":
+def read_image(file: Path) -> Image.Image:
     """An image file as 8-bit RGB, its first frame or page, turned upright as its EXIF orientation says.
 
     Transparent parts become white. 16-bit grey levels are divided by 257, 12-bit levels of TIFF by 4095 / 255. Colour
     profiles are not applied. Signed, 32-bit and floating-point pixels are refused, and alpha 0 everywhere over varying
     colours. All of this is our choice.
     """
-    from PIL import Image
-
     try:
         # Given a path, Pillow maps uncompressed TIFF files into memory, and scrambles those with an orientation.
         with file.open("rb") as stream, Image.open(stream) as opened:
@@ -279,7 +273,7 @@ def read_image(file: Path) -> "Image":
     return image
 
 
-def _error(image: "Image", rule: str) -> str | None:
+def _error(image: Image.Image, rule: str) -> str | None:
     """Why an image cannot become RGB, and the fix."""
     if rule == REFUSED:
         return (
@@ -293,24 +287,20 @@ def _error(image: "Image", rule: str) -> str | None:
     return None
 
 
-def _upright(image: "Image") -> "Image":
+def _upright(image: Image.Image) -> Image.Image:
     """Transposed by its EXIF orientation; Pillow's exif_transpose also rewrites the EXIF data, which may fail."""
-    from PIL.Image import Transpose
-
     turns = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # Damaged EXIF data: viewers show the pixels as stored, too.
         return image
     if isinstance(orientation, int) and 2 <= orientation <= 8:
-        return image.transpose(Transpose[turns[orientation - 2]])
+        return image.transpose(Image.Transpose[turns[orientation - 2]])
     return image
 
 
-def _rgb(image: "Image", rule: str, raw: Any) -> "Image":
+def _rgb(image: Image.Image, rule: str, raw: Any) -> Image.Image:
     """Convert to RGB; ``raw`` is Pillow's name of the pixels as stored, which tells the range of PNG's tRNS value."""
-    from PIL import Image
-
     transparent: Any = image.info.get("transparency")
     if rule == GREY16:
         # Pillow clips 16-bit levels to 255 and takes TIFF's WhiteIsZero for BlackIsZero.

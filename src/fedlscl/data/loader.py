@@ -105,22 +105,18 @@ class ImageData:
                 digest.update(chunk.contiguous().numpy().data)
         return digest.hexdigest()
 
-    def images(self, ids: Tensor) -> Tensor:
-        """Images (B, 3, height, width) uint8 of ids (B,)."""
-        return _take(self.train_images, self.test_images, ids)
-
     def labels(self, ids: Tensor) -> Tensor:
         """Labels (B,) of ids (B,)."""
         return _take(self.train_labels, self.test_labels, ids)
 
     def fetch(self, ids: Tensor) -> Batch:
         """The samples of ids (B,), in that order."""
-        return Batch(self.images(ids), self.labels(ids), ids)
+        return Batch(_take(self.train_images, self.test_images, ids), self.labels(ids), ids)
 
     def capped(self, train_per_class: int | None, test_per_class: int | None, seed: int) -> "ImageData":
         """Keep at most so many samples of each class; ``None`` keeps all."""
-        train = first_per_class(self.train_labels.numpy(), train_per_class, seed)
-        test = first_per_class(self.test_labels.numpy(), test_per_class, seed)
+        train = choose_per_class(self.train_labels.numpy(), train_per_class, seed)
+        test = choose_per_class(self.test_labels.numpy(), test_per_class, seed)
         if len(train) == len(self.train_labels) and len(test) == len(self.test_labels):
             return self
         return replace(
@@ -163,36 +159,25 @@ def names_hash(class_names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([plain_name(name) for name in class_names]).encode()).hexdigest()
 
 
-def first_per_class(labels: np.ndarray, limit: int | None, *seeds: int) -> np.ndarray:
-    """Sorted positions of at most ``limit`` samples of each class: the first ones of a seeded permutation.
+def choose_per_class(labels: np.ndarray, size: float | None, *seeds: int) -> np.ndarray:
+    """Sorted positions of ``size`` samples of each class: the first ones of a seeded permutation.
 
-    A larger limit keeps what a smaller one chose.
-
-    Example:
-        >>> first_per_class(np.array([0, 0, 0, 1]), 1, 0).size
-        2
-    """
-    return np.sort(np.concatenate([ids[:limit] for ids in _permuted_per_class(labels, *seeds)]))
-
-
-def split_per_class(labels: np.ndarray, train_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions of the train part and of the test part; both have every class that has two samples.
+    A size between 0 and 1 is a share of the class, of which it takes and leaves a sample if there are two; None is all.
+    A larger size keeps what a smaller one chose.
 
     Example:
-        >>> [part.size for part in split_per_class(np.repeat([0, 1], 4), 0.75, seed=0)]
-        [6, 2]
+        >>> labels = np.array([0, 0, 0, 0, 1])
+        >>> [choose_per_class(labels, size, 42).size for size in (1, 0.75, None)]
+        [2, 4, 5]
     """
-    classes = _permuted_per_class(labels, seed)
-    sizes = [min(max(round(train_fraction * len(ids)), 1), max(len(ids) - 1, 1)) for ids in classes]
-    train = np.concatenate([ids[:size] for ids, size in zip(classes, sizes, strict=True)])
-    return np.sort(train), np.setdiff1d(np.arange(len(labels)), train)
-
-
-def _permuted_per_class(labels: np.ndarray, *seeds: int) -> list[np.ndarray]:
-    return [
-        np.random.default_rng((*seeds, label)).permutation(np.flatnonzero(labels == label))
-        for label in np.unique(labels).tolist()
-    ]
+    chosen = []
+    for label in np.unique(labels).tolist():
+        ids = np.random.default_rng((*seeds, label)).permutation(np.flatnonzero(labels == label))
+        count = len(ids) if size is None else int(size)
+        if size is not None and 0 < size < 1:
+            count = min(max(round(size * len(ids)), 1), max(len(ids) - 1, 1))
+        chosen.append(ids[:count])
+    return np.sort(np.concatenate(chosen))
 
 
 def batches(

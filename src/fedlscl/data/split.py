@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fedlscl.data.loader import check_integers, first_per_class, plain_name
+from fedlscl.data.loader import check_integers, choose_per_class, plain_name
 from fedlscl.options import Interval
 
 Protocol = Literal["local", "global"]
@@ -141,7 +141,7 @@ def held_out(train_labels: np.ndarray, per_class: int, seed: int, class_names: S
                 f"validation_per_class must be less than the {count} train samples of class {class_names[label]!r}, "
                 f"got {per_class}: lower it or raise train_per_class."
             )
-    return first_per_class(train_labels, per_class, seed, VALIDATION)
+    return choose_per_class(train_labels, per_class, seed, VALIDATION)
 
 
 def save_manifest(
