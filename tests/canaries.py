@@ -13,7 +13,7 @@ import yaml
 
 from fedlscl.cli.app import check_config
 from fedlscl.data.datasets import load_images
-from fedlscl.data.images import decode_one
+from fedlscl.data.images import centre_crop, read_image
 from fedlscl.data.split import read_manifest
 from fedlscl.federated.checkpoint import MAGIC, load_checkpoint, load_last_good, previous, save_checkpoint
 from fedlscl.federated.client import Client
@@ -89,7 +89,7 @@ def canaries(folder, place):
         yield f"letter, {name}", lambda data=data: read_request(data)
         yield f"reply, {name}", lambda data=data: read_reply(data)
         yield f"weights, {name}", lambda data=data: _weights(_file(place / "w.safetensors", data))
-        yield f"image, {name}", lambda data=data: decode_one(_file(place / "x.png", data), 8)
+        yield f"image, {name}", lambda data=data: centre_crop(read_image(_file(place / "x.png", data)), 8, 8)
     data = pickles(folder)["protocol 2"]
     for entry in ("data.pkl", "version", "extra.pkl"):
         yield f"checkpoint with {entry} replaced", lambda entry=entry: _replaced(place, entry, data)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fedlscl.data import load_images
-from fedlscl.data.folders import find_images
+from fedlscl.data.images import find_images
 
 
 @pytest.fixture

@@ -55,7 +55,8 @@ def test_images_of_another_type_or_layout_are_refused(part, images, message):
         (np.array([0, 1, 0, 1]), "must be an int64 tensor, got ndarray"),
         (LABELS[:, None], r"must have shape \(4,\), got \(4, 1\)"),
         (LABELS[:3], r"must have shape \(4,\), got \(3,\)"),
-        (LABELS - 1, "must be >= 0, got -1"),
+        (LABELS - 1, "must be 0 to 1, one for each class name, got -1: give every class a name"),
+        (LABELS * 10**12, "must be 0 to 1, one for each class name, got 1000000000000: give"),
     ],
 )
 def test_labels_of_another_type_or_number_are_refused(part, labels, message):

@@ -47,7 +47,7 @@ def test_a_loader_yields_the_samples_of_its_ids(data):
     ids = torch.tensor([3, 30, 23, 24, 1])
     (batch,) = batches(data, ids, 8, shuffle=False)
     assert torch.equal(batch.ids, ids)
-    assert torch.equal(batch.images, data.images(ids)) and torch.equal(batch.labels, data.labels(ids))
+    assert torch.equal(batch.images, data.fetch(ids).images) and torch.equal(batch.labels, data.labels(ids))
 
 
 def test_no_ids_give_no_batches(data):

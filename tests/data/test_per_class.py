@@ -1,9 +1,8 @@
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.data.loader import first_per_class, split_per_class
+from fedlscl.data.loader import choose_per_class
 
 labels = st.lists(st.integers(0, 4), min_size=1, max_size=60).map(np.array)
 
@@ -11,23 +10,16 @@ labels = st.lists(st.integers(0, 4), min_size=1, max_size=60).map(np.array)
 @settings(deadline=None)
 @given(labels, st.integers(1, 10), st.integers(0, 9))
 def test_a_limit_holds_in_each_class_and_a_larger_one_keeps_the_choice(labels, limit, seed):
-    chosen = first_per_class(labels, limit, seed)
+    chosen = choose_per_class(labels, limit, seed)
     for label in np.unique(labels):
         assert (labels[chosen] == label).sum() == min(limit, (labels == label).sum())
-    assert set(chosen) <= set(first_per_class(labels, limit + 1, seed))
-    assert (first_per_class(labels, None, seed) == np.arange(len(labels))).all()
+    assert set(chosen) <= set(choose_per_class(labels, limit + 1, seed))
+    assert (choose_per_class(labels, None, seed) == np.arange(len(labels))).all()
 
 
 @settings(deadline=None)
 @given(labels, st.integers(0, 9))
-def test_both_parts_have_every_class_of_two_or_more(labels, seed):
-    train, test = split_per_class(labels, 0.8, seed)
-    assert sorted([*train, *test]) == list(range(len(labels)))
+def test_a_share_and_the_rest_have_every_class_of_two_or_more(labels, seed):
+    chosen = choose_per_class(labels, 0.8, seed)
     several = {label for label in labels if (labels == label).sum() > 1}
-    assert several <= set(labels[train]) and several == set(labels[test])
-
-
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_below_one_is_refused(limit):
-    with pytest.raises(ValueError, match=f"limit must be >= 1 sample of each class, got {limit}"):
-        first_per_class(np.arange(3), limit, seed=0)
+    assert set(labels[chosen]) == set(labels) and set(np.delete(labels, chosen)) == several

@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlscl.data import dirichlet_split, spatial_temporal_split
+from fedlscl.data import spatial_temporal_split
+
+GLOBAL = {"protocol": "global", "private_classes": 0}
 
 
 @st.composite
@@ -110,16 +112,17 @@ def test_small_concentration_gives_unequal_shares():
     dirichlet_alpha=st.floats(0.01, 1000),
     seed=st.integers(0, 2**32),
 )
-def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, num_tasks, dirichlet_alpha, seed):
+def test_the_global_protocol_shares_classes_and_divides_every_sample(num_clients, num_tasks, dirichlet_alpha, seed):
     labels = np.repeat(np.arange(7), 5)
-    splits = dirichlet_split(
+    splits = spatial_temporal_split(
         labels,
         labels,
         num_clients=num_clients,
         num_tasks=num_tasks,
-        num_classes=6,
         dirichlet_alpha=dirichlet_alpha,
         seed=seed,
+        **GLOBAL,
+        public_classes=6,
     )
     assert len({split.classes for split in splits}) == 1
     for task, classes in enumerate(splits[0].classes):
@@ -128,9 +131,9 @@ def test_dirichlet_split_shares_classes_and_divides_every_sample(num_clients, nu
         assert all((split.test[task] == splits[0].test[task]).all() for split in splits)
 
 
-def test_dirichlet_split_may_leave_a_client_without_samples():
+def test_the_global_protocol_may_leave_a_client_without_samples():
     labels = np.repeat(np.arange(2), 3)
-    splits = dirichlet_split(labels, labels, num_clients=8, num_tasks=2, num_classes=2, dirichlet_alpha=1.0, seed=0)
+    splits = spatial_temporal_split(labels, labels, num_clients=8, num_tasks=2, public_classes=2, seed=0, **GLOBAL)
     sizes = [len(ids) for split in splits for ids in split.train]
     assert 0 in sizes and sum(sizes) == 6
     assert all(ids.dtype == np.int64 for split in splits for ids in split.train)
@@ -152,10 +155,10 @@ def test_dirichlet_split_may_leave_a_client_without_samples():
         ({"num_clients": 10**12}, "num_clients must be from 1 to 100000, got 1000000000000"),
         ({"num_tasks": -1}, "num_tasks must be >= 1, got -1"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
-        ({"dirichlet_alpha": 0.0}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got 0.0"),
-        ({"dirichlet_alpha": float("inf")}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got inf"),
-        ({"dirichlet_alpha": float("nan")}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got nan"),
-        ({"dirichlet_alpha": 1e308}, "dirichlet_alpha must be in \\(0, 1e\\+09\\], got 1e\\+308"),
+        ({"dirichlet_alpha": 0.0}, "dirichlet_alpha must be in \\(0, 1e9\\], got 0.0"),
+        ({"dirichlet_alpha": float("inf")}, "dirichlet_alpha must be in \\(0, 1e9\\], got inf"),
+        ({"dirichlet_alpha": float("nan")}, "dirichlet_alpha must be in \\(0, 1e9\\], got nan"),
+        ({"dirichlet_alpha": 1e308}, "dirichlet_alpha must be in \\(0, 1e9\\], got 1e\\+308"),
         ({"private_classes": -1}, "private_classes must be >= 0, got -1"),
         (
             {"private_classes": 0, "num_clients": 4},
@@ -174,22 +177,24 @@ def test_impossible_splits_are_refused_in_one_line(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_classes": 5}, "public_classes must be at most 4, the classes of the data set, got 5"),
-        ({"num_tasks": 3}, "4 public classes cannot be cut into 3 equal tasks"),
+        ({"public_classes": 5}, r"0 private x 2 clients \+ 5 public = 5 classes, but the data set has 4"),
+        ({"num_tasks": 3}, r"0 private \+ 4 public classes = 4 cannot be cut into 3 equal tasks"),
+        ({"private_classes": 1}, "private_classes must be 0 for protocol 'global', got 1"),
+        ({"protocol": "globl"}, "protocol must be one of local, global, got 'globl'"),
     ],
 )
-def test_impossible_dirichlet_splits_are_refused(changed, message):
+def test_impossible_global_splits_are_refused(changed, message):
     labels = np.repeat(np.arange(4), 3)
-    kwargs = {"num_clients": 2, "num_tasks": 2, "num_classes": 4, "dirichlet_alpha": 1.0, "seed": 42} | changed
+    kwargs = {"num_clients": 2, "num_tasks": 2, "public_classes": 4, "seed": 42} | GLOBAL | changed
     with pytest.raises(ValueError, match=message):
-        dirichlet_split(labels, labels, **kwargs)
+        spatial_temporal_split(labels, labels, **kwargs)
 
 
 def test_the_largest_concentration_gives_equal_shares():
     labels = np.repeat(np.arange(4), 120)
-    kwargs = {"num_clients": 3, "num_tasks": 1, "num_classes": 4, "dirichlet_alpha": 1e9}
+    kwargs = {"num_clients": 3, "num_tasks": 1, "public_classes": 4, "dirichlet_alpha": 1e9} | GLOBAL
     for seed in range(5):
-        for split in dirichlet_split(labels, labels, **kwargs, seed=seed):
+        for split in spatial_temporal_split(labels, labels, **kwargs, seed=seed):
             assert np.abs(np.bincount(labels[split.train[0]]) - 40).max() <= 1
 
 

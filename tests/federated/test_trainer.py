@@ -275,7 +275,7 @@ def test_hooks_are_called_in_the_order_of_algorithm_1(make_method, make_data, tm
         accelerator="cpu", rounds_per_task=1, max_tasks=1, callbacks=[InFolder(tmp_path), events]
     )
     trainer.fit(make_method("fedvit"), make_data())
-    batches = len(make_data().train_dataloader(0, 0))
+    batches = len(make_data().at(0, 0).train_dataloader())
     client = [
         "on_client_start",
         "on_stage_start",

@@ -24,8 +24,7 @@ from fedlscl.cli.runs import (
     learned_part,
 )
 from fedlscl.data import Batch, SpatialTemporalDataModule
-from fedlscl.data.folders import ENDINGS, find_images
-from fedlscl.data.images import centre_crop, covering, read_image
+from fedlscl.data.images import ENDINGS, centre_crop, covering, find_images, read_image
 from fedlscl.data.loader import check_integers
 from fedlscl.data.split import preparation, read_manifest
 from fedlscl.federated.checkpoint import load_last_good, write_atomically

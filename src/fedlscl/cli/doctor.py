@@ -18,7 +18,7 @@ import torch
 from fedlscl.callbacks.formatting import in_bytes
 from fedlscl.cli import PACKAGE, Parser, explain
 from fedlscl.data import ImageData, load_images
-from fedlscl.data.folders import contents, imagenet_r_folder, list_folder, part_meant
+from fedlscl.data.images import contents, imagenet_r_folder, list_folder, part_meant
 from fedlscl.federated.engine import chosen_precision
 from fedlscl.federated.method import StreamShape
 from fedlscl.nets.vit import Foundation, FoundationConfig

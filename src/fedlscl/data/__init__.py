@@ -1,6 +1,6 @@
 """Data sets, their split into clients and tasks, batches and the replay buffer."""
 
-from fedlscl.data.datamodule import ClientStream, ClientTaskDataModule, SpatialTemporalDataModule
+from fedlscl.data.datamodule import ClientStream, SpatialTemporalDataModule
 from fedlscl.data.datasets import (
     CIFAR100,
     Digits,
@@ -13,7 +13,7 @@ from fedlscl.data.datasets import (
     load_images,
 )
 from fedlscl.data.loader import Batch, Buffer, EvenBatches, ImageData, batches, lowest_loss
-from fedlscl.data.split import ClientSplit, dirichlet_split, load_manifest, save_manifest, spatial_temporal_split
+from fedlscl.data.split import ClientSplit, load_manifest, save_manifest, spatial_temporal_split
 
 __all__ = [
     "CIFAR100",
@@ -21,7 +21,6 @@ __all__ = [
     "Buffer",
     "ClientSplit",
     "ClientStream",
-    "ClientTaskDataModule",
     "Digits",
     "EvenBatches",
     "Fake",
@@ -33,7 +32,6 @@ __all__ = [
     "SpatialTemporalDataModule",
     "TorchDatasets",
     "batches",
-    "dirichlet_split",
     "load_images",
     "load_manifest",
     "lowest_loss",

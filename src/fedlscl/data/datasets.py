@@ -6,21 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from fedlscl.data.folders import Files, imagenet_r_folder, list_folder
-from fedlscl.data.images import centre_crop, decode
-from fedlscl.data.loader import ImageData, check_integers, first_per_class, split_per_class
+from fedlscl.data.images import Files, centre_crop, decode, imagenet_r_folder, list_folder
+from fedlscl.data.loader import ImageData, check_integers, choose_per_class
+from fedlscl.options import Count, Interval, Whole, check_options
 
-MAX_SIDE, MAX_FAKE_BYTES = 4096, 2**31
-"""Largest image_size in pixels, and most bytes of 'fake' images (ours)."""
+MAX_SIDE = 4096
+Side = Annotated[int, Interval(f"[1, {MAX_SIDE}]")]
+"""Side of an image in pixels; the limit is ours."""
 SEED = 0
 """Of the choice of samples: not the seed of a run, so that all runs have the same test set (ours)."""
 
@@ -44,11 +46,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self) -> ImageData:
-        """Read all images and labels; called once for each datamodule.
-
-        Raises:
-            ValueError: if the data set is missing or damaged.
-        """
+        """Read all images and labels, once for each datamodule; a ValueError says what is missing or damaged."""
 
 
 def load_images(
@@ -63,50 +61,38 @@ def load_images(
     fake_classes: int = 12,
     seed: int = SEED,
 ) -> ImageData:
-    """Load a data set as uint8 images.
+    """Load a data set as uint8 images; the options are those of `SpatialTemporalDataModule`.
 
-    Args:
-        dataset: 'cifar100', 'imagenet-r', 'folder', 'digits', 'fake', the name of an .npz file, or an `ImageSource`.
-        root: folder that holds a named data set.
-        image_size: side in pixels, 1 to 4096, of 'folder', 'imagenet-r' (224) and 'fake' (32) images; other data sets
-            keep their size.
-        train_per_class: keep at most so many train samples of each class; for 'fake' how many are made.
-        test_per_class: the same for test samples.
-        download: fetch 'cifar100' if it is not under root.
-        cache_dir: where decoded image folders are kept, by default ~/.cache/fedlscl.
-        fake_classes: number of classes of 'fake'.
-        seed: of the choice of samples.
-
-    Raises:
-        ValueError: if the data set is unknown, missing or damaged, or a number is out of range.
+    The seed is that of the choice of samples. ``image_size`` left out is 224 for image folders and 32 for 'fake', which
+    makes as many images of each class as ``train_per_class`` and ``test_per_class`` say, or 20 and 10.
     """
-    check_sizes(image_size, train_per_class, test_per_class, fake_classes)
+    check_integers(1, MAX_SIDE, image_size=image_size)
+    check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
     check_integers(0, seed=seed)
-    limits = train_per_class, test_per_class
-    # What each short name stands for.
-    named: dict[str, Callable[[], ImageSource]] = {
-        "cifar100": lambda: CIFAR100(_folder(root, dataset), download),
-        "imagenet-r": lambda: ImageNetR(_folder(root, dataset), image_size or IMAGE_SIZE, cache_dir, *limits, seed),
-        "folder": lambda: Folder(_folder(root, dataset), image_size or IMAGE_SIZE, cache_dir, *limits, seed),
-        "digits": lambda: Digits(seed),
-        "fake": lambda: Fake(fake_classes, image_size or FAKE_SIZE, *limits, seed),
-    }
-    if image_size is not None and dataset not in ("imagenet-r", "folder", "fake"):
+    if not root and dataset in ("cifar100", "imagenet-r", "folder"):
+        raise ValueError(f"root must be the folder of data set {dataset!r}, got {root!r}: set root.")
+    if image_size and dataset not in ("imagenet-r", "folder", "fake"):
         raise ValueError(
             f"image_size must be left out for {dataset!r}, got {image_size}: its images are kept as stored, and every "
             "net resizes them."
         )
+    place, limits = root or "", (train_per_class, test_per_class)
+    named: dict[str, Callable[[], ImageSource]] = {
+        "cifar100": lambda: CIFAR100(place, download),
+        "imagenet-r": lambda: ImageNetR(place, image_size or IMAGE_SIZE, cache_dir, *limits, seed),
+        "folder": lambda: Folder(place, image_size or IMAGE_SIZE, cache_dir, *limits, seed),
+        "digits": lambda: Digits(seed),
+        "fake": lambda: Fake(fake_classes, image_size or FAKE_SIZE, *limits, seed),
+    }
     if isinstance(dataset, ImageSource):
         source = dataset
     elif dataset in named:
         source = named[dataset]()
     elif dataset.endswith(".npz"):
-        source = NpzFile(str(Path(root or "").expanduser() / dataset))
+        source = NpzFile(str(Path(place) / dataset))
     else:
         choices = ", ".join(map(repr, named))
-        raise ValueError(
-            f"dataset must be {choices}, the name of an .npz file or a class_path, got {dataset!r}: correct it."
-        )
+        raise ValueError(f"dataset must be {choices}, the name of an .npz file or a class_path, got {dataset!r}.")
     data = source.load()
     if not isinstance(data, ImageData):
         raise ValueError(f"{type(source).__name__}.load must return ImageData, got {type(data).__name__}.")
@@ -119,23 +105,6 @@ def load_images(
                 "if they are in 0..1"
             )
     return data
-
-
-def check_sizes(
-    image_size: int | None, train_per_class: int | None, test_per_class: int | None, fake_classes: int
-) -> None:
-    """Raise a ValueError that names the first option that no data set can have."""
-    check_integers(1, MAX_SIDE, image_size=image_size)
-    check_integers(1, train_per_class=train_per_class, test_per_class=test_per_class, fake_classes=fake_classes)
-
-
-def _folder(root: str | None, dataset: Any) -> str:
-    if not root:
-        raise ValueError(f"root must be the folder of data set {dataset!r}, got {root!r}: set root.")
-    return str(Path(root).expanduser())
-
-
-# Data sets in memory.
 
 
 @dataclass
@@ -153,19 +122,14 @@ class CIFAR100(ImageSource):
 
         try:
             parts = CIFAR100(self.root, train=True, download=self.download), CIFAR100(self.root, train=False)
-        except RuntimeError:
+        except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"root must hold cifar100, undamaged, got {self.root!r}: set download=true, or unpack "
+                f"root must hold cifar100, undamaged, got {self.root!r} ({error}): set download=true, or unpack "
                 "cifar-100-python.tar.gz there."
             ) from None
-        except OSError as error:
-            raise ValueError(
-                f"cifar100 could not be downloaded to root {self.root!r} ({error}): unpack cifar-100-python.tar.gz "
-                "there."
-            ) from None
         images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-        labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
-        return ImageData("cifar100", images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
+        train, test = zip(images, [torch.tensor(part.targets) for part in parts], strict=True)
+        return ImageData("cifar100", *train, *test, tuple(parts[0].classes))
 
 
 @dataclass
@@ -183,36 +147,33 @@ class Digits(ImageSource):
             raise ValueError("dataset 'digits' needs scikit-learn: pip install fedlscl[digits].") from None
         pixels, digits = datasets.load_digits(return_X_y=True)  # (1797, 64) in 0..16
         grey = torch.from_numpy(np.round(pixels * (255 / 16)).astype(np.uint8))
-        images = grey.view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
-        labels = torch.from_numpy(digits.astype(np.int64))
-        train, test = split_per_class(labels.numpy(), 0.75, self.seed)
-        names = tuple(str(digit) for digit in range(10))
-        return ImageData("digits", images[train], labels[train], images[test], labels[test], names)
+        images, labels = grey.view(-1, 1, 8, 8).repeat(1, 3, 1, 1), torch.from_numpy(digits.astype(np.int64))
+        train = choose_per_class(digits, 0.75, self.seed)
+        test = np.delete(np.arange(len(digits)), train)
+        return ImageData("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-FAKE_SIZE, FAKE_TRAIN, FAKE_TEST = 32, 20, 10
+FAKE_SIZE, MAX_FAKE_BYTES = 32, 2**31
 
 
 @dataclass
 class Fake(ImageSource):
     """Noise over a colour and a grating that depend on the class: learnable, and made in no time."""
 
-    num_classes: int = 12
-    image_size: int = FAKE_SIZE
-    """Side in pixels."""
-    train_per_class: int | None = None
+    num_classes: Count = 12
+    image_size: Side = FAKE_SIZE
+    train_per_class: Count | None = None
     """Train images of each class, 20 if left out."""
-    test_per_class: int | None = None
+    test_per_class: Count | None = None
     """Test images of each class, 10 if left out."""
-    seed: int = SEED
+    seed: Whole = SEED
 
     @override
     def load(self) -> ImageData:
-        check_sizes(self.image_size, self.train_per_class, self.test_per_class, self.num_classes)
+        check_options(self)
         num_classes, size = self.num_classes, self.image_size
-        num_train, num_test = self.train_per_class or FAKE_TRAIN, self.test_per_class or FAKE_TEST
-        needed = num_classes * (num_train + num_test) * 3 * size**2
-        if needed > MAX_FAKE_BYTES:
+        num_train, num_test = self.train_per_class or 20, self.test_per_class or 10
+        if (needed := num_classes * (num_train + num_test) * 3 * size**2) > MAX_FAKE_BYTES:
             raise ValueError(
                 f"fake images must take at most {MAX_FAKE_BYTES:,} bytes, got {needed:,}: lower image_size, "
                 "train_per_class, test_per_class or fake_classes."
@@ -251,7 +212,7 @@ class TorchDatasets(ImageSource):
     test: Dataset
     class_names: Sequence[str] | None = None
     """In label order; left out, ``train.classes`` if it has them, else the numbers of the classes."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side in pixels to which PIL images are resized (shorter side) and cropped; left out, all have one size."""
     title: str = ""
     """What results and manifests call the data set; left out, the name of the class of ``train``."""
@@ -263,14 +224,12 @@ class TorchDatasets(ImageSource):
 
     @override
     def load(self) -> ImageData:
-        images, labels = zip(*(self._read(part) for part in ("train", "test")), strict=True)
-        names = self.class_names or getattr(self.train, "classes", None) or range(int(labels[0].max()) + 1)
-        return ImageData(
-            self.name, images[0], labels[0], images[1], labels[1], tuple(map(str, names)), self.image_size is not None
-        )
+        check_options(self)
+        train, test = self._read(self.train, "train"), self._read(self.test, "test")
+        names = self.class_names or getattr(self.train, "classes", None) or range(int(train[1].max()) + 1)
+        return ImageData(self.name, *train, *test, tuple(map(str, names)), is_cropped=self.image_size is not None)
 
-    def _read(self, part: str) -> tuple[Tensor, Tensor]:
-        dataset: Any = getattr(self, part)
+    def _read(self, dataset: Any, part: str) -> tuple[Tensor, Tensor]:
         pairs = [dataset[index] for index in range(len(dataset))]
         images = [self._image(image, f"image {n} of {part}") for n, (image, _) in enumerate(pairs)]
         shapes = sorted({tuple(image.shape[1:]) for image in images})
@@ -280,9 +239,7 @@ class TorchDatasets(ImageSource):
         return torch.stack(images), torch.tensor([int(label) for _, label in pairs])
 
     def _image(self, image: Any, what: str) -> Tensor:
-        from PIL.Image import Image
-
-        if isinstance(image, Image):
+        if isinstance(image, Image.Image):
             image = image.convert("RGB")
             height, width = (self.image_size,) * 2 if self.image_size else (image.height, image.width)
             return torch.from_numpy(centre_crop(image, height, width).copy())  # Pillow's own memory is read-only
@@ -295,8 +252,6 @@ class TorchDatasets(ImageSource):
         )
 
 
-# Image folders.
-
 IMAGE_SIZE = 224
 
 
@@ -308,14 +263,13 @@ class Folder(ImageSource):
     """
 
     root: str
-    image_size: int = IMAGE_SIZE
-    """Side in pixels."""
+    image_size: Side = IMAGE_SIZE
     cache_dir: str | None = None
     """Folder of decoded images, ~/.cache/fedlscl if left out."""
-    train_per_class: int | None = None
+    train_per_class: Count | None = None
     """At most so many train images of each class, chosen before they are decoded."""
-    test_per_class: int | None = None
-    seed: int = SEED
+    test_per_class: Count | None = None
+    seed: Whole = SEED
     """Of the choice of images."""
 
     @override
@@ -323,11 +277,12 @@ class Folder(ImageSource):
         return self._load(Path(self.root).expanduser(), "folder")
 
     def _load(self, root: Path, name: str) -> ImageData:
+        check_options(self)
         class_names, train, test = list_folder(root, self.seed)
 
         def decoded(files: Files, limit: int | None) -> tuple[Tensor, Tensor]:
             labels = np.array([label for _, label in files], dtype=np.int64)
-            chosen = first_per_class(labels, limit, self.seed)
+            chosen = choose_per_class(labels, limit, self.seed)
             images = decode([files[n][0] for n in chosen], self.image_size, self.cache_dir)
             return images, torch.from_numpy(labels[chosen])
 
@@ -343,8 +298,6 @@ class ImageNetR(Folder):
         return self._load(imagenet_r_folder(Path(self.root).expanduser()), "imagenet-r")
 
 
-# Files in the layout of MedMNIST.
-
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -352,8 +305,8 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 class NpzFile(ImageSource):
     """An .npz file with uint8 images (N, H, W[, 1 or 3]) and labels (N,) or (N, 1); never unpickles.
 
-    Its arrays are train_images, train_labels, test_images and test_labels; an optional class_names gives the names in
-    label order.
+    Its arrays are those of MedMNIST: train_images, train_labels, test_images and test_labels; an optional class_names
+    gives the names in label order.
     """
 
     path: str
@@ -362,42 +315,18 @@ class NpzFile(ImageSource):
     def load(self) -> ImageData:
         path = Path(self.path).expanduser()
         arrays = _read_npz(path)
-        images = [_npz_images(arrays[key], f"{key} of {path}") for key in ("train_images", "test_images")]
-        sizes = [tuple(part.shape[1:]) for part in images]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"train and test images of {path} must have one size, got {sizes[0]} and {sizes[1]}.")
-        labels = [
-            _npz_labels(arrays[f"{part}_labels"], len(images[n]), f"{part}_labels of {path}")
-            for n, part in enumerate(("train", "test"))
-        ]
-        found = np.unique(labels[0])
-        names = arrays.get("class_names", np.arange(len(found)))
+        train, test = _npz_part(arrays, "train", path), _npz_part(arrays, "test", path)
+        names = arrays.get("class_names", np.arange(len(train[1].unique())))
         if names.ndim != 1 or names.dtype.kind not in "Uiu":
             raise ValueError(f"class_names of {path} must be one string per class, got {names.dtype} {names.shape}.")
-        if len(found) == len(names) and found[-1] >= len(found):
-            shown = ", ".join(map(str, found[:6])) + ", ..." * (len(found) > 6)
-            raise ValueError(
-                f"train_labels of {path} must be 0 to {len(found) - 1} without gaps, got {shown}: renumber them and "
-                "test_labels, such as with numpy.unique(labels, return_inverse=True)."
-            )
-        for part, values in zip(("train", "test"), labels, strict=True):
-            if (largest := int(values.max())) >= len(names):
-                fix = "name every class" if "class_names" in arrays else "add train images of that class"
-                raise ValueError(
-                    f"{part}_labels of {path} must be below {len(names)}, got {largest}: {fix} or correct the labels."
-                )
-        train, test = map(torch.from_numpy, labels)
-        return ImageData(path.name, images[0], train, images[1], test, tuple(str(name) for name in names))
+        return ImageData(path.name, *train, *test, tuple(map(str, names)))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: set root to its folder and dataset to its name.")
     try:
-        stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with stored:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as stored:  # refuses pickles
             arrays = {key: stored[key] for key in (*KEYS, "class_names") if key in stored.files}
             found = ", ".join(stored.files)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -408,22 +337,18 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _npz_images(array: np.ndarray, what: str) -> Tensor:
-    """Turn (N, H, W[, 1 or 3]) into (N, 3, H, W)."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"{what} must be uint8 in 0..255, got {array.dtype}.")
-    shape, array = array.shape, array[..., None] if array.ndim == 3 else array
-    if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
-        raise ValueError(f"{what} must have shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {shape}.")
-    return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-
-
-def _npz_labels(array: np.ndarray, num_images: int, what: str) -> np.ndarray:
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be integers, got {array.dtype}.")
-    if array.shape not in ((num_images,), (num_images, 1)):
-        raise ValueError(f"{what} must have shape ({num_images},), one label per image, got {array.shape}.")
-    for worst in (array.min(), array.max()):
-        if not 0 <= worst <= np.iinfo(np.int64).max:
-            raise ValueError(f"{what} must be numbered from 0, got {worst}: correct the labels.")
-    return array.reshape(-1).astype(np.int64)
+def _npz_part(arrays: dict[str, np.ndarray], part: str, path: Path) -> tuple[Tensor, Tensor]:
+    """Images (N, H, W[, 1 or 3]) as (N, 3, H, W), labels (N,) or (N, 1) as (N,); `ImageData` checks the rest."""
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if images.dtype != np.uint8:
+        raise ValueError(f"{part}_images of {path} must be uint8 in 0..255, got {images.dtype}.")
+    if images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or 0 in images.shape:
+        shapes = "(N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+        raise ValueError(f"{part}_images of {path} must have shape {shapes}, got {images.shape}.")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{part}_labels of {path} must be integers, got {labels.dtype}.")
+    if (largest := labels.max(initial=0)) > np.iinfo(np.int64).max:
+        raise ValueError(f"{part}_labels of {path} must be numbered from 0, got {largest}: correct the labels.")
+    pixels = torch.from_numpy(images).view(*images.shape[:3], -1).permute(0, 3, 1, 2)
+    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
+    return pixels.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels.astype(np.int64))

@@ -52,32 +52,39 @@ class ImageData:
     """Whether the images were cropped from files by `centre_crop`; `predict` then crops as well."""
 
     def __post_init__(self) -> None:
-        parts = ("train", self.train_images, self.train_labels), ("test", self.test_images, self.test_labels)
-        for part, images, _ in parts:
-            _check_images(images, f"{part}_images of data set {self.name!r}")
-        size, test_size = (tuple(images.shape[2:]) for images in (self.train_images, self.test_images))
-        if size != test_size:
-            raise ValueError(
-                f"test_images of data set {self.name!r} must be {size} like train_images, got {test_size}: resize them."
-            )
-        for part, images, labels in parts:
-            _check_labels(labels, len(images), f"{part}_labels of data set {self.name!r}")
-            counts = torch.bincount(labels, minlength=self.num_classes)
-            if len(counts) > self.num_classes:
-                raise ValueError(
-                    f"{part}_labels of data set {self.name!r} must be below {self.num_classes}, the number of class "
-                    f"names, got {len(counts) - 1}: name every class or correct the labels."
-                )
-            if not counts.all():
-                empty = self.class_names[int(counts.argmin())]
-                raise ValueError(
-                    f"data set {self.name!r} has no {part} image of class {empty!r}: add one or remove the class."
-                )
+        self._check("train", self.train_images, self.train_labels)
+        self._check("test", self.test_images, self.test_labels)
         # As they read: é has two encodings, and spaces around a name do not show.
         names = [plain_name(str(name)) for name in self.class_names]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"class_names of {self.name!r} must be different, got {twice!r} twice: rename one class.")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"class_names of {self.name!r} must be different, got {twice[0]!r} twice: rename one.")
+
+    def _check(self, part: str, images: Any, labels: Any) -> None:
+        what = f"{part}_images of data set {self.name!r} must"
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise ValueError(f"{what} be a uint8 tensor in 0..255, got {_kind(images)}: scale and convert it.")
+        shape, size = tuple(images.shape), tuple(self.train_images.shape[2:])
+        if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
+            is_last = len(shape) == 4 and shape[3] == 3
+            fix = "use images.permute(0, 3, 1, 2)" if is_last else "repeat a single channel three times"
+            raise ValueError(f"{what} have shape (N, 3, height, width), got {shape}: {fix}.")
+        if shape[2:] != size:
+            raise ValueError(f"{what} be {size} like train_images, got {shape[2:]}: resize them.")
+        what = f"{part}_labels of data set {self.name!r} must"
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise ValueError(f"{what} be an int64 tensor, got {_kind(labels)}: convert it.")
+        if labels.shape != (len(images),):
+            raise ValueError(f"{what} have shape ({len(images)},), got {tuple(labels.shape)}: one label per image.")
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"{what} be 0 to {self.num_classes - 1}, one for each class name, got {outside[0]}: give every class a "
+                "name and train images, or renumber the labels with numpy.unique(labels, return_inverse=True)."
+            )
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        if not counts.all():
+            empty = self.class_names[int(counts.argmin())]
+            raise ValueError(f"{self.name!r} has no {part} image of class {empty!r}: add one or remove the class.")
 
     @property
     def num_classes(self) -> int:
@@ -88,8 +95,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 over every pixel, shape and label, in order, and over `names_hash`.
 
-        Equal values mean equal data; the name of the data set does not count. It takes about half a second for each GB
-        of pixels, once for each object.
+        The name of the data set does not count. It takes half a second for each GB of pixels, once for each object.
         """
         digest = hashlib.sha256(names_hash(self.class_names).encode())
         for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
@@ -99,22 +105,18 @@ class ImageData:
                 digest.update(chunk.contiguous().numpy().data)
         return digest.hexdigest()
 
-    def images(self, ids: Tensor) -> Tensor:
-        """Images (B, 3, height, width) uint8 of ids (B,)."""
-        return _take(self.train_images, self.test_images, ids)
-
     def labels(self, ids: Tensor) -> Tensor:
         """Labels (B,) of ids (B,)."""
         return _take(self.train_labels, self.test_labels, ids)
 
     def fetch(self, ids: Tensor) -> Batch:
         """The samples of ids (B,), in that order."""
-        return Batch(self.images(ids), self.labels(ids), ids)
+        return Batch(_take(self.train_images, self.test_images, ids), self.labels(ids), ids)
 
     def capped(self, train_per_class: int | None, test_per_class: int | None, seed: int) -> "ImageData":
         """Keep at most so many samples of each class; ``None`` keeps all."""
-        train = first_per_class(self.train_labels.numpy(), train_per_class, seed)
-        test = first_per_class(self.test_labels.numpy(), test_per_class, seed)
+        train = choose_per_class(self.train_labels.numpy(), train_per_class, seed)
+        test = choose_per_class(self.test_labels.numpy(), test_per_class, seed)
         if len(train) == len(self.train_labels) and len(test) == len(self.test_labels):
             return self
         return replace(
@@ -130,31 +132,9 @@ def _take(train: Tensor, test: Tensor, ids: Tensor) -> Tensor:
     is_train = ids < len(train)
     if is_train.all():
         return train[ids]
-    if not is_train.any():
-        return test[ids - len(train)]
-    taken = train.new_empty(len(ids), *train.shape[1:])
+    taken = test[(ids - len(train)).clamp(min=0)]
     taken[is_train] = train[ids[is_train]]
-    taken[~is_train] = test[ids[~is_train] - len(train)]
     return taken
-
-
-def _check_images(images: Any, what: str) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise ValueError(f"{what} must be a uint8 tensor in 0..255, got {_kind(images)}: scale and convert it.")
-    shape = tuple(images.shape)
-    if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
-        is_last = len(shape) == 4 and shape[3] == 3
-        fix = "use images.permute(0, 3, 1, 2)" if is_last else "repeat a single channel three times"
-        raise ValueError(f"{what} must have shape (N, 3, height, width), got {shape}: {fix}.")
-
-
-def _check_labels(labels: Any, count: int, what: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise ValueError(f"{what} must be an int64 tensor, got {_kind(labels)}: convert it.")
-    if labels.shape != (count,):
-        raise ValueError(f"{what} must have shape ({count},), got {tuple(labels.shape)}: give one label per image.")
-    if count and labels.min() < 0:
-        raise ValueError(f"{what} must be >= 0, got {int(labels.min())}: number the classes from 0.")
 
 
 def _kind(value: Any) -> str:
@@ -179,41 +159,25 @@ def names_hash(class_names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([plain_name(name) for name in class_names]).encode()).hexdigest()
 
 
-def first_per_class(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """Sorted positions of at most ``limit`` samples of each class: the first ones of a seeded permutation.
+def choose_per_class(labels: np.ndarray, size: float | None, *seeds: int) -> np.ndarray:
+    """Sorted positions of ``size`` samples of each class: the first ones of a seeded permutation.
 
-    A larger limit keeps what a smaller one chose.
-
-    Example:
-        >>> first_per_class(np.array([0, 0, 0, 1]), 1, seed=0).size
-        2
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be >= 1 sample of each class, got {limit}: use None for all.")
-    return np.sort(np.concatenate([ids[:limit] for ids in _permuted_per_class(labels, seed)]))
-
-
-def split_per_class(labels: np.ndarray, train_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions of the train part and of the test part; both have every class that has two samples.
+    A size between 0 and 1 is a share of the class, of which it takes and leaves a sample if there are two; None is all.
+    A larger size keeps what a smaller one chose.
 
     Example:
-        >>> train, test = split_per_class(np.repeat([0, 1], 4), 0.75, seed=0)
-        >>> train.size, test.size
-        (6, 2)
+        >>> labels = np.array([0, 0, 0, 0, 1])
+        >>> [choose_per_class(labels, size, 42).size for size in (1, 0.75, None)]
+        [2, 4, 5]
     """
-    train, test = [], []
-    for ids in _permuted_per_class(labels, seed):
-        cut = min(max(round(train_fraction * len(ids)), 1), max(len(ids) - 1, 1))
-        train.append(ids[:cut])
-        test.append(ids[cut:])
-    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
-
-
-def _permuted_per_class(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    return [
-        np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
-        for label in np.unique(labels)
-    ]
+    chosen = []
+    for label in np.unique(labels).tolist():
+        ids = np.random.default_rng((*seeds, label)).permutation(np.flatnonzero(labels == label))
+        count = len(ids) if size is None else int(size)
+        if size is not None and 0 < size < 1:
+            count = min(max(round(size * len(ids)), 1), max(len(ids) - 1, 1))
+        chosen.append(ids[:count])
+    return np.sort(np.concatenate(chosen))
 
 
 def batches(
@@ -225,22 +189,16 @@ def batches(
     num_workers: int = 0,
     augment: Augment = "none",
 ) -> DataLoader:
-    """Loader of `Batch` over ids (n,).
+    """Loader of `EvenBatches` of ids (n,), which may be empty, as `Batch`.
 
-    Args:
-        data: the data set.
-        ids: (n,) positions in the data set; an empty tensor gives a loader without batches.
-        batch_size: the most samples in a batch.
-        shuffle: whether every pass has a new order, drawn from the generator.
-        generator: of the order; torch's global one if left out.
-        num_workers: processes that load batches; 0 loads in this one.
-        augment: random changes of the images; they do not change the order.
+    If shuffled, every pass has a new order, drawn from the generator (torch's global one if left out), and ``augment``
+    changes the images, not their order.
     """
-    order = EvenBatches(len(ids), batch_size, shuffle, generator)
+    sampler = _Seeded if shuffle and augment == "standard" else EvenBatches
     return DataLoader(
         _BatchDataset(data, ids),
         batch_size=None,
-        sampler=order if augment == "none" else _Seeded(order, generator),
+        sampler=sampler(len(ids), batch_size, shuffle, generator),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_initialized(),  # in use here: copies from pinned memory do not stop the host
         # A DataLoader draws a seed at every pass: not from the generator of the order, nor from the global one.
@@ -248,6 +206,7 @@ def batches(
     )
 
 
+@dataclass(eq=False)
 class EvenBatches(Sampler[Tensor]):
     """Positions 0..n-1 in ceil(n / batch_size) batches whose sizes differ by at most one.
 
@@ -258,45 +217,43 @@ class EvenBatches(Sampler[Tensor]):
         [[0, 1, 2], [3, 4]]
     """
 
-    def __init__(
-        self, num_samples: int, batch_size: int, shuffle: bool, generator: torch.Generator | None = None
-    ) -> None:
-        check_integers(1, batch_size=batch_size)
-        self.num_samples, self.shuffle, self.generator = num_samples, shuffle, generator
-        self.num_batches = -(-num_samples // batch_size)
+    num_samples: int
+    batch_size: int
+    shuffle: bool
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_integers(1, batch_size=self.batch_size)
 
     def __len__(self) -> int:
-        return self.num_batches
+        return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         # Drawn at the first batch, not before: with workers a DataLoader asks for an iterator twice and drops one.
-        if self.num_batches:
-            n = self.num_samples
+        if n := self.num_samples:
             order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
-            yield from order.tensor_split(self.num_batches)
+            yield from order.tensor_split(len(self))
 
 
-class _Seeded(Sampler[tuple[Tensor, int]]):
-    """Positions of every batch with the seed of its augmentation, whichever process will load it."""
+class _Seeded(EvenBatches):
+    """Every batch with the seed of its augmentation, whichever process will load it."""
 
-    def __init__(self, order: EvenBatches, generator: torch.Generator | None) -> None:
-        self.order = order
-        start = torch.initial_seed() if generator is None else generator.initial_seed()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        start = torch.initial_seed() if self.generator is None else self.generator.initial_seed()
         self.seeds = torch.Generator().manual_seed(start ^ 1)
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for positions in self.order:
+    def __iter__(self) -> Iterator[Any]:
+        for positions in super().__iter__():
             yield positions, int(torch.randint(2**62, (), generator=self.seeds))
 
 
+@dataclass(eq=False)
 class _BatchDataset(Dataset[Batch]):
     """An item is a whole batch: positions, or positions with the seed of their augmentation."""
 
-    def __init__(self, data: ImageData, ids: Tensor) -> None:
-        self.data, self.ids = data, ids
+    data: ImageData
+    ids: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -362,56 +319,28 @@ class Buffer:
         return self.labels.unique()
 
     def updated(self, ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> "Buffer":
-        """Replace the samples of each class in ``labels`` by its new samples of lowest loss.
-
-        Args:
-            ids: (m,) without repetition.
-            labels: (m,).
-            losses: (m,).
-            per_class: the most samples of a class.
-        """
+        """Replace the samples of each class in ``labels`` by its new samples of `lowest_loss`; all (m,), ids unique."""
         ids, labels, losses = ids.cpu().long(), labels.cpu().long(), losses.detach().cpu().float()
-        chosen = _lowest_loss(ids, labels, losses, per_class)
-        kept = ~torch.isin(self.labels, labels)
-        parts = [
-            torch.cat([old[kept], new[chosen]])
-            for old, new in ((self.ids, ids), (self.labels, labels), (self.losses, losses))
-        ]
-        by_class = torch.argsort(parts[1], stable=True)
-        return Buffer(*(part[by_class] for part in parts))
+        chosen, kept = lowest_loss(ids, labels, losses, per_class), ~torch.isin(self.labels, labels)
+        by_class = torch.cat([self.labels[kept], labels[chosen]]).argsort(stable=True)
+        pairs = (self.ids, ids), (self.labels, labels), (self.losses, losses)
+        return Buffer(*(torch.cat([old[kept], new[chosen]])[by_class] for old, new in pairs))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The three tensors by field name."""
-        return {"ids": self.ids, "labels": self.labels, "losses": self.losses}
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Tensor]) -> "Buffer":
-        """Restore from `state_dict`."""
-        return Buffer(state["ids"], state["labels"], state["losses"])
+        """The three tensors by field name; ``Buffer(**state)`` restores them."""
+        return dict(vars(self))
 
 
 def lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> Tensor:
-    """Ids of the ``per_class`` samples of lowest loss of each class, ordered by class, loss and id.
+    """Positions of at most ``per_class`` samples of lowest loss of each class, ordered by class, loss and id; all (m,).
 
     The order of the samples does not matter; NaN counts as the largest loss.
-
-    Args:
-        ids: (m,).
-        labels: (m,).
-        losses: (m,).
-        per_class: the most samples of a class.
     """
-    return ids[_lowest_loss(ids, labels, losses, per_class)]
-
-
-def _lowest_loss(ids: Tensor, labels: Tensor, losses: Tensor, per_class: int) -> Tensor:
     check_integers(0, per_class=per_class)
-    order = torch.argsort(ids, stable=True)
-    order = order[torch.argsort(losses[order], stable=True)]
-    order = order[torch.argsort(labels[order], stable=True)]
+    order = torch.from_numpy(np.lexsort((ids, losses, labels)))
     _, counts = labels[order].unique_consecutive(return_counts=True)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return order[torch.arange(len(order), device=order.device) - starts < per_class]
+    return order[torch.arange(len(order)) - starts < per_class]
 
 
 def check_integers(low: int, high: int | None = None, /, **values: int | None) -> None:

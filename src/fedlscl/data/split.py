@@ -5,23 +5,24 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fedlscl.data.loader import check_integers, plain_name
+from fedlscl.data.loader import check_integers, choose_per_class, plain_name
+from fedlscl.options import Interval
 
+Protocol = Literal["local", "global"]
 # One independent random stream per purpose: changing one draw leaves the others as they were.
 CLASS_ORDER, TASK_ORDER, SAMPLES, VALIDATION = range(4)
 MAX_CLIENTS = 100_000
 """More than this would exhaust memory (ours)."""
-MAX_DIRICHLET_ALPHA = 1e9
+ALPHAS = Interval("(0, 1e9]")
 """Shares are even long before; near the largest float the draw overflows and they are not (ours)."""
 FORMAT = 2
 """Since 2 the fingerprint covers all pixels and the class names."""
-CROPPED = ("folder", "imagenet-r")
-"""Data sets that were cropped from image files by versions that did not record it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,139 +46,81 @@ def spatial_temporal_split(
     private_classes: int,
     public_classes: int,
     dirichlet_alpha: float = 1.0,
+    protocol: Protocol = "local",
     seed: int,
     class_names: Sequence[str] | None = None,
 ) -> list[ClientSplit]:
     """Give each client its private classes and a Dirichlet share of the public ones, in an order of its own.
 
-    Args:
-        train_labels: (N,) integers; samples with a negative one are given to no client.
-        test_labels: (M,) integers.
-        num_clients: clients K.
-        num_tasks: tasks T per client, of equally many classes.
-        private_classes: classes per client that no other client has.
-        public_classes: classes that every client has; their train samples are divided without overlap.
-        dirichlet_alpha: Dirichlet concentration per public class; smaller is more heterogeneous.
-        seed: of the class order, the task orders and the shares.
-        class_names: names in label order, for error messages.
-
-    Raises:
-        ValueError: if there are too few classes, if they cannot be cut into equal tasks, or if a public class has
-            fewer train samples than there are clients.
+    With protocol 'global' all clients have the public classes alone, in the same order, and a client may get no sample
+    of a class, or of a whole task. Labels are integers (N,) and (M,); train samples with a negative one are given to no
+    client. Class names in label order are for error messages; the other options are those of the datamodule.
 
     Example:
         >>> labels = np.repeat(np.arange(8), 10)
         >>> kwargs = dict(num_clients=3, num_tasks=2, private_classes=2, public_classes=2, seed=42)
         >>> splits = spatial_temporal_split(labels, labels, **kwargs)
-        >>> [len(classes) for classes in splits[0].classes]
-        [2, 2]
-        >>> sum(len(ids) for split in splits for ids in split.train)
-        80
+        >>> len(splits[0].classes), sum(len(ids) for split in splits for ids in split.train)
+        (2, 80)
     """
-    check_split(num_clients, num_tasks, private_classes, public_classes, dirichlet_alpha, seed)
-    order = _class_order(train_labels, seed)
-    needed = private_classes * num_clients + public_classes
-    if needed > len(order):
+    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
+    check_integers(1, num_tasks=num_tasks)
+    check_integers(0, private_classes=private_classes, public_classes=public_classes, seed=seed)
+    if dirichlet_alpha not in ALPHAS:
+        raise ValueError(f"dirichlet_alpha must be {ALPHAS}, got {dirichlet_alpha}.")
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}.")
+    ids = {label: np.flatnonzero(train_labels == label) for label in np.unique(train_labels).tolist() if label >= 0}
+    is_local = protocol == "local"
+    if private_classes and not is_local:
         raise ValueError(
-            f"{private_classes} private x {num_clients} clients + {public_classes} public = {needed} classes, but "
-            f"the data set has {len(order)}: lower private_classes, public_classes or num_clients."
+            f"private_classes must be 0 for protocol 'global', got {private_classes}: set public_classes to the "
+            f"classes of all clients (the data set has {len(ids)})."
         )
-    _check_equal_tasks(
-        f"{private_classes} private + {public_classes} public classes", private_classes + public_classes, num_tasks
-    )
-    private = order[: private_classes * num_clients].reshape(num_clients, private_classes)
-    public = order[private_classes * num_clients : needed]
+    num_private, per_client = private_classes * num_clients, private_classes + public_classes
+    if num_private + public_classes > len(ids):
+        raise ValueError(
+            f"{private_classes} private x {num_clients} clients + {public_classes} public = "
+            f"{num_private + public_classes} classes, but the data set has {len(ids)}: lower private_classes, "
+            "public_classes or num_clients."
+        )
+    if per_client < 1 or per_client % num_tasks:
+        divisors = ", ".join(str(n) for n in range(1, per_client + 1) if per_client % n == 0)
+        fix = f"set num_tasks to one of {divisors}, or change the number of classes" if divisors else "use more"
+        raise ValueError(
+            f"{private_classes} private + {public_classes} public classes = {per_client} cannot be cut into "
+            f"{num_tasks} equal tasks: {fix}."
+        )
+    order = np.random.default_rng((seed, CLASS_ORDER)).permutation(list(ids))
+    private, public = order[:num_private].reshape(num_clients, -1), order[num_private:][:public_classes]
+    shares = {}
     for label in public.tolist():
-        if (count := int((train_labels == label).sum())) < num_clients:
+        if (count := len(ids[label])) < num_clients and is_local:
             name = label if class_names is None else repr(class_names[label])
             raise ValueError(
                 f"public class {name} must have at least {num_clients} train samples, one per client, got {count}: "
                 "lower num_clients, add images or raise train_per_class."
             )
-    shares = {
-        int(label): _share(train_labels, label, num_clients, dirichlet_alpha, seed, at_least=1) for label in public
-    }
+        random = np.random.default_rng((seed, SAMPLES, label))
+        shares[label] = _share(ids[label], num_clients, dirichlet_alpha, int(is_local), random)
     splits = []
     for client in range(num_clients):
-        owned = {int(label): np.flatnonzero(train_labels == label) for label in private[client]}
-        owned |= {label: share[client] for label, share in shares.items()}
-        classes = np.random.default_rng((seed, TASK_ORDER, client)).permutation(
-            np.concatenate([private[client], public])
-        )
-        splits.append(_cut(classes, owned, train_labels, test_labels, num_tasks))
+        owned = ids | {label: share[client] for label, share in shares.items()}
+        classes = np.concatenate([private[client], public])
+        if is_local:
+            classes = np.random.default_rng((seed, TASK_ORDER, client)).permutation(classes)
+        tasks = tuple(tuple(sorted(task.tolist())) for task in np.split(classes, num_tasks))
+        train = tuple(np.sort(np.concatenate([owned[label] for label in task])) for task in tasks)
+        test = tuple(np.flatnonzero(np.isin(test_labels, task)) + len(train_labels) for task in tasks)
+        splits.append(ClientSplit(tasks, train, test))
     return splits
 
 
-def dirichlet_split(
-    train_labels: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    num_clients: int,
-    num_tasks: int,
-    num_classes: int,
-    dirichlet_alpha: float,
-    seed: int,
-) -> list[ClientSplit]:
-    """Give all clients the same classes in the same order, and each a Dirichlet share of every class.
-
-    A client may get no sample of a class, or of a whole task. Arguments and errors are those of
-    `spatial_temporal_split`; ``num_classes`` is how many classes of the data set are used.
-
-    Example:
-        >>> labels = np.repeat(np.arange(4), 10)
-        >>> kwargs = dict(num_clients=2, num_tasks=2, num_classes=4, dirichlet_alpha=0.1, seed=42)
-        >>> first, second = dirichlet_split(labels, labels, **kwargs)
-        >>> first.classes == second.classes
-        True
-    """
-    check_split(num_clients, num_tasks, 0, num_classes, dirichlet_alpha, seed)
-    order = _class_order(train_labels, seed)
-    if num_classes > len(order):
-        raise ValueError(
-            f"public_classes must be at most {len(order)}, the classes of the data set, got {num_classes}."
-        )
-    _check_equal_tasks(f"{num_classes} public classes", num_classes, num_tasks)
-    classes = order[:num_classes]
-    shares = {int(label): _share(train_labels, label, num_clients, dirichlet_alpha, seed) for label in classes}
-    return [
-        _cut(classes, {label: share[client] for label, share in shares.items()}, train_labels, test_labels, num_tasks)
-        for client in range(num_clients)
-    ]
-
-
-def held_out(train_labels: np.ndarray, per_class: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
-    """Which train samples are kept for validation, (N,) bool: ``per_class`` random ones of each class.
-
-    Raises:
-        ValueError: if a class would have no other train sample.
-
-    Example:
-        >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2, 42, ["a", "b"]).sum()
-        np.int64(4)
-    """
-    mask = np.zeros(len(train_labels), dtype=bool)
-    for label in np.unique(train_labels).tolist() if per_class else ():
-        ids = np.flatnonzero(train_labels == label)
-        if len(ids) <= per_class:
-            raise ValueError(
-                f"validation_per_class must be less than the {len(ids)} train samples of class {class_names[label]!r}, "
-                f"got {per_class}: lower it or raise train_per_class."
-            )
-        mask[np.random.default_rng((seed, VALIDATION, label)).permutation(ids)[:per_class]] = True
-    return mask
-
-
-def _class_order(train_labels: np.ndarray, seed: int) -> np.ndarray:
-    return np.random.default_rng((seed, CLASS_ORDER)).permutation(np.unique(train_labels[train_labels >= 0]))
-
-
 def _share(
-    train_labels: np.ndarray, label: int, num_clients: int, dirichlet_alpha: float, seed: int, at_least: int = 0
+    ids: np.ndarray, num_clients: int, dirichlet_alpha: float, at_least: int, random: np.random.Generator
 ) -> list[np.ndarray]:
     """Divide the train samples of one class completely: one array of ids per client."""
-    ids = np.flatnonzero(train_labels == label)
     free = len(ids) - at_least * num_clients
-    random = np.random.default_rng((seed, SAMPLES, int(label)))
     exact = random.dirichlet(np.full(num_clients, dirichlet_alpha)) * free
     counts = np.floor(exact).astype(np.int64)
     # What rounding down left over goes to the largest fractions.
@@ -185,50 +128,20 @@ def _share(
     return np.split(random.permutation(ids), np.cumsum(counts + at_least)[:-1])
 
 
-def _cut(
-    classes: np.ndarray,
-    owned: dict[int, np.ndarray],
-    train_labels: np.ndarray,
-    test_labels: np.ndarray,
-    num_tasks: int,
-) -> ClientSplit:
-    """Cut a client's classes, in this order, into equal tasks."""
-    tasks = [tuple(sorted(task.tolist())) for task in np.split(classes, num_tasks)]
-    return ClientSplit(
-        classes=tuple(tasks),
-        train=tuple(np.sort(np.concatenate([owned[label] for label in task])) for task in tasks),
-        test=tuple(np.flatnonzero(np.isin(test_labels, task)) + len(train_labels) for task in tasks),
-    )
+def held_out(train_labels: np.ndarray, per_class: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
+    """Sorted ids of the train samples that are kept for validation: ``per_class`` random ones of each class.
 
-
-def check_split(
-    num_clients: int,
-    num_tasks: int,
-    private_classes: int,
-    public_classes: int,
-    dirichlet_alpha: float,
-    seed: int | None,
-) -> None:
-    """Raise a ValueError that names the first option of a split that is out of range."""
-    check_integers(1, MAX_CLIENTS, num_clients=num_clients)
-    check_integers(1, num_tasks=num_tasks)
-    check_integers(0, private_classes=private_classes, public_classes=public_classes, seed=seed)
-    if not 0 < dirichlet_alpha <= MAX_DIRICHLET_ALPHA:
-        raise ValueError(
-            f"dirichlet_alpha must be in (0, {MAX_DIRICHLET_ALPHA:g}], got {dirichlet_alpha}: 1 gives uneven shares, "
-            "1000 nearly even ones."
-        )
-
-
-def _check_equal_tasks(what: str, num_classes: int, num_tasks: int) -> None:
-    if num_classes < 1 or num_classes % num_tasks:
-        divisors = ", ".join(str(n) for n in range(1, num_classes + 1) if num_classes % n == 0)
-        fix = f"set num_tasks to one of {divisors}, or change the number of classes" if divisors else "use more"
-        total = f" = {num_classes}" if "+" in what else ""
-        raise ValueError(f"{what}{total} cannot be cut into {num_tasks} equal tasks: {fix}.")
-
-
-# A split as a JSON file that other projects can read, with a hash that detects changes.
+    Example:
+        >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2, 42, ["a", "b"]).size
+        4
+    """
+    for label, count in zip(*np.unique(train_labels, return_counts=True), strict=True):
+        if count <= per_class:
+            raise ValueError(
+                f"validation_per_class must be less than the {count} train samples of class {class_names[label]!r}, "
+                f"got {per_class}: lower it or raise train_per_class."
+            )
+    return choose_per_class(train_labels, per_class, seed, VALIDATION)
 
 
 def save_manifest(
@@ -238,27 +151,24 @@ def save_manifest(
     fingerprint: str,
     meta: dict[str, str | int | float | None],
 ) -> None:
-    """Write classes, train ids and test ids of every client and task.
+    """Write a split as a JSON file that other projects can read, with a hash of its content; replaced atomically.
 
-    Args:
-        path: the JSON file, replaced atomically.
-        splits: one per client.
-        class_names: names in label order.
-        fingerprint: `ImageData.fingerprint` of the data set.
-        meta: how the split was drawn and the images were prepared.
+    Class names are in label order, the fingerprint is `ImageData.fingerprint`, and ``meta`` says how the split was
+    drawn and the images were prepared.
     """
+    clients = [
+        [
+            {"classes": list(classes), "train": train.tolist(), "test": test.tolist()}
+            for classes, train, test in zip(split.classes, split.train, split.test, strict=True)
+        ]
+        for split in splits
+    ]
     content = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "meta": meta,
         "class_names": list(class_names),
-        "clients": [
-            [
-                {"classes": list(classes), "train": train.tolist(), "test": test.tolist()}
-                for classes, train, test in zip(split.classes, split.train, split.test, strict=True)
-            ]
-            for split in splits
-        ],
+        "clients": clients,
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,17 +201,9 @@ class Preparation(NamedTuple):
 
 
 def preparation(manifest: Manifest) -> Preparation:
-    """Read it from ``meta``; earlier versions stored the side of square images only.
-
-    Raises:
-        ValueError: if the manifest does not record it.
-    """
-    meta = manifest.meta
-    size: tuple[Any, Any] = meta.get("image_height"), meta.get("image_width")
-    rule = meta.get("image_rule")
-    if rule is None and not str(meta.get("dataset", ".npz")).endswith(".npz"):
-        size = (meta.get("image_size"), meta.get("image_size"))
-        rule = "crop" if meta["dataset"] in CROPPED else "stored"
+    """What ``meta`` says of it."""
+    size: list[Any] = [manifest.meta.get("image_height"), manifest.meta.get("image_width")]
+    rule = manifest.meta.get("image_rule")
     if rule not in ("crop", "stored") or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(
             f"the manifest must record image_height, image_width and image_rule, got {size[0]}, {size[1]} and "
@@ -311,19 +213,10 @@ def preparation(manifest: Manifest) -> Preparation:
 
 
 def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]) -> list[ClientSplit]:
-    """Read a split back, for the data set with this fingerprint and these names in label order.
-
-    Raises:
-        ValueError: if the file is missing, changed or of another format, or belongs to another data set.
-    """
+    """Read the split of the data set with this fingerprint and these names in label order; refuses any other."""
     saved = read_manifest(path)
-    if len(saved.class_names) != len(class_names):
-        raise ValueError(
-            f"manifest {path} must have the {len(class_names)} classes of the data set, got {len(saved.class_names)}: "
-            "use the data set that it was saved from."
-        )
-    for label, (name, own) in enumerate(zip(saved.class_names, class_names, strict=True)):
-        if plain_name(name) != plain_name(own):
+    for label, (name, own) in enumerate(zip_longest(saved.class_names, class_names)):
+        if plain_name(str(name)) != plain_name(str(own)):
             raise ValueError(
                 f"manifest {path} must name class {label} {own!r} as the data set does, got {name!r}: "
                 "number and name the classes as in the data set that it was saved from."
@@ -338,15 +231,10 @@ def load_manifest(path: str | Path, fingerprint: str, class_names: Sequence[str]
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read a split and what is known about its data set.
-
-    Raises:
-        ValueError: if the file is missing, changed or of another format.
-    """
+    """Read a split and what is known about its data set, unless the file was changed or has another format."""
     try:
         content = json.loads(Path(path).read_text())
-        stored = content.pop("sha256")
-        version = content["format"]
+        stored, version = content.pop("sha256"), content["format"]
     except OSError as error:
         raise ValueError(f"manifest {path} cannot be read ({error.strerror}): give the path of a saved one.") from None
     except (ValueError, AttributeError, TypeError, KeyError):

@@ -97,7 +97,7 @@ class Client:
         if state["previous"] is not None:
             self.snapshot()
             self.previous.load_state_dict(state["previous"])
-        self.buffer = Buffer.from_state_dict(state["buffer"])
+        self.buffer = Buffer(**state["buffer"])
         self.memory, self.num_synced_rounds = dict(state["memory"]), state["num_synced_rounds"]
         self.readouts = state.get("readouts", {})
 
