@@ -329,8 +329,8 @@ def test_a_server_that_is_killed_at_any_exchange_gets_the_same_readouts(network,
     made = network(METHODS["LoRM"](), **READOUTS)
     exchange, left = FlowerPool._exchange, [number]
 
-    def killed_after(self, *arguments):
-        found = exchange(self, *arguments)
+    def killed_after(self, *arguments, **named):
+        found = exchange(self, *arguments, **named)
         left[0] -= 1
         if left[0] == -1:
             raise Killed
