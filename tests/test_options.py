@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlscl import methods
+from fedlscl.data import Fake, Folder, SpatialTemporalDataModule, TorchDatasets
 from fedlscl.federated.readout import ReadoutConfig
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.options import Count, Interval, NonNegative, Positive, Whole, check_options
@@ -65,7 +66,15 @@ def test_other_values_are_refused_in_one_line(name, value, rule):
     assert str(refused.value) == f"group.{name} must be {rule}, got {value!r}."
 
 
-CONFIGURABLE = [*(getattr(methods, name) for name in methods.__all__), FederatedTrainer, ReadoutConfig]
+CONFIGURABLE = [
+    *(getattr(methods, name) for name in methods.__all__),
+    FederatedTrainer,
+    ReadoutConfig,
+    SpatialTemporalDataModule,
+    Fake,
+    Folder,
+    TorchDatasets,
+]
 
 
 @pytest.mark.parametrize("configurable", CONFIGURABLE, ids=lambda configurable: configurable.__name__)
