@@ -42,7 +42,7 @@ def test_one_seed_has_no_deviation(four):
 
 
 def test_a_figure_that_one_run_lacks_has_no_mean(four):
-    (group,) = grouped([four[0], dataclasses.replace(four[1], costs=None)])
+    (group,) = grouped([four[0], dataclasses.replace(four[1], costs={})])
     assert group.final("total_seconds") is None and group.final("up_bytes") is not None
 
 

@@ -147,7 +147,7 @@ def final(run: Run, figure: str) -> float | None:
         matrices = run.results.get("readouts", {}).get(name)
         return None if matrices is None else average_after(matrices[mask], run.tasks - 1)
     if figure in ("total_seconds", "images"):
-        return None if run.costs is None else run.costs.get(figure)
+        return run.costs.get(figure)
     return run.results["summary"][-1].get(figure)
 
 
@@ -309,5 +309,5 @@ def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
     yield f"Split of seed {run.seed}", split_hash(run)
     if foundation:
         yield "Frozen ViT", f"{foundation['name']} {foundation['fingerprint'][:12]}"
-    if run.devices:
-        yield "Device", ", ".join(run.devices)
+    if devices := run.recorded("device"):
+        yield "Device", ", ".join(devices)

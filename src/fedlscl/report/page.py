@@ -197,13 +197,13 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
 
 def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
     """Origin of a run's numbers."""
-    results, costs = run.results, run.costs or {}
+    results, costs = run.results, run.costs
     data, foundation, trainer = (results[name] for name in ("data", "foundation", "trainer"))
     rejected = [
         f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
         for upload in results.get("quarantined", [])
     ]
-    sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in run.sessions)
+    sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in costs.get("sessions", []))
     facts = {
         "method": results["method"]["name"],
         "seed": str(run.seed),
@@ -215,8 +215,8 @@ def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
         "training": f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}, "
         f"precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        "commit": ", ".join(run.commits) or "not recorded",
-        "device": ", ".join(run.devices) or "not recorded",
+        "commit": ", ".join(run.recorded("commit")) or "not recorded",
+        "device": ", ".join(run.recorded("device")) or "not recorded",
         "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({sessions})",
     }
     folder = run.path.parent
