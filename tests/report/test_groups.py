@@ -109,7 +109,7 @@ def test_accuracies_on_validation_and_on_test_images_are_not_ranked_together(fou
         four[2], results={**four[2].results, "data": {**four[2].results["data"], "evaluated_on": "validation"}}
     )
     groups = grouped([four[0], other])
-    assert {group.comparable for group in groups} == {"set 1", "set 2"}
+    assert {group.heading for group in groups} == {"set 1", "set 2"}
     notes = inequalities(groups)
     assert any("Accuracy on: test images" in note and "validation images" in note for note in notes)
 

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -31,11 +32,7 @@ class Section(NamedTuple):
 
 
 def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Write tables, figures and the page if all runs can be read; returns their paths, the page first.
-
-    Raises:
-        ValueError: if a run cannot be read, or the folder cannot be written.
-    """
+    """Write tables, figures and the page if all runs can be read; returns their paths, the page first."""
     runs = read_runs(paths)
     groups, unshown = grouped(runs), left_out(paths, runs)
     notes = inequalities(groups) + unshown
@@ -153,30 +150,27 @@ def _title(groups: Sequence[Group]) -> str:
 
 def _findings(groups: Sequence[Group]) -> list[str]:
     """`_finding` for each set of comparable finished groups and each mask."""
-    sets: dict[str, list[Group]] = {}
-    for group in groups:
-        if group.is_finished:
-            sets.setdefault(group.heading, []).append(group)
-    if not sets:
-        return ["No run is finished: nothing is ranked."]
-    return [
-        f"{name}. ".capitalize() * bool(name) + _finding(found, mask)
-        for name, found in sets.items()
+    finished = [group for group in groups if group.is_finished]
+    sets = {heading: list(found) for heading, found in groupby(finished, key=lambda group: group.heading)}
+    sentences = [
+        f"{heading}. ".capitalize() * bool(heading) + _finding(found, mask)
+        for heading, found in sets.items()
         for mask in MASK_TITLES
     ]
+    return sentences or ["No run is finished: nothing is ranked."]
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
     """The best group under a mask, how it differs from the second, and the best centralised one."""
-    ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
-    centralised = [group for group in ordered if group.is_centralised]
-    ranked = [group for group in ordered if group.is_ranked] or ordered
-    first, best = ranked[0], ranked[0].known(f"{mask}/average")
+    figure = f"{mask}/average"
+    ordered = sorted(groups, key=lambda group: -group.known(figure).mean)
+    ranked = [group for group in ordered if not group.is_centralised] or ordered
+    first, best = ranked[0], ranked[0].known(figure)
     text = f"{MASK_TITLES[mask].capitalize()}: {first.name} reaches {percent(best.mean)} %"
     if len(ranked) == 1:
         text += "."
     else:
-        second, next_best = ranked[1], ranked[1].known(f"{mask}/average")
+        second, next_best = ranked[1], ranked[1].known(figure)
         lead = best.mean - next_best.mean
         sent, other = (in_bytes(group.known("up_bytes").mean) for group in (first, second))
         text += f", {100 * lead:.2f} points above {second.name}, with {sent} uploaded against {other}."
@@ -189,20 +183,23 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
         heads = [classifier(group.runs[0]) for group in (first, second)]
         if heads[0] != heads[1]:
             text += f" They do not have the same classifier: {first.name} has {heads[0]}, {second.name} {heads[1]}."
-    if centralised and ranked is not ordered:
-        reached = percent(centralised[0].known(f"{mask}/average").mean)
-        text += f" Trained on the pooled data of all clients, {centralised[0].name} has {reached} %."
+    if len(ranked) < len(ordered):
+        pooled = next(group for group in ordered if group.is_centralised)
+        reached = percent(pooled.known(figure).mean)
+        text += f" Trained on the pooled data of all clients, {pooled.name} has {reached} %."
     return text
 
 
 def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
     """Origin of a run's numbers."""
-    results, costs = run.results, run.costs
+    results, costs, folder = run.results, run.costs, run.path.parent
     data, foundation, trainer = (results[name] for name in ("data", "foundation", "trainer"))
     rejected = [
         f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
         for upload in results.get("quarantined", [])
     ]
+    if len(rejected) > 5:
+        rejected[5:] = [f"and {len(rejected) - 5} more"]
     sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in costs.get("sessions", []))
     facts = {
         "method": results["method"]["name"],
@@ -211,7 +208,7 @@ def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
         "split": f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished",
         "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
         "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
-        "rejected": "; ".join(rejected[:5] + [f"and {len(rejected) - 5} more"] * (len(rejected) > 5)),
+        "rejected": "; ".join(rejected),
         "training": f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}, "
         f"precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
@@ -219,10 +216,6 @@ def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
         "device": ", ".join(run.recorded("device")) or "not recorded",
         "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({sessions})",
     }
-    folder = run.path.parent
     files = {RESULTS: run.path} | {name: folder / name for name in BESIDE if (folder / name).is_file()}
-    links = {
-        name: quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()) for name, path in files.items()
-    }
-    facts = {name: fact for name, fact in facts.items() if fact}
-    return {"name": group.name, "seed": run.seed, "facts": facts, "links": links, "config": run.config}
+    links = {name: quote(os.path.relpath(path.resolve(), out.resolve())) for name, path in files.items()}
+    return {"group": group, "run": run, "facts": facts, "links": links}
