@@ -83,14 +83,14 @@ def position(run: RunState) -> str:
     return f"task {task + 1}/{run.num_tasks}, round {round_ + 1}/{run.rounds_per_task}"
 
 
-def percent(value: float | None) -> str:
+def percent(value: float | None, digits: int = 1) -> str:
     """A fraction in percent; a dash for None.
 
     Example:
         >>> percent(0.12345), percent(-0.0001), percent(None)
         ('12.3', '0.0', '-')
     """
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"
+    return "-" if value is None else f"{100 * value:z.{digits}f}"
 
 
 def in_bytes(count: float) -> str:

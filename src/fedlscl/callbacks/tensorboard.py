@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from fedlscl.callbacks.formatting import MASK_TITLES
+from fedlscl.callbacks.formatting import MASK_TITLES, percent
 from fedlscl.federated.checkpoint import write_atomically
 from fedlscl.federated.loggers import ScalarCallback, hyperparameters
 from fedlscl.federated.metrics import MASKS, AccuracyMatrix, summary
 from fedlscl.federated.state import Callback, RunState
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch.utils.tensorboard import SummaryWriter
 
 LAYOUT = {
@@ -107,15 +108,12 @@ class TensorBoard(ScalarCallback):
             self.writer.close()
 
 
-MAX_NUMBERS = 20
-"""Tasks beyond which the cells hold no numbers."""
+MAX_DECIMALS, MAX_NUMBERS = 8, 20
+"""Tasks up to which values have a decimal, and up to which they are printed."""
 
 
 def matrix_pixels(matrix: AccuracyMatrix) -> np.ndarray:
-    """Both masks side by side, mean over clients, as (height, width, 3) uint8.
-
-    Row n is the model after task n, column t its accuracy on task t.
-    """
+    """Both masks side by side, mean over clients, as (height, width, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,28 +122,46 @@ def matrix_pixels(matrix: AccuracyMatrix) -> np.ndarray:
     side = max(1.7, 0.44 * size) if is_small else 6.0
     figure = Figure(figsize=(2 * side + 0.7, side + 0.9), dpi=150, layout="constrained")
     figure.suptitle(f"Accuracy in percent, mean over {num_clients} client{'s' * (num_clients > 1)}", fontsize=10)
-    panels, image = figure.subplots(1, len(MASKS), sharey=True), None
-    ticks = range(0, size, max(1, size // 10))
-    names = [str(tick + 1) for tick in ticks]
+    panels = figure.subplots(1, len(MASKS), sharey=True)
     for axes, mask in zip(panels, MASKS, strict=True):
-        values = 100 * matrix.of(mask).mean(0).numpy()
-        image = axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=100)
+        heat_map(axes, matrix.of(mask).mean(0).numpy(), 0.0, MAX_DECIMALS, MAX_NUMBERS)
         axes.set_title(MASK_TITLES[mask], fontsize=9)
         axes.set_xlabel("accuracy on task", fontsize=9)
-        axes.set_xticks(ticks, names, fontsize=9)
-        axes.set_yticks(ticks, names, fontsize=9)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        for n, t in np.argwhere(~np.isnan(values)) if is_small else ():
-            value = values[n, t]
-            text = f"{value:.1f}" if size <= 8 and value < 99.95 else f"{value:.0f}"
-            axes.text(t, n, text, ha="center", va="center", fontsize=9, color="white" if value > 55 else "#10233f")
     panels[0].set_ylabel("after learning task", fontsize=9)
-    if image is not None and not is_small:
-        figure.colorbar(image, ax=panels, shrink=0.8)
+    if not is_small:
+        figure.colorbar(panels[0].images[0], ax=panels, shrink=0.8, format=lambda value, _: percent(value, 0))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def heat_map(axes: "Axes", matrix: np.ndarray, lowest: float, max_decimals: int, max_numbers: int) -> None:
+    """Draw accuracies: row n is the model after task n, column t its accuracy on task t, NaN above the diagonal.
+
+    Args:
+        axes: to draw on.
+        matrix: fractions, (tasks, tasks).
+        lowest: fraction at the bright end of the colours.
+        max_decimals: tasks up to which values have a decimal.
+        max_numbers: tasks up to which values are printed.
+    """
+    axes.imshow(matrix, cmap="YlGnBu", vmin=lowest, vmax=1)
+    size = len(matrix)
+    ticks = range(0, size, max(1, size // max_decimals))
+    names = [str(tick + 1) for tick in ticks]
+    axes.set_xticks(ticks, names, fontsize=8)
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for n, t in np.argwhere(~np.isnan(matrix)).tolist() if size <= max_numbers else ():
+        colour = "#ffffff" if matrix[n, t] > (lowest + 1) / 2 else "#10233f"
+        text = in_cell(float(matrix[n, t]), size <= max_decimals)
+        axes.text(t, n, text, ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def in_cell(value: float, has_decimal: bool) -> str:
+    """A fraction in percent in at most four characters: 99.9, then 100."""
+    return percent(value, int(has_decimal and value < 0.9995))
 
 
 PROJECTOR_CONFIG = """\

@@ -131,7 +131,7 @@ def page(
         inequalities=inequalities(groups),
         table=table(groups),
         has_readouts=bool(readouts(groups)),
-        colours={name: look.colour for name, look in looks(groups).items()},
+        colours={name: colour for name, (colour, *_) in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),
         sections=sections,
