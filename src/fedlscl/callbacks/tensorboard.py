@@ -1,6 +1,7 @@
 """TensorBoard: curves by round, the accuracy matrix as an image, hyper-parameters, embeddings for the projector."""
 
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,38 +15,40 @@ from fedlscl.federated.state import Callback, RunState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-LAYOUT = {
-    **{
-        f"Accuracy, {title}": {
-            name: ["Multiline", [f"accuracy_{mask}/{tag}$" for tag in tags]]
-            for name, tags in (
-                ("all tasks, current task, worst client", ("average", "current", "worst_client")),
-                ("before and after aggregation", ("average_before_aggregation", "average")),
-                ("forgetting and backward transfer", ("forgetting", "backward_transfer")),
-                ("every client", (r"client_\d+",)),
-            )
-        }
-        for mask, title in MASK_TITLES.items()
-    },
-    "Objective": {"mean over clients": ["Multiline", ["loss/.*"]]},
-    "Cost": {
-        "bytes of a round": ["Multiline", [r"traffic/\w+_bytes$"]],
-        "seconds of a round": ["Multiline", ["seconds/.*"]],
-        "images per second": ["Multiline", ["speed/.*"]],
-        "memory": ["Multiline", ["memory/.*"]],
-    },
-}
-"""Charts of the Custom Scalars page; entries are patterns of tags."""
-READOUTS = {
-    "Own head and readouts": {
-        title: ["Multiline", [f"accuracy_{mask}/average$", f"readout_{mask}/.*"]] for mask, title in MASK_TITLES.items()
-    }
-}
-"""Further charts of a run with readouts."""
 SHOWN = ("class_il/average", "class_il/worst_client", "class_il/forgetting", "task_il/average", "task_il/current")
 """Metrics that HParams shows without being asked: the first five."""
+
+
+ACCURACIES = {
+    "all tasks, current task, worst client": ("average", "current", "worst_client"),
+    "before and after aggregation": ("average_before_aggregation", "average"),
+    "forgetting and backward transfer": ("forgetting", "backward_transfer"),
+    "every client": (r"client_\d+",),
+}
+"""Charts of accuracies under each mask, and their tags."""
+
+
+def layout(has_readouts: bool) -> dict[str, dict[str, list[Any]]]:
+    """Charts of the Custom Scalars page; entries are patterns of tags."""
+    charts = {
+        f"Accuracy, {title}": {name: [f"accuracy_{mask}/{tag}$" for tag in tags] for name, tags in ACCURACIES.items()}
+        for mask, title in MASK_TITLES.items()
+    }
+    charts["Objective"] = {"mean over clients": ["loss/.*"]}
+    charts["Cost"] = {
+        "bytes of a round": [r"traffic/\w+_bytes$"],
+        "seconds of a round": ["seconds/.*"],
+        "images per second": ["speed/.*"],
+        "memory": ["memory/.*"],
+    }
+    if has_readouts:
+        charts["Own head and readouts"] = {
+            title: [f"accuracy_{mask}/average$", f"readout_{mask}/.*"] for mask, title in MASK_TITLES.items()
+        }
+    return {name: {title: ["Multiline", tags] for title, tags in found.items()} for name, found in charts.items()}
 
 
 class TensorBoard(ScalarCallback):
@@ -63,7 +66,7 @@ class TensorBoard(ScalarCallback):
 
         self.writer = SummaryWriter(run.run_dir / "tensorboard", purge_step=run.step)
         if run.step == 0:
-            self.writer.add_custom_scalars(LAYOUT | (READOUTS if run.readouts.names else {}))
+            self.writer.add_custom_scalars(layout(bool(run.readouts.names)))
             config = run.run_dir / "config.yaml"
             if config.is_file():
                 self.writer.add_text("config", f"```yaml\n{config.read_text()}\n```", 0)
@@ -87,7 +90,7 @@ class TensorBoard(ScalarCallback):
     @override
     def on_task_end(self, run: RunState) -> None:
         if self.writer is not None:
-            self.writer.add_image("accuracy_matrix", matrix_pixels(run.matrix), run.step, dataformats="HWC")
+            self.writer.add_figure("accuracy_matrix", matrix_figure(run.matrix), run.step, close=False)
             super().on_task_end(run)
 
     @override
@@ -112,9 +115,8 @@ MAX_DECIMALS, MAX_NUMBERS = 8, 20
 """Tasks up to which values have a decimal, and up to which they are printed."""
 
 
-def matrix_pixels(matrix: AccuracyMatrix) -> np.ndarray:
-    """Both masks side by side, mean over clients, as (height, width, 3) uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def matrix_figure(matrix: AccuracyMatrix) -> "Figure":
+    """Both masks side by side, mean over clients; row n is the model after task n, column t its accuracy on task t."""
     from matplotlib.figure import Figure
 
     num_clients, size = matrix.values.shape[2:4]
@@ -130,20 +132,13 @@ def matrix_pixels(matrix: AccuracyMatrix) -> np.ndarray:
     panels[0].set_ylabel("after learning task", fontsize=9)
     if not is_small:
         figure.colorbar(panels[0].images[0], ax=panels, shrink=0.8, format=lambda value, _: percent(value, 0))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return figure
 
 
 def heat_map(axes: "Axes", matrix: np.ndarray, lowest: float, max_decimals: int, max_numbers: int) -> None:
-    """Draw accuracies: row n is the model after task n, column t its accuracy on task t, NaN above the diagonal.
+    """Draw accuracies (after task, on task), NaN where not measured, as colours from ``lowest`` to 1 and in percent.
 
-    Args:
-        axes: to draw on.
-        matrix: fractions, (tasks, tasks).
-        lowest: fraction at the bright end of the colours.
-        max_decimals: tasks up to which values have a decimal.
-        max_numbers: tasks up to which values are printed.
+    Values have a decimal up to ``max_decimals`` tasks, and are printed up to ``max_numbers``.
     """
     axes.imshow(matrix, cmap="YlGnBu", vmin=lowest, vmax=1)
     size = len(matrix)
@@ -199,21 +194,17 @@ class FeatureProjector(Callback):
         if run.run_dir is None:
             return
         names = [" ".join(name.split()) for name in run.clients[0].data.data.class_names]
-        rows, labels = [], ["class\tclient\ttask"]
-        for client in run.clients:
-            for task in range(run.num_tasks):
-                ids = client.data.evaluation_ids(task)
-                classes = client.data.data.labels(ids)
-                chosen = torch.cat([ids[classes == label][: self.per_class] for label in client.data.classes(task)])
-                with run.engine.on_device(client):
-                    for batch, output in client.infer(chosen):
-                        points = getattr(output, self.pick).flatten(1).float().tolist()
-                        rows += ["\t".join(f"{value:.5g}" for value in point) for point in points]
-                        # Tasks counted from 1 and clients from 0, as on the terminal.
-                        labels += [f"{names[label]}\t{client.id}\t{task + 1}" for label in batch.labels.tolist()]
-        for name, text in (
-            ("features.tsv", "\n".join(rows) + "\n"),
-            ("metadata.tsv", "\n".join(labels) + "\n"),
-            ("projector_config.pbtxt", PROJECTOR_CONFIG),
-        ):
-            write_atomically(run.run_dir / "tensorboard" / name, text.encode())
+        points, labels = [], ["class\tclient\ttask"]
+        for client, task in product(run.clients, range(run.num_tasks)):
+            ids = client.data.evaluation_ids(task)
+            classes = client.data.data.labels(ids)
+            chosen = torch.cat([ids[classes == label][: self.per_class] for label in client.data.classes(task)])
+            with run.engine.on_device(client):
+                for batch, output in client.infer(chosen):
+                    points.append(getattr(output, self.pick).flatten(1).float().cpu())
+                    # Tasks counted from 1 and clients from 0, as on the terminal.
+                    labels += [f"{names[label]}\t{client.id}\t{task + 1}" for label in batch.labels.tolist()]
+        folder = run.run_dir / "tensorboard"
+        np.savetxt(folder / "features.tsv", torch.cat(points).numpy(), fmt="%.5g", delimiter="\t")
+        write_atomically(folder / "metadata.tsv", ("\n".join(labels) + "\n").encode())
+        write_atomically(folder / "projector_config.pbtxt", PROJECTOR_CONFIG.encode())

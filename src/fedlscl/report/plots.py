@@ -142,7 +142,8 @@ def matrices(groups: Sequence[Group], mask: str) -> Picture:
     """Row n is the model after task n, column t its accuracy on task t; mean over clients and seeds."""
     values = [group.matrix(mask) for group in groups]
     lowest = np.floor(10 * min(np.nanmin(matrix) for matrix in values)) / 10
-    (figure, panels), ends = _panels(groups, 2.15, 1.05), []
+    figure, panels = _panels(groups, 2.15, 1.05)
+    ends = []
     for panel, group, matrix in zip(panels, groups, values, strict=True):
         heat_map(panel, matrix, lowest, MAX_DECIMALS, MAX_NUMBERS)
         ends.append(f"{group.name} {', '.join(map(percent, matrix[-1].tolist()))}")
@@ -158,18 +159,19 @@ def matrices(groups: Sequence[Group], mask: str) -> Picture:
 @styled
 def clients(groups: Sequence[Group], mask: str) -> Picture:
     """Final accuracy of every client, worst first; over seeds the mean of each rank, and a dot per seed."""
-    (figure, panels), styles, ends = _panels(groups, 1.75, 0.35, sharey=True), looks(groups), []
+    figure, panels = _panels(groups, 1.75, 0.35, sharey=True)
+    styles, ends = looks(groups), []
     for panel, group in zip(panels, groups, strict=True):
         ranked = group.ranked_clients(mask)
         heights, size = ranked.mean(0), ranked.shape[1]
         bars = panel.bar(range(size), heights, color=styles[group.name][0], width=0.8)
         bars[0].set(hatch="////", edgecolor=INK, linewidth=0.8)
-        names = [f"{rank + 1}." for rank in range(size)]
-        if len(group.runs) > 1:
+        first, *others = group.runs
+        names = [str(client) for client in np.argsort(first.client_averages(mask), kind="stable")]
+        if others:
+            names = [f"{rank + 1}." for rank in range(size)]
             ranks = np.broadcast_to(np.arange(size), ranked.shape)
             panel.scatter(ranks, ranked, s=7, color=INK, zorder=3, linewidths=0)
-        else:
-            names = [str(client) for client in np.argsort(group.runs[0].client_averages(mask), kind="stable")]
         for rank in range(size) if size <= MAX_NUMBERS else (0,):
             label = in_cell(float(heights[rank]), size <= MAX_DECIMALS)
             panel.text(rank, ranked[:, rank].max() + 0.015, label, ha="center", va="bottom", fontsize=7.5)
