@@ -99,8 +99,10 @@ class Group:
 
     def final(self, figure: str) -> Spread | None:
         """A figure after the last task, see `final`; None if a run does not have it."""
-        values = [final(run, figure) for run in self.runs]
-        return None if None in values else spread(np.array(values, dtype=float))
+        known = [value for run in self.runs if (value := final(run, figure)) is not None]
+        if len(known) < len(self.runs):
+            return None
+        return Spread(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None)
 
     def known(self, figure: str) -> Spread:
         """A figure that every run has."""
@@ -135,16 +137,6 @@ def final(run: Run, figure: str) -> float | None:
 def readouts(groups: Sequence[Group]) -> list[str]:
     """Names of the readouts that any run has, in the order of the runs."""
     return list(dict.fromkeys(n for group in groups for run in group.runs for n in run.results.get("readouts", {})))
-
-
-def spread(values: np.ndarray) -> Spread:
-    """Mean and sample standard deviation.
-
-    Example:
-        >>> spread(np.array([1.0, 3.0])), spread(np.array([5.0]))
-        (Spread(mean=2.0, deviation=1.4142135623730951), Spread(mean=5.0, deviation=None))
-    """
-    return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

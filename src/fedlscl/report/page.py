@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -61,54 +61,48 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
 
 def figures(groups: Sequence[Group]) -> list[Section]:
     """All figures in the page's order; those of costs only if costs are known."""
-    drawn = (
-        (
-            "Accuracy after each task",
+    drawn: dict[str, tuple[Callable[..., Picture | None], str]] = {
+        "Accuracy after each task": (
+            partial(over_tasks, course="average"),
             "Mean over clients and over all tasks so far. Bands are one standard deviation over seeds. "
             "The axes do not begin at zero.",
-            partial(over_tasks, groups, "average"),
         ),
-        (
-            "Forgetting",
+        "Forgetting": (
+            partial(over_tasks, course="forgetting"),
             "Best earlier accuracy minus the current one, mean over earlier tasks and clients. Below zero, earlier "
             "tasks gained.",
-            partial(over_tasks, groups, "forgetting"),
         ),
-        (
-            "Clients",
+        "Clients": (
+            clients,
             "Final accuracy of every client, mean over tasks. Over several seeds bars are means of equal ranks, since "
             "client 0 of another seed has other classes; a dot is a seed.",
-            partial(clients, groups),
         ),
-        (
-            "Accuracy against uploaded bytes",
+        "Accuracy against uploaded bytes": (
+            partial(against_cost, cost="up_bytes"),
             "Bytes of all clients in all rounds, on a logarithmic axis. The accuracy of a method that uploads nothing "
             "is a dashed line.",
-            partial(against_cost, groups, "up_bytes"),
         ),
-        *(
-            (
-                f"Accuracy of {name} against uploaded bytes",
+        **{
+            f"Accuracy of {name} against uploaded bytes": (
+                partial(against_cost, cost="up_bytes", readout=name),
                 "Hollow: the own head, at the bytes of the method. Filled: the same classifier on the features "
                 "of every method that has them, with the bytes of all readouts of the run on top.",
-                partial(against_cost, groups, "up_bytes", readout=name),
             )
             for name in readouts(groups)
-        ),
-        (
-            "Accuracy against seconds",
+        },
+        "Accuracy against seconds": (
+            partial(against_cost, cost="total_seconds"),
             "Seconds of the whole run on its device, evaluation included, on a logarithmic axis. Compare only runs "
             "on the same device with the same number of epochs.",
-            partial(against_cost, groups, "total_seconds"),
         ),
-        (
-            "Accuracy matrices",
+        "Accuracy matrices": (
+            matrices,
             "Row: after learning that task. Column: accuracy on that task. Mean over clients and seeds.",
-            partial(matrices, groups),
         ),
-    )
+    }
     sections = [
-        Section(title, text, [p for mask in MASK_TITLES if (p := draw(mask=mask))]) for title, text, draw in drawn
+        Section(title, text, [p for mask in MASK_TITLES if (p := draw(groups, mask=mask))])
+        for title, (draw, text) in drawn.items()
     ]
     return [section for section in sections if section.pictures]
 

@@ -188,40 +188,33 @@ def read_run(path: Path) -> Run:
     Raises:
         ValueError: if a file is damaged, of a newer version, or without a finished task.
     """
-    results = _read_json(path)
-    schema = results.get("schema", 1)
-    if schema not in range(1, SCHEMA + 1):
-        raise ValueError(f"{str(path)!r} has schema {schema}, newer than {SCHEMA}: update fedlscl.")
-    old_names = SCHEMA_1_MASKS if schema == 1 else {}
-    for mask, old in old_names.items():
-        # "seen" and "seen/average" as keys, but not the "task" of a rejected upload, which is a number.
-        results = json.loads(re.sub(rf'"{old}(?=/\w+":|": [\[{{])', f'"{mask}', json.dumps(results)))
     costs, config, matrix, rounds = (path.with_name(name) for name in (COSTS, CONFIG, MATRIX, ROUNDS))
-    with _refused(path, "is damaged"):
+    with _refused(path, "cannot be read"):
+        results = json.loads(path.read_bytes())
+        _check(results, {}, results)
+        if (schema := results.get("schema", 1)) not in range(1, SCHEMA + 1):
+            raise ValueError(f"schema must be at most {SCHEMA}, got {schema}: update fedlscl")
+        old_names = SCHEMA_1_MASKS if schema == 1 else {}
+        for mask, old in old_names.items():
+            # "seen" and "seen/average" as keys, but not the "task" of a rejected upload, which is a number.
+            results = json.loads(re.sub(rf'"{old}(?=/\w+":|": [\[{{])', f'"{mask}', json.dumps(results)))
         _check(results, SHAPE, results)
-    if not results["summary"]:
-        raise ValueError(f"{str(path)!r} holds no finished task: continue the run, or leave it out.")
-    rows = (row | {"mask": old_names.get(row["mask"], row["mask"])} for row in matrix_rows(results["accuracy"]))
-    if matrix.is_file() and matrix.read_text(errors="replace") != to_csv(rows):
-        raise ValueError(f"{str(matrix)!r} does not hold the accuracies of the {RESULTS} beside it: restore both.")
-    spent = _read_json(costs) if costs.is_file() else {}
-    with _refused(costs, "is damaged"):
+        if not results["summary"]:
+            raise ValueError("it holds no finished task: continue the run")
+    with _refused(matrix, f"does not fit the {RESULTS} beside it"):
+        rows = (row | {"mask": old_names.get(row["mask"], row["mask"])} for row in matrix_rows(results["accuracy"]))
+        if matrix.is_file() and matrix.read_text() != to_csv(rows):
+            raise ValueError("it has other accuracies")
+    with _refused(costs, "cannot be read"):
+        spent = json.loads(costs.read_bytes()) if costs.is_file() else {}
         _check(spent, COSTS_SHAPE, spent)
-    text = config.read_text(errors="replace") if config.is_file() else None
     with _refused(config, "is not a configuration in YAML"):
+        text = config.read_text() if config.is_file() else None
         _check({} if text is None else yaml.safe_load(text), {}, {})
-    is_converged = None
-    if rounds.is_file():
-        with _refused(rounds, f"does not fit the {RESULTS} beside it"), rounds.open(newline="") as lines:
-            is_converged = has_converged(csv.DictReader(lines), results["data"]["classes"])
+    with _refused(rounds, f"does not fit the {RESULTS} beside it"):
+        lines = rounds.read_text().splitlines() if rounds.is_file() else []
+        is_converged = has_converged(csv.DictReader(lines), results["data"]["classes"])
     return Run(path, results, spent, text, is_converged)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with _refused(path, "is not valid JSON"):
-        value = json.loads(path.read_bytes())
-        _check(value, {}, {})
-    return value
 
 
 @contextmanager
