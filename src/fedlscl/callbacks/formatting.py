@@ -1,7 +1,6 @@
 """Quantities and tables as text."""
 
 import json
-import math
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
@@ -87,13 +86,11 @@ def in_bytes(count: float) -> str:
     """A size in decimal units.
 
     Example:
-        >>> in_bytes(999), in_bytes(171356)
-        ('999 B', '171.4 kB')
+        >>> in_bytes(999), in_bytes(171356), in_bytes(1e9)
+        ('999 B', '171.4 kB', '1.0 GB')
     """
-    if count < 1000:
-        return f"{count:.0f} B"
-    power = min(int(math.log(count, 1000)), 4)
-    return f"{count / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    power = sum(count >= 1000**power for power in range(1, 5))
+    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def in_hours(seconds: float) -> str:

@@ -236,12 +236,10 @@ class _Rehearsal(Callback):
         run.engine.train = self._few_steps
 
     @override
-    def on_task_start(self, run: RunState) -> None:
-        self.tasks.append(defaultdict(list))
-        self.outside.append(self._lap())
-
-    @override
     def on_round_start(self, run: RunState) -> None:
+        if run.progress.round == 0:
+            self.tasks.append(defaultdict(list))
+            self.outside.append(0.0)
         self.outside[-1] += self._lap()
         self.clients = self.server = 0.0
 

@@ -42,15 +42,14 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
             pass
     except OSError as error:
         raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror}): choose another folder.") from error
-    tables = {
-        "table.md": table_markdown(groups, notes),
-        "table.csv": to_csv(table_rows(groups)),
-        "table.tex": table_latex(groups, notes),
-        "per_task.csv": to_csv(per_task_rows(groups)),
+    files = {
+        "table.md": table_markdown(groups, notes).encode(),
+        "table.csv": to_csv(table_rows(groups)).encode(),
+        "table.tex": table_latex(groups, notes).encode(),
+        "per_task.csv": to_csv(per_task_rows(groups)).encode(),
     }
     sections = figures(groups)
-    html = page(groups, sections, list(tables), out, unshown)
-    files = {name: text.encode() for name, text in tables.items()}
+    html = page(groups, sections, list(files), out, unshown)
     for picture in (picture for section in sections for picture in section.pictures):
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     # The page comes last, after the files that it links to.

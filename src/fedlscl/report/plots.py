@@ -28,16 +28,14 @@ MAX_DECIMALS, MAX_NUMBERS = 5, 10
 """Tasks or clients up to which values have a decimal, and up to which they are printed."""
 COURSES = {"average": ("accuracy", "accuracy over all tasks so far"), "forgetting": ("forgetting", "forgetting")}
 """File name and title, by the summary's name."""
-RC: dict[str, Any] = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "savefig.facecolor"), PAPER),
-    **dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **{"axes.grid": True, "axes.facecolor": "none", "grid.color": RULE, "grid.alpha": 0.35, "grid.linewidth": 0.6},
-    **{"font.family": "DejaVu Sans", "font.size": 10, "legend.fontsize": 9},
-    **{"lines.linewidth": 1.8, "lines.markersize": 5.5, "figure.dpi": 100, "savefig.dpi": 160},
-    **{"figure.constrained_layout.use": True, "figure.figsize": (WIDTH, HEIGHT)},
-    **{"svg.hashsalt": "fedlscl", "svg.fonttype": "path"},
-}
+RC: dict[str, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "legend.fontsize": 9}
+RC |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+RC |= dict.fromkeys(("figure.facecolor", "savefig.facecolor"), PAPER)
+RC |= dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+RC |= {"axes.grid": True, "axes.facecolor": "none", "grid.color": RULE, "grid.alpha": 0.35, "grid.linewidth": 0.6}
+RC |= {"lines.linewidth": 1.8, "lines.markersize": 5.5, "figure.dpi": 100, "savefig.dpi": 160}
+RC |= {"figure.constrained_layout.use": True, "figure.figsize": (WIDTH, HEIGHT)}
+RC |= {"svg.hashsalt": "fedlscl", "svg.fonttype": "path"}
 styled = style.context(["default", RC])
 """Decorator of functions that draw: without the user's matplotlibrc."""
 
@@ -72,7 +70,8 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
     last = max(group.tasks for group in groups)
     # There is no forgetting after the first task.
     first = 1 if course == "forgetting" and last > 1 else 0
-    axes, styles, ends = Figure().subplots(), looks(groups), []
+    figure, styles, ends = Figure(), looks(groups), []
+    axes = figure.subplots()
     for group in groups:
         colour, marker, dash = styles[group.name]
         seeds = group.course(f"{mask}/{course}")
@@ -88,7 +87,7 @@ def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
     axes.set(xlim=(first + 0.8, last + 0.2), xlabel="after learning task", ylabel=f"{what}, %")
     title = f"{what.capitalize()}, {MASK_TITLES[mask]}"
     alt = f"Line chart of {what}, {MASK_TITLES[mask]}, after each task. After the last one: {', '.join(ends)}."
-    return _chart(axes, f"{file}_{mask}", title, alt)
+    return _chart(figure, f"{file}_{mask}", title, alt)
 
 
 @styled
@@ -108,7 +107,8 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "
     positive = [spent.mean for found in points.values() for spent, _ in found if spent.mean > 0]
     if not positive:
         return None
-    axes, styles, words = Figure().subplots(), looks(groups), []
+    figure, styles, words = Figure(), looks(groups), []
+    axes = figure.subplots()
     for name, found in points.items():
         colour, marker, _ = styles[name]
         drawn = []
@@ -134,7 +134,7 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "
     whose = f"Final accuracy of own heads and {readout}" if readout else "Final accuracy"
     title = f"{whose}, {MASK_TITLES[mask]}, against {what}"
     alt = f"Scatter plot of {title[0].lower()}{title[1:]}: {', '.join(words)}."
-    return _chart(axes, "_".join([file, *re.findall(r"\w+", readout), mask]), title, alt)
+    return _chart(figure, "_".join([file, *re.findall(r"\w+", readout), mask]), title, alt)
 
 
 @styled
@@ -213,13 +213,12 @@ def _tick(fraction: float, _: object) -> str:
     return f"{round(100 * fraction, 1):g}"
 
 
-def _chart(axes: Axes, name: str, caption: str, alt: str) -> Picture:
+def _chart(figure: Figure, name: str, caption: str, alt: str) -> Picture:
     """A picture of axes in percent, and below them a legend."""
+    (axes,) = figure.axes
     handles, texts = axes.get_legend_handles_labels()
     columns = 1 if max(map(len, texts)) > 26 else 2
     axes.yaxis.set_major_formatter(_tick)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     figure.set_size_inches(WIDTH, HEIGHT + 0.2 * -(-len(texts) // columns) + 0.15)
     figure.legend(handles, texts, loc="outside lower center", ncols=columns)
     return picture(figure, name, caption, alt)

@@ -92,11 +92,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs under the given paths; if a run folder holds several versions, the newest of each seed.
-
-    Raises:
-        ValueError: if a path holds no results, or a file cannot be read.
-    """
+    """Runs under the given paths; if a run folder holds several versions, the newest of each seed."""
     runs: dict[Path, Run] = {}
     for path in paths:
         newest = {(run_folder(run.path), run.seed): run for run in map(read_run, all_results(path))}
