@@ -226,7 +226,7 @@ class _Rehearsal(Callback):
     """Shortens every stage, and records bytes and seconds by task and round, and seconds outside of rounds by task."""
 
     def __init__(self, has_cache: bool) -> None:
-        self.has_cache, self.since = has_cache, time.perf_counter()
+        self.has_cache = has_cache
         self.tasks: list[dict[str, list[float]]] = []
         self.outside: list[float] = []
 
@@ -245,7 +245,8 @@ class _Rehearsal(Callback):
 
     @override
     def on_stage_start(self, run: RunState, client: Client | None, stage: Stage) -> None:
-        self.at_server, self.fills_cache = client is None, run.progress.round == 0 and self.has_cache
+        self.at_server = client is None
+        self.fills_cache = not self.at_server and run.progress.round == 0 and self.has_cache
 
     @override
     def on_round_end(self, run: RunState) -> None:
@@ -258,7 +259,7 @@ class _Rehearsal(Callback):
         self.outside[-1] += self._lap()
 
     def _few_steps(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
-        if self.fills_cache and not self.at_server:
+        if self.fills_cache:
             for batch in stage.batches:
                 if getattr(batch, "augmented", True):
                     break

@@ -111,8 +111,8 @@ class TensorBoard(ScalarCallback):
             self.writer.close()
 
 
-MAX_DECIMALS, MAX_NUMBERS = 8, 20
-"""Tasks up to which values have a decimal, and up to which they are printed."""
+MAX_NUMBERS = 20
+"""Tasks up to which values are printed."""
 
 
 def matrix_figure(matrix: AccuracyMatrix) -> "Figure":
@@ -126,7 +126,7 @@ def matrix_figure(matrix: AccuracyMatrix) -> "Figure":
     figure.suptitle(f"Accuracy in percent, mean over {num_clients} client{'s' * (num_clients > 1)}", fontsize=10)
     panels = figure.subplots(1, len(MASKS), sharey=True)
     for axes, mask in zip(panels, MASKS, strict=True):
-        heat_map(axes, matrix.of(mask).mean(0).numpy(), 0.0, MAX_DECIMALS, MAX_NUMBERS)
+        heat_map(axes, matrix.of(mask).mean(0).numpy(), 0.0, MAX_NUMBERS)
         axes.set_title(MASK_TITLES[mask], fontsize=9)
         axes.set_xlabel("accuracy on task", fontsize=9)
     panels[0].set_ylabel("after learning task", fontsize=9)
@@ -135,13 +135,13 @@ def matrix_figure(matrix: AccuracyMatrix) -> "Figure":
     return figure
 
 
-def heat_map(axes: "Axes", matrix: np.ndarray, lowest: float, max_decimals: int, max_numbers: int) -> None:
+def heat_map(axes: "Axes", matrix: np.ndarray, lowest: float, max_numbers: int) -> None:
     """Draw accuracies (after task, on task), NaN where not measured, as colours from ``lowest`` to 1 and in percent.
 
-    Values have a decimal up to ``max_decimals`` tasks, and are printed up to ``max_numbers``.
+    Values are printed up to ``max_numbers`` tasks, and have a decimal up to half as many.
     """
     axes.imshow(matrix, cmap="YlGnBu", vmin=lowest, vmax=1)
-    size = len(matrix)
+    size, max_decimals = len(matrix), max_numbers // 2
     ticks = range(0, size, max(1, size // max_decimals))
     names = [str(tick + 1) for tick in ticks]
     axes.set_xticks(ticks, names, fontsize=8)

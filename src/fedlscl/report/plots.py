@@ -24,8 +24,8 @@ INK, PAPER, RULE = "#1f2430", "#fffffe", "#8b90a0"
 WIDTH, HEIGHT = 4.7, 2.9
 """Inches of a figure and of its axes: 10 points stay readable on a phone."""
 MAX_NAME = 34
-MAX_DECIMALS, MAX_NUMBERS = 5, 10
-"""Tasks or clients up to which values have a decimal, and up to which they are printed."""
+MAX_NUMBERS = 10
+"""Tasks or clients up to which values are printed; they have a decimal up to half as many."""
 COURSES = {"average": ("accuracy", "accuracy over all tasks so far"), "forgetting": ("forgetting", "forgetting")}
 """File name and title, by the summary's name."""
 RC: dict[str, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "legend.fontsize": 9}
@@ -145,7 +145,7 @@ def matrices(groups: Sequence[Group], mask: str) -> Picture:
     figure, panels = _panels(groups, 2.15, 1.05)
     ends = []
     for panel, group, matrix in zip(panels, groups, values, strict=True):
-        heat_map(panel, matrix, lowest, MAX_DECIMALS, MAX_NUMBERS)
+        heat_map(panel, matrix, lowest, MAX_NUMBERS)
         ends.append(f"{group.name} {', '.join(map(percent, matrix[-1].tolist()))}")
     figure.supxlabel("accuracy on task", fontsize=9)
     figure.supylabel("after learning task", fontsize=9)
@@ -173,7 +173,7 @@ def clients(groups: Sequence[Group], mask: str) -> Picture:
             ranks = np.broadcast_to(np.arange(size), ranked.shape)
             panel.scatter(ranks, ranked, s=7, color=INK, zorder=3, linewidths=0)
         for rank in range(size) if size <= MAX_NUMBERS else (0,):
-            label = in_cell(float(heights[rank]), size <= MAX_DECIMALS)
+            label = in_cell(float(heights[rank]), size <= MAX_NUMBERS // 2)
             panel.text(rank, ranked[:, rank].max() + 0.015, label, ha="center", va="bottom", fontsize=7.5)
         panel.set(ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
         panel.yaxis.set_major_formatter(_tick)
