@@ -257,8 +257,7 @@ def has_converged(rows: Iterable[Mapping[str, str]], classes: Sequence[Sequence[
 
     Not converged: in some stage the cross-entropy, mean over clients, still falls by more than 2 % from the last round
     but one to the last one, and is then more than 25 % of ln K, that of guessing among the K classes that the client
-    has met so far (some methods train on those of the task alone, which makes the rule lenient to them); both are means
-    over tasks. A loss near zero may fall by any percentage: there is little left to train.
+    has met so far; both are means over tasks. docs/report.md has the reasons.
 
     Args:
         rows: of rounds.csv.
