@@ -1,4 +1,5 @@
 import re
+import time
 
 import numpy as np
 import pytest
@@ -151,6 +152,8 @@ def test_points_of_a_lost_round_are_replaced(observe, make_method, tmp_path):
     writer = SummaryWriter(stopped.folder / "tensorboard", filename_suffix=".lost")
     writer.add_scalar("traffic/up_bytes", -1.0, 1)
     writer.close()
+    # Files are read in the order of their names, which begin with the second.
+    time.sleep(1)
     observe(make_method(), tmp_path, resume=True)
     values = points(read(tmp_path), "traffic/up_bytes")
     assert [step for step, _ in values] == [0, 1, 2, 3] and min(value for _, value in values) > 0
