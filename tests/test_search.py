@@ -58,6 +58,7 @@ def test_a_trial_that_was_stopped_has_no_score(finished, tmp_path):
     (file,) = stopped.rglob("results.json")
     results = json.loads(file.read_text())
     results |= {"tasks_done": 1, "summary": results["summary"][:1]}
+    results["traffic"]["up"] = [client[:1] for client in results["traffic"]["up"]]
     file.with_name("matrix.csv").unlink()
     file.write_text(json.dumps(results))
     assert read_runs([stopped])[0].tasks == 1

@@ -124,5 +124,5 @@ def test_without_a_mark_there_is_no_footnote(runs, tmp_path):
 @pytest.mark.parametrize("text", ["task,round\n0,0\n", "task,round,client,train/cross_entropy\n0,0,9,1\n"])
 def test_a_damaged_file_of_rounds_is_refused(marked, text):
     (marked / "FedAvg/rounds.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"rounds\.csv' does not fit the results\.json beside it: restore both"):
+    with pytest.raises(ValueError, match=r"rounds\.csv' does not fit the results\.json beside it"):
         read_run(marked / "FedAvg/results.json")

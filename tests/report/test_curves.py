@@ -23,7 +23,7 @@ def test_a_method_that_uploads_nothing_is_kept(groups):
 def test_a_cost_that_nobody_has_gives_no_figure(runs):
     local = [run for run in read_runs([runs]) if run.name == "Local"]
     assert against_cost(grouped(local), "up_bytes", "class_il") is None
-    without_costs = grouped([dataclasses.replace(run, costs=None) for run in local])
+    without_costs = grouped([dataclasses.replace(run, costs={}) for run in local])
     assert against_cost(without_costs, "total_seconds", "class_il") is None
 
 

@@ -8,7 +8,7 @@ def only_paths(monkeypatch):
     """Results are not read; the seed of a run is the number in its folder's name."""
 
     def read(path):
-        return runs.Run(path, {"seed": int(path.resolve().parent.name.partition("seed_")[2] or 0)}, None, None)
+        return runs.Run(path, {"seed": int(path.resolve().parent.name.partition("seed_")[2] or 0)}, {}, None)
 
     monkeypatch.setattr(runs, "read_run", read)
 

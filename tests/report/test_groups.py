@@ -42,7 +42,7 @@ def test_one_seed_has_no_deviation(four):
 
 
 def test_a_figure_that_one_run_lacks_has_no_mean(four):
-    (group,) = grouped([four[0], dataclasses.replace(four[1], costs=None)])
+    (group,) = grouped([four[0], dataclasses.replace(four[1], costs={})])
     assert group.final("total_seconds") is None and group.final("up_bytes") is not None
 
 
@@ -109,7 +109,7 @@ def test_accuracies_on_validation_and_on_test_images_are_not_ranked_together(fou
         four[2], results={**four[2].results, "data": {**four[2].results["data"], "evaluated_on": "validation"}}
     )
     groups = grouped([four[0], other])
-    assert {group.comparable for group in groups} == {"set 1", "set 2"}
+    assert {group.heading for group in groups} == {"set 1", "set 2"}
     notes = inequalities(groups)
     assert any("Accuracy on: test images" in note and "validation images" in note for note in notes)
 

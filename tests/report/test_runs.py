@@ -68,19 +68,24 @@ def test_a_run_may_come_without_costs_and_configuration(copied):
     for name in ("costs.json", "config.yaml", "matrix.csv"):
         (copied / name).unlink()
     run = read_run(copied / "results.json")
-    assert run.costs is None and run.commits == [] == run.devices
+    assert run.costs == {} and run.recorded("commit") == [] == run.recorded("device")
     assert run.options["method.fields.local_epochs"] == 1
 
 
 DAMAGES = {
-    "not valid JSON": lambda folder: (folder / "results.json").write_text('{"seed": 1'),
-    "holds list": lambda folder: (folder / "results.json").write_text("[]"),
-    "holds no 'method'": lambda folder: (folder / "results.json").write_text('{"seed": 1}'),
-    "has schema 3": lambda folder: change(folder, schema=3),
-    "holds no finished task": lambda folder: change(folder, summary=[]),
-    "does not hold the accuracies": lambda folder: (folder / "matrix.csv").write_text("phase,mask\nafter,task\n"),
-    "not a configuration in YAML": lambda folder: (folder / "config.yaml").write_text("a: [1"),
-    "costs.json' is not valid JSON": lambda folder: (folder / "costs.json").write_text(""),
+    "results.json' cannot be read (Expecting": lambda folder: (folder / "results.json").write_text('{"seed": 1'),
+    "must be dict, got []": lambda folder: (folder / "results.json").write_text("[]"),
+    "method must be given": lambda folder: (folder / "results.json").write_text('{"seed": 1}'),
+    "schema must be at most 2, got 3: update fedlscl": lambda folder: change(folder, schema=3),
+    "summary must have 2 entries (tasks_done), got 0": lambda folder: change(folder, summary=[]),
+    "holds no finished task": lambda folder: change(
+        folder, tasks_done=0, summary=[], traffic={"up_bytes": 0, "down_bytes": 0, "up": [[], []]}
+    ),
+    "matrix.csv' does not fit the results.json beside it": lambda folder: (folder / "matrix.csv").write_text(
+        "phase,mask\nafter,task\n"
+    ),
+    "is not a configuration in YAML": lambda folder: (folder / "config.yaml").write_text("a: [1"),
+    "costs.json' cannot be read (Expecting": lambda folder: (folder / "costs.json").write_text(""),
 }
 
 

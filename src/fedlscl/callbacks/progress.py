@@ -1,26 +1,26 @@
 """Progress on the terminal, as bars or as plain lines, and the estimate of a run before it starts."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from copy import copy
 from itertools import islice
 from operator import length_hint
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from fedlscl.callbacks.formatting import accuracies, in_all, in_bytes, in_hours, introduction, position, print_table
+from fedlscl.callbacks.formatting import in_all, in_bytes, in_hours, introduction, percent, position, print_table
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, Stage
 from fedlscl.federated.metrics import summary
 from fedlscl.federated.state import Callback, RunState, extrapolated
 from fedlscl.federated.trainer import FederatedTrainer
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
 
 MANY_CLIENTS = 10
 """With more clients, plain lines are one per round instead of one per client and stage."""
@@ -35,54 +35,39 @@ class ProgressDisplay(Callback):
     def __init__(self) -> None:
         self.console: Console | None = None
         self.bars: Progress | None = None
+        """Only on a terminal; without them, stages and rounds are plain lines."""
         self.bar_ids: dict[str, TaskID] = {}
         self.server: dict[str, tuple[dict[str, float], float]] = {}
         """Last terms and total seconds of the server's stages in this round, by name."""
         self.rounds = self.first_round = 0.0
         """Finished rounds of the run, a part of the current one included; those of earlier sessions."""
-        self.turn = 0
-        """Clients that started in this round."""
 
     @override
     def on_fit_start(self, run: RunState) -> None:
-        from rich.console import Console
-
         self.console = self.console or Console(stderr=True)
-        self.started, self.rounds, self.first_round = time.perf_counter(), run.step, run.step
+        self.started, self.total = time.perf_counter(), run.num_tasks * run.rounds_per_task
+        self.rounds = self.first_round = run.step
         for line in introduction(run):
             self._print(line)
         if self.console.is_interactive and run.progress.task < run.num_tasks:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
             columns = TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[text]}", markup=False)
             # Without a limit: a client may train for longer than the 30 s over which rich measures the speed.
-            given: dict[str, Any] = {"console": self.console, "transient": True, "speed_estimate_period": float("inf")}
+            given: dict[str, Any] = {"console": self.console, "transient": True, "speed_estimate_period": math.inf}
             self.bars = Progress(*columns, TimeRemainingColumn(), **given)
-            rounds = run.num_tasks * run.rounds_per_task
-            totals = {"Run": rounds, "Task": run.num_tasks, "Round": run.rounds_per_task, "Client": len(run.clients)}
-            self.bar_ids = {name: self.bars.add_task(name, total=total, text="") for name, total in totals.items()}
-            self.bar_ids["Batch"] = self.bars.add_task("Batch", total=None, text="preparing")
-            self.bars.update(self.bar_ids["Run"], completed=run.step)
+            names = ("Run", "Task", "Round", "Client", "Batch")
+            self.bar_ids = {name: self.bars.add_task(name, total=None, text="") for name in names}
+            self._show(run, None, "preparing")
             self.bars.start()
 
     @override
-    def on_round_start(self, run: RunState) -> None:
-        self.turn, (task, round_) = 0, run.progress.position
-        self._update("Task", task, f"{task + 1} of {run.num_tasks}")
-        self._update("Round", round_, f"{round_ + 1} of {run.rounds_per_task}")
-        self._advance(run, run.step)
-
-    @override
     def on_client_start(self, run: RunState, client: Client) -> None:
-        self._advance(run, run.step + self.turn / len(run.participants))
-        self._update("Client", client.id, f"{client.id + 1} of {len(run.clients)}")
-        self._update("Batch", 0, "preparing")
-        self.turn += 1
+        self.rounds = run.step + run.participants.index(client.id) / len(run.participants)
+        self._show(run, client, "preparing")
 
     @override
     def on_stage_start(self, run: RunState, client: Client | None, stage: Stage) -> None:
         name = stage.name if client is not None else f"{stage.name} at the server"
-        self._update("Batch", 0, name, total=length_hint(stage.batches, 0) * stage.epochs or None)
+        self._show(run, client, name, total=length_hint(stage.batches, 0) * stage.epochs or None)
 
     @override
     def on_batch_end(self, run: RunState, client: Client | None, num_images: int) -> None:
@@ -107,25 +92,30 @@ class ProgressDisplay(Callback):
 
     @override
     def on_evaluation_start(self, run: RunState, client: Client, phase: str) -> None:
-        self._update("Client", client.id, f"{client.id + 1} of {len(run.clients)}")
-        self._update("Batch", 0, f"evaluating {phase} aggregation")
+        self._show(run, client, f"evaluating {phase} aggregation")
 
     @override
     def on_round_end(self, run: RunState) -> None:
-        self._advance(run, run.step + 1)
+        self.rounds = run.step + 1
         if self.bars is None:
             up, down = (in_bytes(int(run.traffic[name][:, *run.progress.position].sum())) for name in ("up", "down"))
-            self._print(f"{position(run)}: {up} up, {down} down ({self._outlook(run)})")
+            self._print(f"{position(run)}: {up} up, {down} down ({self._outlook()})")
         # The first round of a task may send more than the others, and a server may answer in the last one alone.
         rounds = run.rounds_per_task if run.server_every == "task" else min(2, run.rounds_per_task)
-        if run.step == rounds - 1 and self._seconds_left(run):
+        if run.step == rounds - 1 and (left := self._seconds_left()):
             up, down = (extrapolated(run.traffic, name, rounds) for name in ("up", "down"))
-            self._print(in_all(up, down, time.perf_counter() - self.started + self._seconds_left(run)))
+            self._print(in_all(up, down, time.perf_counter() - self.started + left))
 
     @override
     def on_task_end(self, run: RunState) -> None:
         task = run.progress.task
-        self._print(f"after task {task + 1}/{run.num_tasks}: {accuracies(summary(run.matrix, task))}", "bold green")
+        found = {name: percent(value) for name, value in summary(run.matrix, task).items()}
+        self._print(
+            f"after task {task + 1}/{run.num_tasks}: class-IL average {found['class_il/average']} %, current task "
+            f"{found['class_il/current']} %, forgetting {found['class_il/forgetting']} %; task-IL average "
+            f"{found['task_il/average']} %",
+            "bold green",
+        )
 
     @override
     def on_fit_end(self, run: RunState) -> None:
@@ -142,33 +132,36 @@ class ProgressDisplay(Callback):
             self.bars.stop()
             self.bars = None
 
-    def _advance(self, run: RunState, rounds: float) -> None:
-        self.rounds = rounds
-        self._update("Run", rounds, f"{self._fraction(run):.0%} done")
+    def _show(self, run: RunState, client: Client | None, text: str, total: int | None = None) -> None:
+        """Set all bars; ``text`` and ``total`` are those of the batches."""
+        if self.bars is None:
+            return
+        self.bars.update(self.bar_ids["Run"], completed=self.rounds, total=self.total, text=self._done())
+        task, round_ = run.progress.position
+        counted = {"Task": (task, run.num_tasks), "Round": (round_, run.rounds_per_task)}
+        if client is not None:
+            counted["Client"] = client.id, len(run.clients)
+        for name, (index, number) in counted.items():
+            self.bars.update(self.bar_ids[name], completed=index, total=number, text=f"{index + 1} of {number}")
+        self.bars.reset(self.bar_ids["Batch"], total=total, text=text)
 
-    def _update(self, bar: str, completed: float, text: str, total: float | None = None) -> None:
-        if self.bars is not None:
-            if bar == "Batch":
-                self.bars.reset(self.bar_ids[bar], total=total)
-            self.bars.update(self.bar_ids[bar], completed=completed, text=text)
+    def _done(self) -> str:
+        return f"{self.rounds / self.total:.0%} done"
 
-    def _fraction(self, run: RunState) -> float:
-        return self.rounds / (run.num_tasks * run.rounds_per_task)
-
-    def _seconds_left(self, run: RunState) -> float:
+    def _seconds_left(self) -> float:
         """At this session's speed."""
-        left = run.num_tasks * run.rounds_per_task - self.rounds
-        return (time.perf_counter() - self.started) * left / max(self.rounds - self.first_round, 1e-9)
+        elapsed, done = time.perf_counter() - self.started, self.rounds - self.first_round
+        return elapsed * (self.total - self.rounds) / max(done, 1e-9)
 
-    def _outlook(self, run: RunState) -> str:
-        done = f"{self._fraction(run):.0%} done"
-        return f"{done}, {in_hours(self._seconds_left(run))} left" if self.rounds > self.first_round else done
+    def _outlook(self) -> str:
+        left = f", {in_hours(self._seconds_left())} left" if self.rounds > self.first_round else ""
+        return f"{self._done()}{left}"
 
     def _print_stage(self, run: RunState, who: str, terms: dict[str, float], seconds: float) -> None:
         if self.bars is None:
             loss, *parts = [f"{name} {value:.4g}" for name, value in terms.items()] or ["no samples"]
             total = f"{loss} = {' + '.join(parts)}" if len(parts) > 1 else loss
-            self._print(f"{position(run)}, {who}: {total} ({seconds:.1f} s; {self._outlook(run)})")
+            self._print(f"{position(run)}, {who}: {total} ({seconds:.1f} s; {self._outlook()})")
 
     def _print(self, line: str, style: str | None = None) -> None:
         if self.console is not None:
@@ -210,8 +203,10 @@ def forecast(
     participation, up, down, seconds = trainer.participation, 0.0, 0.0, 0.0
     senders = len(images) * participation / len(chosen)
     for task in range(num_tasks):
-        known = min(task, len(rehearsal.tasks) - 1)
-        done = {name: _whole_task(values, trainer.rounds_per_task) for name, values in rehearsal.tasks[known].items()}
+        known = min(task, len(rehearsal.outside) - 1)
+        # All rounds: the first, another one if there are three, as often as needed, and the last.
+        missing = trainer.rounds_per_task - short.rounds_per_task
+        done = {name: sum(of) + missing * of[len(of) // 2] for name, of in rehearsal.tasks[known].items()}
         scale = sum(client[task] for client in images) / max(1, sum(images[client][known] for client in chosen))
         up += done["up"] * (1 if method.simulation_only else senders)
         down += done["down"] * senders
@@ -227,16 +222,11 @@ def _typical(images: list[list[int]], number: int) -> list[int]:
     return sorted(sorted(range(len(images)), key=lambda i: (images[i].count(0), abs(sum(images[i]) - middle)))[:number])
 
 
-def _whole_task(by_round: Sequence[float], rounds: int) -> float:
-    """Sum over a task from its first round, another one if there are three, and its last."""
-    return sum(by_round) + (by_round[1] * (rounds - len(by_round)) if rounds > len(by_round) else 0)
-
-
 class _Rehearsal(Callback):
     """Shortens every stage, and records bytes and seconds by task and round, and seconds outside of rounds by task."""
 
     def __init__(self, has_cache: bool) -> None:
-        self.has_cache, self.since = has_cache, time.perf_counter()
+        self.has_cache = has_cache
         self.tasks: list[dict[str, list[float]]] = []
         self.outside: list[float] = []
 
@@ -246,33 +236,30 @@ class _Rehearsal(Callback):
         run.engine.train = self._few_steps
 
     @override
-    def on_task_start(self, run: RunState) -> None:
-        self.tasks.append({"up": [], "down": [], "clients": [], "server": []})
-        self.outside.append(self._lap())
-
-    @override
     def on_round_start(self, run: RunState) -> None:
+        if run.progress.round == 0:
+            self.tasks.append(defaultdict(list))
+            self.outside.append(0.0)
         self.outside[-1] += self._lap()
-        self.rest = self.server = 0.0
+        self.clients = self.server = 0.0
 
     @override
     def on_stage_start(self, run: RunState, client: Client | None, stage: Stage) -> None:
-        self.at_server, self.fills_cache = client is None, run.progress.round == 0 and self.has_cache
+        self.at_server = client is None
+        self.fills_cache = not self.at_server and run.progress.round == 0 and self.has_cache
 
     @override
     def on_round_end(self, run: RunState) -> None:
-        done = self.tasks[-1]
-        done["clients"].append(self._lap() + self.rest)
-        done["server"].append(self.server)
-        for name in ("up", "down"):
-            done[name].append(int(run.traffic[name][:, *run.progress.position].sum()))
+        sent = {name: int(run.traffic[name][:, *run.progress.position].sum()) for name in ("up", "down")}
+        for name, value in {**sent, "clients": self._lap() + self.clients, "server": self.server}.items():
+            self.tasks[-1][name].append(value)
 
     @override
     def on_task_end(self, run: RunState) -> None:
         self.outside[-1] += self._lap()
 
     def _few_steps(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
-        if self.fills_cache and not self.at_server:
+        if self.fills_cache:
             for batch in stage.batches:
                 if getattr(batch, "augmented", True):
                     break
@@ -287,8 +274,11 @@ class _Rehearsal(Callback):
         ended = time.perf_counter()
         whole = steps * (ended - warm) / len(few[-STEPS:])
         # A round takes its measured time with the estimate for the whole stage instead of these steps.
-        self.rest += (0.0 if self.at_server else whole) - (ended - started)
-        self.server += whole if self.at_server else 0.0
+        self.clients -= ended - started
+        if self.at_server:
+            self.server += whole
+        else:
+            self.clients += whole
         return terms
 
     def _lap(self) -> float:

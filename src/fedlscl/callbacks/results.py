@@ -5,13 +5,13 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,24 +20,10 @@ from typing_extensions import override
 
 import fedlscl
 from fedlscl.federated.checkpoint import write_atomically
-from fedlscl.federated.engine import Engine
 from fedlscl.federated.loggers import Timed, peak_memory
-from fedlscl.federated.metrics import (
-    MASKS,
-    PHASES,
-    SCHEMA,
-    average_accuracy,
-    matrix_rows,
-    plain,
-    round_rows,
-    summary,
-    to_csv,
-    to_json,
-)
+from fedlscl.federated.metrics import MASKS, PHASES, SCHEMA, matrix_rows, plain, round_rows, summary, to_csv, to_json
 from fedlscl.federated.state import RunState
 from fedlscl.nets.net import Net, SmallModel
-
-COSTS_SCHEMA = 1
 
 
 class Results(Timed):
@@ -55,24 +41,16 @@ class Results(Timed):
     @override
     def on_fit_start(self, run: RunState) -> None:
         self.started = time.perf_counter()
-        self.session = {
-            "started": _now(),
-            "first_step": run.step,
-            "commit": package_commit(),
-            "device": device_name(run.device),
-            "precision": run.precision,
-            "seconds": {},
-            "training_seconds": 0.0,
-            "images": 0,
-            "rounds": [],
-        }
+        self.session = {"started": _now(), "first_step": run.step, "commit": package_commit()}
+        self.session |= {"device": device_name(run.device), "precision": run.precision}
+        self.session |= {"seconds": Counter(), "training_seconds": 0.0, "images": 0, "rounds": []}
         if run.run_dir is not None and run.step > 0 and (path := run.run_dir / "costs.json").is_file():
             self.earlier = json.loads(path.read_bytes())["sessions"]
 
     @override
     def on_round_end(self, run: RunState) -> None:
-        where = {"task": run.progress.task, "round": run.progress.round}
-        self.session["rounds"].append(where | {"seconds": self.round_seconds})
+        task, round_ = run.progress.position
+        self.session["rounds"].append({"task": task, "round": round_, "seconds": self.round_seconds})
 
     @override
     def on_task_end(self, run: RunState) -> None:
@@ -84,7 +62,7 @@ class Results(Timed):
         if run.run_dir is None or not self.session:
             return
         lap, session = self.lap(), self.session
-        session["seconds"] = _sum([session["seconds"], lap.seconds])
+        session["seconds"].update(lap.seconds)
         session["training_seconds"] += lap.training_seconds
         session["images"] += lap.images
         session |= {"ended": _now(), "total_seconds": time.perf_counter() - self.started}
@@ -108,19 +86,18 @@ def write_results(run: RunState) -> None:
     """Write results.json, matrix.csv and rounds.csv."""
     assert run.run_dir is not None
     done = results(run)
-    files = {
-        "results.json": to_json(done),
-        "matrix.csv": to_csv(matrix_rows(done["accuracy"])),
-        "rounds.csv": to_csv(round_rows(done["traffic"], run.history, done["tasks_done"])),
-    }
-    for name, text in files.items():
-        write_atomically(run.run_dir / name, text.encode())
+    rounds = to_csv(round_rows(done["traffic"], run.history, done["tasks_done"]))
+    write_atomically(run.run_dir / "results.json", to_json(done).encode())
+    write_atomically(run.run_dir / "matrix.csv", to_csv(matrix_rows(done["accuracy"])).encode())
+    write_atomically(run.run_dir / "rounds.csv", rounds.encode())
 
 
 def results(run: RunState) -> dict[str, Any]:
     """Contents of results.json: description, accuracies and traffic of a run in plain values."""
-    done = tasks_done(run)
-    values = {name: amounts[:, :done] for name, amounts in run.traffic.items()}
+    # Tasks after which every client was evaluated.
+    done = int((~run.matrix.of("class_il")[:, :, 0].isnan()).all(0).sum())
+    values, has_readouts = {name: amounts[:, :done] for name, amounts in run.traffic.items()}, bool(run.readouts.names)
+    uploaded = [int(client.max()) if done else 0 for client in values["up_values"]]
     return {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in ("fedlscl", "torch", "lightning", "timm")},
@@ -130,25 +107,17 @@ def results(run: RunState) -> dict[str, Any]:
         "data": run.data,
         "foundation": describe_foundation(run),
         "small_models": describe_small_models(run),
-        "parameters": {
-            **parameter_counts(run),
-            "uploaded_per_round": [int(client.max()) if done else 0 for client in values["up_values"]],
-        },
+        "parameters": parameter_counts(run) | {"uploaded_per_round": uploaded},
         "flops_per_image": flops_by_client(run) if run.clients else None,
         "tasks_done": done,
         "accuracy": plain({phase: {mask: run.matrix.of(mask, phase).tolist() for mask in MASKS} for phase in PHASES}),
         "summary": [plain(summary(run.matrix, task)) for task in range(done)],
         "clients": {mask: _clients(run.matrix.of(mask), done) for mask in MASKS},
-        **({"readouts": plain(readout_accuracies(run))} if run.readouts.names else {}),
+        **({"readouts": plain(readout_accuracies(run))} if has_readouts else {}),
         "quarantined": [rejected._asdict() for rejected in run.rejected],
         "traffic": {
-            "up_bytes": int(values["up"].sum()),
-            "down_bytes": int(values["down"].sum()),
-            **(
-                {f"readout_{name}_bytes": int(sent.sum()) for name, sent in run.readouts.traffic.items()}
-                if run.readouts.names
-                else {}
-            ),
+            **{f"{way}_bytes": int(values[way].sum()) for way in ("up", "down")},
+            **{f"readout_{way}_bytes": int(sent.sum()) for way, sent in run.readouts.traffic.items() if has_readouts},
             **{name: amounts.tolist() for name, amounts in values.items()},
         },
     }
@@ -158,20 +127,14 @@ def readout_accuracies(run: RunState) -> dict[str, dict[str, Any]]:
     """Accuracies (clients, after task, on task) of each readout by mask, NaN where not measured."""
     empty = run.matrix.values[0] * torch.nan
     found = {name: run.readouts.values.get(name, empty) for name in run.readouts.names}
-    return {name: {mask: v[i].tolist() for i, mask in enumerate(MASKS)} for name, v in found.items()}
-
-
-def tasks_done(run: RunState) -> int:
-    """Tasks after which every client was evaluated."""
-    return int((~run.matrix.of("class_il")[:, :, 0].isnan()).all(0).sum())
+    return {name: dict(zip(MASKS, values.tolist(), strict=True)) for name, values in found.items()}
 
 
 def _clients(matrix: Tensor, done: int) -> dict[str, Any] | None:
     if not done:
         return None
-    average = average_accuracy(matrix)[:, done - 1]
-    worst = int(average.argmin())
-    return {"average": average.tolist(), "worst": worst, "worst_average": float(average[worst])}
+    average = matrix[:, done - 1].nanmean(1)
+    return {"average": average.tolist(), "worst": int(average.argmin()), "worst_average": float(average.min())}
 
 
 def parameter_counts(run: RunState) -> dict[str, Any]:
@@ -215,21 +178,17 @@ class Flops(NamedTuple):
 
 SIDE = 32
 """Pixels of the stored image for which FLOPs are counted; every net resizes for itself."""
-_COUNTED: WeakKeyDictionary[Engine, dict[tuple[str, int, int], Flops]] = WeakKeyDictionary()
-"""By the engine of a run: type of net, number of parameters and task, which may change what trains."""
 
 
 def flops_by_client(run: RunState) -> dict[str, list[int]]:
-    """`Flops` of every client by name; nets of one type with equally many parameters are counted once per task."""
-    found = _COUNTED.setdefault(run.engine, {})
-    rows = []
-    for client in run.clients:
-        key = type(client.net).__name__, sum(p.numel() for p in client.net.parameters()), client.task
-        if key not in found:
+    """`Flops` of every client by name; nets of one type with equally many parameters are counted once."""
+    found: dict[tuple[str, int], Flops] = {}
+    kinds = [(type(client.net).__name__, sum(p.numel() for p in client.net.parameters())) for client in run.clients]
+    for kind, client in zip(kinds, run.clients, strict=True):
+        if kind not in found:
             with run.engine.on_device(client):
-                found[key] = flops_per_image(client.net)
-        rows.append(found[key])
-    return {name: list(values) for name, values in zip(Flops._fields, zip(*rows, strict=True), strict=True)}
+                found[kind] = flops_per_image(client.net)
+    return {name: [getattr(found[kind], name) for kind in kinds] for name in Flops._fields}
 
 
 def flops_per_image(net: Net) -> Flops:
@@ -237,42 +196,37 @@ def flops_per_image(net: Net) -> Flops:
     mode, device = net.training, next(iter(net.state_dict().values())).device
     images = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
     net.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        prefix, frozen = None, 0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            if net.prefix_key is not None:
-                with FlopCounterMode(display=False) as counter:
-                    prefix = net.frozen_prefix(images)
-                frozen = counter.get_total_flops()
-            with FlopCounterMode(display=False) as counter:
-                net(images, prefix)
-            inference = counter.get_total_flops()
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            prefix = None if net.prefix_key is None else net.frozen_prefix(images)
+            frozen = counter.get_total_flops()
+            net(images, prefix)
+            inference = counter.get_total_flops() - frozen
+        with torch.enable_grad():
             logits = net(images, prefix).head_logits
             if logits.requires_grad:
                 parameters = [p for p in net.parameters() if p.requires_grad]
                 torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     net.train(mode)
-    return Flops(frozen, inference, counter.get_total_flops())
+    return Flops(frozen, inference, counter.get_total_flops() - frozen - inference)
 
 
 def total_costs(sessions: list[dict[str, Any]]) -> dict[str, Any]:
     """Contents of costs.json: one session per process that worked on the run, and their sums."""
     images, training = (sum(session[name] for session in sessions) for name in ("images", "training_seconds"))
     peaks = {name: max(session["peak_memory"][name] for session in sessions) for name in ("host", "device")}
+    seconds: Any = Counter()
+    for session in sessions:
+        seconds.update(session["seconds"])
     return {
-        "schema": COSTS_SCHEMA,
+        "schema": 1,
         "total_seconds": sum(session["total_seconds"] for session in sessions),
-        "seconds": _sum([session["seconds"] for session in sessions]),
+        "seconds": seconds,
         "images": images,
         "images_per_second": images / training if training else None,
         "peak_memory_bytes": peaks,
         "sessions": sessions,
     }
-
-
-def _sum(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(n for p in parts for n in p)}
 
 
 def _now() -> str:
@@ -296,8 +250,7 @@ def package_commit() -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     # Without the lock a run never disturbs a git command of the user.
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, env=environment)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip()
+    return None

@@ -2,26 +2,22 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fedlscl.federated.metrics import average_after
 from fedlscl.report.runs import MAX_LEFT, MIN_FALL, Run
 
-NOT_A_SETTING = {
-    "seed_everything",
-    "method.class_path",
-    *(
-        f"trainer.{name}"
-        for name in ("accelerator", "devices", "deterministic", "cache_gb", "clients_gb", "cache_dir", "compile")
-    ),
-    *(f"trainer.{name}" for name in ("default_root_dir", "name", "callbacks", "loggers", "precision", "max_tasks")),
-    *(f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")),
-}
+NOT_A_SETTING = {"seed_everything", "method.class_path"}
+NOT_A_SETTING |= {f"data.{name}" for name in ("root", "cache_dir", "download", "num_workers", "manifest")}
+NOT_A_SETTING |= {f"trainer.{name}" for name in ("accelerator", "devices", "precision", "deterministic", "compile")}
+NOT_A_SETTING |= {f"trainer.{name}" for name in ("cache_gb", "clients_gb", "cache_dir", "default_root_dir", "name")}
+NOT_A_SETTING |= {f"trainer.{name}" for name in ("callbacks", "loggers", "max_tasks")}
 """Options that change only where, when and how precisely something is computed, or which repetition it is.
 
 Some are options of earlier versions, which configurations of old runs still have.
@@ -34,7 +30,6 @@ TRAINING_FREE = ("AFCL", "STSA", "STSAE", "FedNCM", "FedRAN", "FedRidge", "Froze
 """Methods whose only head is in closed form."""
 CENTRALISED = ("Joint", "JointLSCL")
 """Methods that pool all data, which are not ranked. By name, because their import takes seconds."""
-CENTRALISED_NOTE, UNFINISHED = "all data (centralised), not ranked", "unfinished runs, not ranked"
 READOUTS = "readouts/"
 """Begins the figure of a readout's accuracy, readouts/NAME/MASK."""
 ALL_UP = "all_up_bytes"
@@ -60,8 +55,8 @@ class Group:
     name: str
     runs: tuple[Run, ...]
     """By seed."""
-    comparable: str = ""
-    """Name of its set of groups under equal conditions; empty if there is one set."""
+    heading: str = ""
+    """The set under equal conditions if there are several, and the tasks if trainer.max_tasks left some out."""
 
     @property
     def seeds(self) -> list[int]:
@@ -84,22 +79,12 @@ class Group:
         return self.runs[0].results["method"]["name"] in CENTRALISED
 
     @property
-    def heading(self) -> str:
-        """Name of its set, and the number of tasks if trainer.max_tasks left some out."""
-        is_partial = self.tasks < self.runs[0].planned
-        return ", ".join(filter(None, (self.comparable, _progress(self.runs[0]) if is_partial else "")))
-
-    @property
     def section(self) -> str:
         """Heading of its rows in tables; groups are ranked only against those of the same section."""
         if not self.is_finished:
-            return UNFINISHED
-        return ", ".join(filter(None, (self.heading, CENTRALISED_NOTE * self.is_centralised)))
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether it takes part in the ranking of its section."""
-        return self.is_finished and not self.is_centralised
+            return "unfinished runs, not ranked"
+        note = "all data (centralised), not ranked" if self.is_centralised else ""
+        return ", ".join(filter(None, (self.heading, note)))
 
     @property
     def is_converged(self) -> bool | None:
@@ -114,8 +99,10 @@ class Group:
 
     def final(self, figure: str) -> Spread | None:
         """A figure after the last task, see `final`; None if a run does not have it."""
-        values = [final(run, figure) for run in self.runs]
-        return None if None in values else spread(np.array(values, dtype=float))
+        known = [value for run in self.runs if (value := final(run, figure)) is not None]
+        if len(known) < len(self.runs):
+            return None
+        return Spread(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None)
 
     def known(self, figure: str) -> Spread:
         """A figure that every run has."""
@@ -138,32 +125,18 @@ class Group:
 
 def final(run: Run, figure: str) -> float | None:
     """A figure of one run after its last task: of the summary, bytes, seconds, or images."""
-    if figure == ALL_UP:
-        return run.results["traffic"]["up_bytes"] + run.results["traffic"].get("readout_up_bytes", 0)
-    if figure.endswith("_bytes"):
-        return run.results["traffic"].get(figure)
     if figure.startswith(READOUTS):
         name, _, mask = figure.removeprefix(READOUTS).rpartition("/")
         matrices = run.results.get("readouts", {}).get(name)
         return None if matrices is None else average_after(matrices[mask], run.tasks - 1)
-    if figure in ("total_seconds", "images"):
-        return None if run.costs is None else run.costs.get(figure)
-    return run.results["summary"][-1].get(figure)
+    known = run.results["summary"][-1] | run.costs | run.results["traffic"]
+    known[ALL_UP] = known["up_bytes"] + known.get("readout_up_bytes", 0)
+    return known.get(figure)
 
 
 def readouts(groups: Sequence[Group]) -> list[str]:
     """Names of the readouts that any run has, in the order of the runs."""
     return list(dict.fromkeys(n for group in groups for run in group.runs for n in run.results.get("readouts", {})))
-
-
-def spread(values: np.ndarray) -> Spread:
-    """Mean and sample standard deviation.
-
-    Example:
-        >>> spread(np.array([1.0, 3.0])), spread(np.array([5.0]))
-        (Spread(mean=2.0, deviation=1.4142135623730951), Spread(mean=5.0, deviation=None))
-    """
-    return Spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -176,29 +149,27 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     Raises:
         ValueError: if two runs do not differ.
     """
-    groups: list[Group] = []
+    by_name: dict[str, dict[frozenset[tuple[str, str]], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: run.seed):
+        by_name[run.name][frozenset(setting(run).items())].append(run)
     is_mixed = len({(run.tasks, run.planned) for run in runs}) > 1
-    for name in dict.fromkeys(run.name for run in runs):
-        settings: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-        for run in runs:
-            if run.name == name:
-                settings.setdefault(tuple(sorted(setting(run).items())), []).append(run)
-        labels = _labels(name, list(settings.values()), is_mixed)
-        for label, alike in zip(labels, settings.values(), strict=True):
-            group = Group(label, tuple(sorted(alike, key=lambda run: run.seed)))
-            for run, other in pairwise(group.runs):
-                if run.seed == other.seed:
-                    pair = f"{str(run.path.parent)!r} and {str(other.path.parent)!r}"
-                    raise ValueError(f"{pair} are the same run with the same seed {run.seed}: give one of them.")
-            groups.append(group)
+    groups: list[Group] = []
+    for name, settings in by_name.items():
+        labels = _labels(name, [alike[0] for alike in settings.values()], is_mixed)
+        groups += [Group(label, tuple(alike)) for label, alike in zip(labels, settings.values(), strict=True)]
+    for run, other in (pair for group in groups for pair in pairwise(group.runs)):
+        if run.seed == other.seed:
+            pair = f"{str(run.path.parent)!r} and {str(other.path.parent)!r}"
+            raise ValueError(f"{pair} are the same run with the same seed {run.seed}: give one of them.")
     groups.sort(key=_merit)
     sets = _comparable([group for group in groups if group.is_finished])
     sets.sort(key=lambda alike: (-alike[0].tasks, -len(alike), _merit(alike[0])))
-    ordered = [
-        replace(group, comparable=f"set {number}" if len(sets) > 1 else "")
-        for number, alike in enumerate(sets, start=1)
-        for group in sorted(alike, key=lambda group: group.is_centralised)
-    ]
+    ordered = []
+    for number, alike in enumerate(sets, start=1):
+        first = alike[0].runs[0]
+        parts = [f"set {number}"] * (len(sets) > 1) + [_progress(first)] * (first.tasks < first.planned)
+        alike.sort(key=lambda group: group.is_centralised)
+        ordered += [replace(group, heading=", ".join(parts)) for group in alike]
     return ordered + [group for group in groups if not group.is_finished]
 
 
@@ -207,19 +178,19 @@ def _merit(group: Group) -> tuple[int, float, str]:
 
 
 def _comparable(groups: Sequence[Group]) -> list[list[Group]]:
+    """Sets of groups that are connected by runs under equal conditions."""
     sets: list[tuple[set[tuple[object, ...]], list[Group]]] = []
     for group in groups:
-        keys = {_terms(run) for run in group.runs}
-        joined = [entry for entry in sets if entry[0] & keys]
-        sets = [entry for entry in sets if not entry[0] & keys]
-        sets.append((keys.union(*(k for k, _ in joined)), [*(g for _, found in joined for g in found), group]))
+        terms = {_terms(run) for run in group.runs}
+        joined = [entry for entry in sets if entry[0] & terms]
+        sets = [entry for entry in sets if entry not in joined]
+        sets.append((terms.union(*(known for known, _ in joined)), [*(g for _, found in joined for g in found), group]))
     return [sorted(found, key=_merit) for _, found in sets]
 
 
 def _terms(run: Run) -> tuple[object, ...]:
     """Conditions that two runs must share to be ranked against each other."""
-    data = run.results["data"]
-    rounds = run.results["trainer"]["rounds_per_task"]
+    data, rounds = run.results["data"], run.results["trainer"]["rounds_per_task"]
     images = data.get("evaluated_on", "test")
     return data["fingerprint"], data["num_clients"], run.planned, run.tasks, rounds, split_hash(run), images
 
@@ -242,25 +213,26 @@ def split_hash(run: Run) -> str:
 
 def setting(run: Run) -> dict[str, str]:
     """Options that runs of one group share, as text; weights by their hash, the method by its name."""
-    options = {name: value for name, value in run.options.items() if name not in NOT_A_SETTING}
-    options = {name: value for name, value in options.items() if name.split(".")[-1] != "weights"}
     # An option that a run's version did not have yet is one at its default, if that changes nothing.
-    options = {name: value for name, value in options.items() if value is not None and NEUTRAL.get(name) != value}
-    data, foundation = run.results["data"], run.results.get("foundation") or {}
-    hashes = {"data_hash": data.get("fingerprint"), "weights_hash": foundation.get("fingerprint")}
-    found = {**options, "method": run.results["method"]["name"], **hashes, "tasks_done": f"{run.tasks} of {run.goal}"}
+    found = {
+        name: value
+        for name, value in run.options.items()
+        if name not in NOT_A_SETTING and name.split(".")[-1] != "weights" and value not in (None, NEUTRAL.get(name))
+    }
+    data, foundation = run.results["data"], run.results["foundation"] or {}
+    found |= {"method": run.results["method"]["name"], "tasks_done": f"{run.tasks} of {run.goal}"}
+    found |= {"data_hash": data["fingerprint"], "weights_hash": foundation.get("fingerprint")}
     return {name: str(value) for name, value in found.items()}
 
 
-def _labels(name: str, settings: list[list[Run]], is_mixed: bool) -> list[str]:
-    """The name, with the number of tasks if they differ, and the options that differ."""
-    firsts = [runs[0] for runs in settings]
-    known = [setting(run) for run in firsts]
-    keys = sorted({key for one in known for key in one if any(other.get(key) != one[key] for other in known)})
-    named = [key for key in keys if key not in ("tasks_done", "data.num_tasks")][:MAX_NAMED]
-    is_several = len({(run.tasks, run.planned) for run in firsts}) > 1
+def _labels(name: str, runs: list[Run], is_mixed: bool) -> list[str]:
+    """Names of groups by a run of each: with the number of tasks if they differ, and the options that differ."""
+    known = [setting(run) for run in runs]
+    different = [key for key in sorted(set().union(*known)) if len({one.get(key) for one in known}) > 1]
+    named = [key for key in different if key not in ("tasks_done", "data.num_tasks")][:MAX_NAMED]
+    is_several = len({(run.tasks, run.planned) for run in runs}) > 1
     texts = []
-    for run, one in zip(firsts, known, strict=True):
+    for run, one in zip(runs, known, strict=True):
         is_partial = run.tasks < run.goal or (is_mixed and run.tasks < run.planned)
         parts = [_progress(run)] if is_partial or is_several else []
         parts += [", ".join(f"{key.split('.')[-1]}={one.get(key)}" for key in named)] if named else []
@@ -278,36 +250,36 @@ SETS = "Sets differ in data, clients, tasks, rounds per task, split or test imag
 
 def inequalities(groups: Sequence[Group]) -> list[str]:
     """One sentence for each condition that differs between groups, and for runs of identical results."""
-    found: dict[str, dict[str, list[str]]] = {}
-    copies: dict[str, list[str]] = {}
+    conditions: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
+    copies = defaultdict(list)
     for group in groups:
         for run in group.runs:
-            copies.setdefault(json.dumps(run.results, sort_keys=True), []).append(f"{group.name} seed {run.seed}")
+            copies[json.dumps(run.results, sort_keys=True)].append(f"{group.name} seed {run.seed}")
             for what, value in _conditions(group, run):
-                names = found.setdefault(what, {}).setdefault(str(value), [])
-                names += [] if group.name in names else [group.name]
-    notes = [SETS] if any(group.comparable for group in groups) else []
-    for what, values in found.items():
+                conditions[what][value][group.name] = None
+    notes = [SETS] if len({group.heading for group in groups if group.is_finished}) > 1 else []
+    for what, values in conditions.items():
         *others, last = [f"{value} ({', '.join(names)})" for value, names in values.items()]
         notes += [f"{what}: {', '.join(others)} and {last}."] if others else []
     return notes + [f"Identical results (copies of one run?): {', '.join(n)}." for n in copies.values() if len(n) > 1]
 
 
-def _conditions(group: Group, run: Run) -> Iterator[tuple[str, Any]]:
+def _conditions(group: Group, run: Run) -> Iterator[tuple[str, str]]:
     data, trainer, foundation = (run.results[name] for name in ("data", "trainer", "foundation"))
-    yield "Data set", f"{data['dataset']} {data['fingerprint'][:12]}"
-    yield "Accuracy on", f"{data.get('evaluated_on', 'test')} images"
-    yield "Clients", data["num_clients"]
-    yield "Finished tasks", f"{run.tasks} of {run.planned}"
-    yield "Rounds per task", trainer["rounds_per_task"]
-    if "local_epochs" in run.results["method"]["fields"]:
-        yield "Local epochs", run.results["method"]["fields"]["local_epochs"]
-    yield "Classifier", classifier(run)
-    yield "Readouts", ", ".join(run.results.get("readouts", {})) or "none"
-    yield "Precision", trainer["precision"]
-    yield "Seeds", ", ".join(map(str, group.seeds))
-    yield f"Split of seed {run.seed}", split_hash(run)
-    if foundation:
-        yield "Frozen ViT", f"{foundation['name']} {foundation['fingerprint'][:12]}"
-    if run.devices:
-        yield "Device", ", ".join(run.devices)
+    fields = run.results["method"]["fields"]
+    found = {
+        "Data set": f"{data['dataset']} {data['fingerprint'][:12]}",
+        "Accuracy on": f"{data.get('evaluated_on', 'test')} images",
+        "Clients": data["num_clients"],
+        "Finished tasks": f"{run.tasks} of {run.planned}",
+        "Rounds per task": trainer["rounds_per_task"],
+        "Local epochs": fields.get("local_epochs"),
+        "Classifier": classifier(run),
+        "Readouts": ", ".join(run.results.get("readouts", {})) or "none",
+        "Precision": trainer["precision"],
+        "Seeds": ", ".join(map(str, group.seeds)),
+        f"Split of seed {run.seed}": split_hash(run),
+        "Frozen ViT": foundation and f"{foundation['name']} {foundation['fingerprint'][:12]}",
+        "Device": ", ".join(run.recorded("device")) or None,
+    }
+    return ((what, str(value)) for what, value in found.items() if value is not None)

@@ -2,8 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -31,11 +32,7 @@ class Section(NamedTuple):
 
 
 def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Write tables, figures and the page if all runs can be read; returns their paths, the page first.
-
-    Raises:
-        ValueError: if a run cannot be read, or the folder cannot be written.
-    """
+    """Write tables, figures and the page if all runs can be read; returns their paths, the page first."""
     runs = read_runs(paths)
     groups, unshown = grouped(runs), left_out(paths, runs)
     notes = inequalities(groups) + unshown
@@ -45,15 +42,14 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
             pass
     except OSError as error:
         raise ValueError(f"--out {str(out)!r} cannot be written ({error.strerror}): choose another folder.") from error
-    tables = {
-        "table.md": table_markdown(groups, notes),
-        "table.csv": to_csv(table_rows(groups)),
-        "table.tex": table_latex(groups, notes),
-        "per_task.csv": to_csv(per_task_rows(groups)),
+    files = {
+        "table.md": table_markdown(groups, notes).encode(),
+        "table.csv": to_csv(table_rows(groups)).encode(),
+        "table.tex": table_latex(groups, notes).encode(),
+        "per_task.csv": to_csv(per_task_rows(groups)).encode(),
     }
     sections = figures(groups)
-    html = page(groups, sections, list(tables), out, unshown)
-    files = {name: text.encode() for name, text in tables.items()}
+    html = page(groups, sections, list(files), out, unshown)
     for picture in (picture for section in sections for picture in section.pictures):
         files |= {f"{picture.name}.svg": picture.svg, f"{picture.name}.png": picture.png}
     # The page comes last, after the files that it links to.
@@ -64,54 +60,48 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
 
 def figures(groups: Sequence[Group]) -> list[Section]:
     """All figures in the page's order; those of costs only if costs are known."""
-    drawn = (
-        (
-            "Accuracy after each task",
+    drawn: dict[str, tuple[Callable[..., Picture | None], str]] = {
+        "Accuracy after each task": (
+            partial(over_tasks, course="average"),
             "Mean over clients and over all tasks so far. Bands are one standard deviation over seeds. "
             "The axes do not begin at zero.",
-            partial(over_tasks, groups, "average"),
         ),
-        (
-            "Forgetting",
+        "Forgetting": (
+            partial(over_tasks, course="forgetting"),
             "Best earlier accuracy minus the current one, mean over earlier tasks and clients. Below zero, earlier "
             "tasks gained.",
-            partial(over_tasks, groups, "forgetting"),
         ),
-        (
-            "Clients",
+        "Clients": (
+            clients,
             "Final accuracy of every client, mean over tasks. Over several seeds bars are means of equal ranks, since "
             "client 0 of another seed has other classes; a dot is a seed.",
-            partial(clients, groups),
         ),
-        (
-            "Accuracy against uploaded bytes",
+        "Accuracy against uploaded bytes": (
+            partial(against_cost, cost="up_bytes"),
             "Bytes of all clients in all rounds, on a logarithmic axis. The accuracy of a method that uploads nothing "
             "is a dashed line.",
-            partial(against_cost, groups, "up_bytes"),
         ),
-        *(
-            (
-                f"Accuracy of {name} against uploaded bytes",
+        **{
+            f"Accuracy of {name} against uploaded bytes": (
+                partial(against_cost, cost="up_bytes", readout=name),
                 "Hollow: the own head, at the bytes of the method. Filled: the same classifier on the features "
                 "of every method that has them, with the bytes of all readouts of the run on top.",
-                partial(against_cost, groups, "up_bytes", readout=name),
             )
             for name in readouts(groups)
-        ),
-        (
-            "Accuracy against seconds",
+        },
+        "Accuracy against seconds": (
+            partial(against_cost, cost="total_seconds"),
             "Seconds of the whole run on its device, evaluation included, on a logarithmic axis. Compare only runs "
             "on the same device with the same number of epochs.",
-            partial(against_cost, groups, "total_seconds"),
         ),
-        (
-            "Accuracy matrices",
+        "Accuracy matrices": (
+            matrices,
             "Row: after learning that task. Column: accuracy on that task. Mean over clients and seeds.",
-            partial(matrices, groups),
         ),
-    )
+    }
     sections = [
-        Section(title, text, [p for mask in MASK_TITLES if (p := draw(mask=mask))]) for title, text, draw in drawn
+        Section(title, text, [p for mask in MASK_TITLES if (p := draw(groups, mask=mask))])
+        for title, (draw, text) in drawn.items()
     ]
     return [section for section in sections if section.pictures]
 
@@ -134,7 +124,7 @@ def page(
         inequalities=inequalities(groups),
         table=table(groups),
         has_readouts=bool(readouts(groups)),
-        colours={name: look.colour for name, look in looks(groups).items()},
+        colours={name: colour for name, (colour, *_) in looks(groups).items()},
         has_spread=any(len(group.runs) > 1 for group in groups),
         has_single=any(len(group.runs) == 1 for group in groups),
         sections=sections,
@@ -153,30 +143,27 @@ def _title(groups: Sequence[Group]) -> str:
 
 def _findings(groups: Sequence[Group]) -> list[str]:
     """`_finding` for each set of comparable finished groups and each mask."""
-    sets: dict[str, list[Group]] = {}
-    for group in groups:
-        if group.is_finished:
-            sets.setdefault(group.heading, []).append(group)
-    if not sets:
-        return ["No run is finished: nothing is ranked."]
-    return [
-        f"{name}. ".capitalize() * bool(name) + _finding(found, mask)
-        for name, found in sets.items()
+    finished = [group for group in groups if group.is_finished]
+    sets = {heading: list(found) for heading, found in groupby(finished, key=lambda group: group.heading)}
+    sentences = [
+        f"{heading}. ".capitalize() * bool(heading) + _finding(found, mask)
+        for heading, found in sets.items()
         for mask in MASK_TITLES
     ]
+    return sentences or ["No run is finished: nothing is ranked."]
 
 
 def _finding(groups: Sequence[Group], mask: str) -> str:
     """The best group under a mask, how it differs from the second, and the best centralised one."""
-    ordered = sorted(groups, key=lambda group: -group.known(f"{mask}/average").mean)
-    centralised = [group for group in ordered if group.is_centralised]
-    ranked = [group for group in ordered if group.is_ranked] or ordered
-    first, best = ranked[0], ranked[0].known(f"{mask}/average")
+    figure = f"{mask}/average"
+    ordered = sorted(groups, key=lambda group: -group.known(figure).mean)
+    ranked = [group for group in ordered if not group.is_centralised] or ordered
+    first, best = ranked[0], ranked[0].known(figure)
     text = f"{MASK_TITLES[mask].capitalize()}: {first.name} reaches {percent(best.mean)} %"
     if len(ranked) == 1:
         text += "."
     else:
-        second, next_best = ranked[1], ranked[1].known(f"{mask}/average")
+        second, next_best = ranked[1], ranked[1].known(figure)
         lead = best.mean - next_best.mean
         sent, other = (in_bytes(group.known("up_bytes").mean) for group in (first, second))
         text += f", {100 * lead:.2f} points above {second.name}, with {sent} uploaded against {other}."
@@ -189,21 +176,24 @@ def _finding(groups: Sequence[Group], mask: str) -> str:
         heads = [classifier(group.runs[0]) for group in (first, second)]
         if heads[0] != heads[1]:
             text += f" They do not have the same classifier: {first.name} has {heads[0]}, {second.name} {heads[1]}."
-    if centralised and ranked is not ordered:
-        reached = percent(centralised[0].known(f"{mask}/average").mean)
-        text += f" Trained on the pooled data of all clients, {centralised[0].name} has {reached} %."
+    if len(ranked) < len(ordered):
+        pooled = next(group for group in ordered if group.is_centralised)
+        reached = percent(pooled.known(figure).mean)
+        text += f" Trained on the pooled data of all clients, {pooled.name} has {reached} %."
     return text
 
 
 def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
     """Origin of a run's numbers."""
-    results, costs = run.results, run.costs or {}
+    results, costs, folder = run.results, run.costs, run.path.parent
     data, foundation, trainer = (results[name] for name in ("data", "foundation", "trainer"))
     rejected = [
         f"client {upload['client']} in task {upload['task'] + 1}, round {upload['round'] + 1}: {upload['reason']}"
         for upload in results.get("quarantined", [])
     ]
-    sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in run.sessions)
+    if len(rejected) > 5:
+        rejected[5:] = [f"and {len(rejected) - 5} more"]
+    sessions = "; ".join(f"{session['started']} to {session['ended']}" for session in costs.get("sessions", []))
     facts = {
         "method": results["method"]["name"],
         "seed": str(run.seed),
@@ -211,18 +201,14 @@ def _source(group: Group, run: Run, out: Path) -> dict[str, Any]:
         "split": f"{data['num_clients']} clients, {run.tasks} of {run.planned} tasks finished",
         "frozen ViT": foundation and f"{foundation['name']}, weights SHA-256 {foundation['fingerprint']}",
         "parameters": "parameters" in results and f"{parameter_line(results['parameters'])}, per client",
-        "rejected": "; ".join(rejected[:5] + [f"and {len(rejected) - 5} more"] * (len(rejected) > 5)),
+        "rejected": "; ".join(rejected),
         "training": f"{trainer['rounds_per_task']} rounds per task, server every {trainer['server_every']}, "
         f"precision {trainer['precision']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        "commit": ", ".join(run.commits) or "not recorded",
-        "device": ", ".join(run.devices) or "not recorded",
+        "commit": ", ".join(run.recorded("commit")) or "not recorded",
+        "device": ", ".join(run.recorded("device")) or "not recorded",
         "time": "total_seconds" in costs and f"{in_hours(costs['total_seconds'])} ({sessions})",
     }
-    folder = run.path.parent
     files = {RESULTS: run.path} | {name: folder / name for name in BESIDE if (folder / name).is_file()}
-    links = {
-        name: quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()) for name, path in files.items()
-    }
-    facts = {name: fact for name, fact in facts.items() if fact}
-    return {"name": group.name, "seed": run.seed, "facts": facts, "links": links, "config": run.config}
+    links = {name: quote(os.path.relpath(path.resolve(), out.resolve())) for name, path in files.items()}
+    return {"group": group, "run": run, "facts": facts, "links": links}

@@ -3,17 +3,17 @@
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fedlscl.callbacks.formatting import MASK_TITLES, in_bytes, percent
+from fedlscl.callbacks.tensorboard import heat_map, in_cell
 from fedlscl.report.groups import ALL_UP, READOUTS, Group, Spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
 """Okabe and Ito's palette for the colour-blind, without black and yellow, which vanish on one of two backgrounds."""
@@ -24,37 +24,20 @@ INK, PAPER, RULE = "#1f2430", "#fffffe", "#8b90a0"
 WIDTH, HEIGHT = 4.7, 2.9
 """Inches of a figure and of its axes: 10 points stay readable on a phone."""
 MAX_NAME = 34
-MAX_DECIMALS, MAX_NUMBERS = 5, 10
-"""Cells or bars per side up to which values have a decimal, and up to which they are printed."""
+MAX_NUMBERS = 10
+"""Tasks or clients up to which values are printed; they have a decimal up to half as many."""
 COURSES = {"average": ("accuracy", "accuracy over all tasks so far"), "forgetting": ("forgetting", "forgetting")}
 """File name and title, by the summary's name."""
-RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": RULE,
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": PAPER,
-    "figure.dpi": 100,
-    "savefig.dpi": 160,
-    "savefig.facecolor": PAPER,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "svg.hashsalt": "fedlscl",
-    "svg.fonttype": "path",
-}
+RC: dict[str, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "legend.fontsize": 9}
+RC |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+RC |= dict.fromkeys(("figure.facecolor", "savefig.facecolor"), PAPER)
+RC |= dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+RC |= {"axes.grid": True, "axes.facecolor": "none", "grid.color": RULE, "grid.alpha": 0.35, "grid.linewidth": 0.6}
+RC |= {"lines.linewidth": 1.8, "lines.markersize": 5.5, "figure.dpi": 100, "savefig.dpi": 160}
+RC |= {"figure.constrained_layout.use": True, "figure.figsize": (WIDTH, HEIGHT)}
+RC |= {"svg.hashsalt": "fedlscl", "svg.fonttype": "path"}
+styled = style.context(["default", RC])
+"""Decorator of functions that draw: without the user's matplotlibrc."""
 
 
 def _seconds(value: float) -> str:
@@ -80,44 +63,34 @@ class Picture(NamedTuple):
     png: bytes
 
 
-class Look(NamedTuple):
-    """How a group is drawn, in every figure."""
-
-    colour: str
-    marker: str
-    dash: str
-
-
+@styled
 def over_tasks(groups: Sequence[Group], course: str, mask: str) -> Picture:
     """Mean over seeds after each task; a band of one standard deviation if there are several seeds."""
     file, what = COURSES[course]
-    values = {group.name: group.course(f"{mask}/{course}") for group in groups}
     last = max(group.tasks for group in groups)
     # There is no forgetting after the first task.
     first = 1 if course == "forgetting" and last > 1 else 0
-
-    def draw(axes: "Axes") -> list["Line2D"]:
-        handles, styles = [], looks(groups)
-        for name, seeds in values.items():
-            look, tasks, mean = styles[name], range(first + 1, seeds.shape[1] + 1), seeds.mean(0)[first:]
-            handles += axes.plot(tasks, mean, color=look.colour, marker=look.marker, linestyle=look.dash)
-            if len(seeds) > 1:
-                deviation = seeds.std(0, ddof=1)[first:]
-                axes.fill_between(tasks, mean - deviation, mean + deviation, color=look.colour, alpha=0.15, linewidth=0)
-        if course == "forgetting":
-            axes.axhline(0, color=RULE, linewidth=1)
-        axes.set_xticks(range(first + 1, last + 1, -(-last // 12)))
-        axes.set_xlim(first + 0.8, last + 0.2)
-        axes.set_xlabel("after learning task")
-        axes.set_ylabel(f"{what}, %")
-        return handles
-
-    ends = ", ".join(f"{name} {percent(float(seeds[:, -1].mean()))} %" for name, seeds in values.items())
+    figure, styles, ends = Figure(), looks(groups), []
+    axes = figure.subplots()
+    for group in groups:
+        colour, marker, dash = styles[group.name]
+        seeds = group.course(f"{mask}/{course}")
+        tasks, mean = range(first + 1, group.tasks + 1), seeds.mean(0)[first:]
+        axes.plot(tasks, mean, color=colour, marker=marker, linestyle=dash, label=shown(group.name))
+        if len(seeds) > 1:
+            deviation = seeds.std(0, ddof=1)[first:]
+            axes.fill_between(tasks, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        ends.append(f"{group.name} {percent(float(seeds[:, -1].mean()))} %")
+    if course == "forgetting":
+        axes.axhline(0, color=RULE, linewidth=1)
+    axes.set_xticks(range(first + 1, last + 1, -(-last // 12)))
+    axes.set(xlim=(first + 0.8, last + 0.2), xlabel="after learning task", ylabel=f"{what}, %")
     title = f"{what.capitalize()}, {MASK_TITLES[mask]}"
-    alt = f"Line chart of {what}, {MASK_TITLES[mask]}, after each task. After the last one: {ends}."
-    return chart(f"{file}_{mask}", title, alt, list(values), draw)
+    alt = f"Line chart of {what}, {MASK_TITLES[mask]}, after each task. After the last one: {', '.join(ends)}."
+    return _chart(figure, f"{file}_{mask}", title, alt)
 
 
+@styled
 def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "") -> Picture | None:
     """Final accuracy by the cost of the whole run, on a logarithmic axis; None if no run has such a cost.
 
@@ -132,183 +105,133 @@ def against_cost(groups: Sequence[Group], cost: str, mask: str, readout: str = "
         if found := [(spent, reached) for spent, reached in pairs if spent and reached]:
             points[group.name] = found
     positive = [spent.mean for found in points.values() for spent, _ in found if spent.mean > 0]
-    names = [name if any(spent.mean > 0 for spent, _ in found) else f"{name} (none)" for name, found in points.items()]
     if not positive:
         return None
-
-    def draw(axes: "Axes") -> list["Line2D"]:
-        from matplotlib.ticker import LogLocator, NullLocator
-
-        handles, styles = [], looks(groups)
-        for name, found in points.items():
-            colour, marker = styles[name].colour, styles[name].marker
-            drawn: list[Line2D] = []
-            for number, ((x, dx), (y, dy)) in enumerate(found):
-                if x > 0:
-                    face = "none" if readout and number == 0 else colour
-                    drawn += axes.plot(x, y, marker, color=colour, mfc=face, alpha=0.85, markersize=9)
-                    axes.errorbar(x, y, dy, dx, "none", ecolor=colour, elinewidth=1.2)
-                else:
-                    drawn.append(axes.axhline(y, color=colour, linestyle="--"))
-            if len(found) > 1 and found[0][0].mean > 0:
-                (x, y), (x1, y1) = ((spent.mean, reached.mean) for spent, reached in found)
-                axes.plot([x, x1], [y, y1], color=colour, linewidth=0.8, alpha=0.6)
-            handles.append(drawn[-1])
-        # Wide enough for a tick at 1, 2 or 5 times a power of ten on either side.
-        low, high = min(positive), max(positive)
-        axes.set_xscale("log")
-        axes.set_xlim(low / 2.5, high * 2.5)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 8 * low else (1.0,), numticks=8))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: unit(value).replace(".0 ", " "))
-        axes.margins(y=0.12)
-        axes.set_xlabel(what)
-        axes.set_ylabel("final accuracy, %")
-        return handles
-
-    words = ", ".join(
-        f"{name}{' with the readout' * bool(number)} {percent(reached.mean)} % at {unit(spent.mean)}"
-        for name, found in points.items()
-        for number, (spent, reached) in enumerate(found)
-    )
+    figure, styles, words = Figure(), looks(groups), []
+    axes = figure.subplots()
+    for name, found in points.items():
+        colour, marker, _ = styles[name]
+        drawn = []
+        for number, ((x, dx), (y, dy)) in enumerate(found):
+            if x > 0:
+                face = "none" if readout and number == 0 else colour
+                drawn += axes.plot(x, y, marker, color=colour, mfc=face, alpha=0.85, markersize=9)
+                axes.errorbar(x, y, dy, dx, "none", ecolor=colour, elinewidth=1.2)
+            else:
+                drawn.append(axes.axhline(y, color=colour, linestyle="--"))
+            words.append(f"{name}{' with the readout' * bool(number)} {percent(y)} % at {unit(x)}")
+        drawn[-1].set_label(shown(name if any(spent.mean > 0 for spent, _ in found) else f"{name} (none)"))
+        if len(found) > 1 and found[0][0].mean > 0:
+            (x, y), (x1, y1) = ((spent.mean, reached.mean) for spent, reached in found)
+            axes.plot([x, x1], [y, y1], color=colour, linewidth=0.8, alpha=0.6)
+    # Wide enough for a tick at 1, 2 or 5 times a power of ten on either side.
+    low, high = min(positive), max(positive)
+    axes.set(xscale="log", xlim=(low / 2.5, high * 2.5), xlabel=what, ylabel="final accuracy, %")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 8 * low else (1.0,), numticks=8))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: unit(value).replace(".0 ", " "))
+    axes.margins(y=0.12)
     whose = f"Final accuracy of own heads and {readout}" if readout else "Final accuracy"
     title = f"{whose}, {MASK_TITLES[mask]}, against {what}"
-    alt = f"Scatter plot of {title[0].lower()}{title[1:]}: {words}."
-    suffix = "".join(f"_{part}" for part in re.findall(r"\w+", readout))
-    return chart(f"{file}{suffix}_{mask}", title, alt, names, draw)
+    alt = f"Scatter plot of {title[0].lower()}{title[1:]}: {', '.join(words)}."
+    return _chart(figure, "_".join([file, *re.findall(r"\w+", readout), mask]), title, alt)
 
 
+@styled
 def matrices(groups: Sequence[Group], mask: str) -> Picture:
     """Row n is the model after task n, column t its accuracy on task t; mean over clients and seeds."""
-    values = {group.name: group.matrix(mask) for group in groups}
-    lowest = np.floor(10 * min(np.nanmin(matrix) for matrix in values.values())) / 10
-
-    def draw(figure: "Figure") -> None:
-        panels, images = _panels(figure, len(values)), []
-        for panel, (name, matrix) in zip(panels, values.items(), strict=True):
-            images.append(panel.imshow(matrix, cmap="YlGnBu", vmin=lowest, vmax=1))
-            panel.set_title(shown(name), fontsize=9)
-            _cells(panel, matrix, middle=(lowest + 1) / 2)
-        figure.supxlabel("accuracy on task", fontsize=9)
-        figure.supylabel("after learning task", fontsize=9)
-        style: dict[str, Any] = {"location": "top", "shrink": 0.7, "aspect": 30}
-        bar = figure.colorbar(images[0], ax=panels, format=lambda value, _: f"{100 * value:g}", **style)
-        bar.set_label("accuracy, %", fontsize=9)
-        bar.outline.set_visible(False)
-
-    ends = "; ".join(f"{name} {', '.join(map(percent, matrix[-1].tolist()))}" for name, matrix in values.items())
-    title = f"Accuracy matrices, {MASK_TITLES[mask]}"
-    alt = (
-        f"Heat maps of accuracy on each task after each task, {MASK_TITLES[mask]}. After the last, in percent: {ends}."
-    )
-    return picture(f"matrix_{mask}", title, alt, draw, 2.15 * -(-len(values) // 2) + 1.05)
+    values = [group.matrix(mask) for group in groups]
+    lowest = np.floor(10 * min(np.nanmin(matrix) for matrix in values)) / 10
+    figure, panels = _panels(groups, 2.15, 1.05)
+    ends = []
+    for panel, group, matrix in zip(panels, groups, values, strict=True):
+        heat_map(panel, matrix, lowest, MAX_NUMBERS)
+        ends.append(f"{group.name} {', '.join(map(percent, matrix[-1].tolist()))}")
+    figure.supxlabel("accuracy on task", fontsize=9)
+    figure.supylabel("after learning task", fontsize=9)
+    bar = figure.colorbar(panels[0].images[0], ax=panels, format=_tick, location="top", shrink=0.7, aspect=30)
+    bar.set_label("accuracy, %", fontsize=9)
+    bar.outline.set_visible(False)
+    alt = f"Heat maps of accuracy on each task after each task, {MASK_TITLES[mask]}. After the last, in percent: "
+    return picture(figure, f"matrix_{mask}", f"Accuracy matrices, {MASK_TITLES[mask]}", f"{alt}{'; '.join(ends)}.")
 
 
+@styled
 def clients(groups: Sequence[Group], mask: str) -> Picture:
     """Final accuracy of every client, worst first; over seeds the mean of each rank, and a dot per seed."""
-    values = {group.name: group.ranked_clients(mask) for group in groups}
+    figure, panels = _panels(groups, 1.75, 0.35, sharey=True)
+    styles, ends = looks(groups), []
+    for panel, group in zip(panels, groups, strict=True):
+        ranked = group.ranked_clients(mask)
+        heights, size = ranked.mean(0), ranked.shape[1]
+        bars = panel.bar(range(size), heights, color=styles[group.name][0], width=0.8)
+        bars[0].set(hatch="////", edgecolor=INK, linewidth=0.8)
+        first, *others = group.runs
+        names = [str(client) for client in np.argsort(first.client_averages(mask), kind="stable")]
+        if others:
+            names = [f"{rank + 1}." for rank in range(size)]
+            ranks = np.broadcast_to(np.arange(size), ranked.shape)
+            panel.scatter(ranks, ranked, s=7, color=INK, zorder=3, linewidths=0)
+        for rank in range(size) if size <= MAX_NUMBERS else (0,):
+            label = in_cell(float(heights[rank]), size <= MAX_NUMBERS // 2)
+            panel.text(rank, ranked[:, rank].max() + 0.015, label, ha="center", va="bottom", fontsize=7.5)
+        panel.set(ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1])
+        panel.yaxis.set_major_formatter(_tick)
+        panel.set_xticks(range(size), names)
+        panel.tick_params(labelsize=8)
+        ends.append(f"{group.name} {percent(float(heights[0]))} %")
     is_single = all(len(group.runs) == 1 for group in groups)
-
-    def draw(figure: "Figure") -> None:
-        styles = looks(groups)
-        for panel, group in zip(_panels(figure, len(groups), sharey=True), groups, strict=True):
-            _bars(panel, values[group.name], styles[group.name].colour)
-            panel.set_title(shown(group.name), fontsize=9)
-            ranks = range(values[group.name].shape[1])
-            order = np.argsort(group.runs[0].client_averages(mask), kind="stable") if len(group.runs) == 1 else []
-            panel.set_xticks(ranks, [str(client) for client in order] or [f"{rank + 1}." for rank in ranks], fontsize=8)
-        figure.supxlabel("client, worst first" if is_single else "client's rank, worst first", fontsize=9)
-        figure.supylabel("final accuracy, %", fontsize=9)
-
-    ends = ", ".join(f"{name} {percent(float(ranked[:, 0].mean()))} %" for name, ranked in values.items())
-    title = f"Clients, {MASK_TITLES[mask]}; the worst is hatched"
-    alt = f"Bars of every client's final accuracy, {MASK_TITLES[mask]}. Worst clients: {ends}."
-    return picture(f"clients_{mask}", title, alt, draw, 1.75 * -(-len(values) // 2) + 0.35)
+    figure.supxlabel("client, worst first" if is_single else "client's rank, worst first", fontsize=9)
+    figure.supylabel("final accuracy, %", fontsize=9)
+    alt = f"Bars of every client's final accuracy, {MASK_TITLES[mask]}. Worst clients: {', '.join(ends)}."
+    return picture(figure, f"clients_{mask}", f"Clients, {MASK_TITLES[mask]}; the worst is hatched", alt)
 
 
-def _panels(figure: "Figure", number: int, sharey: bool = False) -> list["Axes"]:
-    """Two columns of axes without a grid."""
-    axes = figure.subplots(-(-number // 2), 2, squeeze=False, sharey=sharey).ravel().tolist()
-    for panel in axes:
+def _panels(groups: Sequence[Group], height: float, margin: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Axes of each group in two columns."""
+    rows = -(-len(groups) // 2)
+    figure = Figure(figsize=(WIDTH, height * rows + margin))
+    panels: list[Axes] = figure.subplots(rows, 2, squeeze=False, sharey=sharey).ravel().tolist()
+    for panel in panels[len(groups) :]:
+        panel.remove()
+    for panel, group in zip(panels, groups, strict=False):
         panel.grid(False)
-    for unused in axes[number:]:
-        unused.remove()
-    return axes[:number]
+        panel.set_title(shown(group.name), fontsize=9)
+    return figure, panels[: len(groups)]
 
 
-def _cells(panel: "Axes", matrix: np.ndarray, middle: float) -> None:
-    size = len(matrix)
-    ticks = range(0, size, max(1, size // 5))
-    names = [str(tick + 1) for tick in ticks]
-    panel.set_xticks(ticks, names, fontsize=8)
-    panel.set_yticks(ticks, names, fontsize=8)
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
-    for n, t in zip(*np.nonzero(~np.isnan(matrix)), strict=True) if size <= MAX_NUMBERS else ():
-        colour = "#ffffff" if matrix[n, t] > middle else "#10233f"
-        panel.text(t, n, _number(float(matrix[n, t]), size), ha="center", va="center", fontsize=7.5, color=colour)
-
-
-def _bars(panel: "Axes", ranked: np.ndarray, colour: str) -> None:
-    heights, size = ranked.mean(0), ranked.shape[1]
-    bars = panel.bar(range(size), heights, color=colour, width=0.8)
-    bars[0].set(hatch="////", edgecolor=INK, linewidth=0.8)
-    if len(ranked) > 1:
-        ranks = np.broadcast_to(np.arange(size), ranked.shape)
-        panel.scatter(ranks, ranked, s=7, color=INK, zorder=3, linewidths=0)
-    for rank in range(size) if size <= MAX_NUMBERS else (0,):
-        top, label = ranked[:, rank].max(), _number(float(heights[rank]), size)
-        panel.text(rank, top + 0.015, label, ha="center", va="bottom", fontsize=7.5)
-    panel.set_ylim(0, 1.12)
-    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
-    panel.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    panel.tick_params(labelsize=8)
-
-
-def _number(value: float, size: int) -> str:
-    return f"{100 * value:.1f}" if size <= MAX_DECIMALS and value < 0.9995 else f"{100 * value:.0f}"
-
-
-def picture(name: str, caption: str, alt: str, draw: Callable[["Figure"], None], height: float) -> Picture:
-    """Draw a figure of ``WIDTH`` x ``height`` inches as SVG and PNG."""
-    from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without the user's matplotlibrc.
-    with style.context(["default", RC]):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        files = {}
-        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, metadata=metadata)
-            files[kind] = buffer.getvalue()
-    return Picture(name, caption, alt, files["svg"], files["png"])
-
-
-def looks(groups: Sequence[Group]) -> dict[str, Look]:
+def looks(groups: Sequence[Group]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and dash by group, in alphabetical order: independent of the results."""
     names = sorted(group.name for group in groups)
     return {
-        name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i // len(COLOURS) % len(DASHES)])
+        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i // len(COLOURS) % len(DASHES)])
         for i, name in enumerate(names)
     }
 
 
-def chart(file: str, caption: str, alt: str, names: list[str], draw: Callable[["Axes"], list["Line2D"]]) -> Picture:
-    """Axes in percent, and below them a legend with a name for each line that ``draw`` returns."""
-    texts = [shown(name) for name in names]
+def _tick(fraction: float, _: object) -> str:
+    return f"{round(100 * fraction, 1):g}"
+
+
+def _chart(figure: Figure, name: str, caption: str, alt: str) -> Picture:
+    """A picture of axes in percent, and below them a legend."""
+    (axes,) = figure.axes
+    handles, texts = axes.get_legend_handles_labels()
     columns = 1 if max(map(len, texts)) > 26 else 2
+    axes.yaxis.set_major_formatter(_tick)
+    figure.set_size_inches(WIDTH, HEIGHT + 0.2 * -(-len(texts) // columns) + 0.15)
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns)
+    return picture(figure, name, caption, alt)
 
-    def with_legend(figure: "Figure") -> None:
-        axes = figure.subplots()
-        handles = draw(axes)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g}")
-        figure.legend(handles, texts, loc="outside lower center", ncols=columns)
 
-    return picture(file, caption, alt, with_legend, HEIGHT + 0.2 * -(-len(texts) // columns) + 0.15)
+def picture(figure: Figure, name: str, caption: str, alt: str) -> Picture:
+    """A figure as SVG and PNG."""
+    files = {}
+    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata)
+        files[kind] = buffer.getvalue()
+    return Picture(name, caption, alt, **files)
 
 
 def shown(name: str) -> str:

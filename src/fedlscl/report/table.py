@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlscl.federated.metrics import MASKS
-from fedlscl.report.groups import NOT_CONVERGED, READOUTS, Group, Spread, grouped, inequalities, readouts
+from fedlscl.report.groups import NOT_CONVERGED, READOUTS, Group, grouped, inequalities, readouts
 from fedlscl.report.runs import PER_TASK, left_out, read_runs
 
 
@@ -31,17 +31,9 @@ COLUMNS = (
     Column("total_seconds", "seconds", 1, 0),
 )
 """Accuracies are means over clients; bytes are those of all clients in all rounds."""
-UNKNOWN, PM, DAGGER = "–", r"\pm", "†"
+UNKNOWN = "–"
 TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}", DAGGER: r"$^\dagger$"}
-
-
-class Body(NamedTuple):
-    """Rows under one heading, usually the only one and without a title."""
-
-    title: str
-    rows: list[tuple[Group, list[str]]]
-    """Each group, and its figures as text."""
+TEX |= {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}", "†": r"$^\dagger$"}
 
 
 class Table(NamedTuple):
@@ -49,7 +41,8 @@ class Table(NamedTuple):
 
     columns: list[Column]
     header: list[str]
-    bodies: list[Body]
+    bodies: list[tuple[str, list[tuple[Group, list[str]]]]]
+    """Rows under one heading, usually the only one and empty: each group, and its figures as text."""
     footnotes: list[str]
 
 
@@ -58,18 +51,17 @@ def table(groups: Sequence[Group]) -> Table:
 
     Accuracies of each readout stand beside those of the own heads, and their bytes beside the method's.
     """
-    names, shown = readouts(groups), list(COLUMNS)
-    if names:
-        shown = []
-        for column in COLUMNS:
-            mask, _, name = column.figure.partition("/")
-            is_average, title = name == "average", column.title
-            shown.append(column._replace(title=f"own {title}") if is_average else column)
-            shown += [Column(f"{READOUTS}{n}/{mask}", f"{n} {title}", 100, 1) for n in names] if is_average else []
-            if column.figure == "up_bytes":
-                shown.append(Column("readout_up_bytes", "readouts up MB", 1e-6, 2))
+    names, shown = readouts(groups), []
+    for column in COLUMNS:
+        mask, _, name = column.figure.partition("/")
+        has_readouts = bool(names) and name == "average"
+        shown.append(column._replace(title=f"own {column.title}") if has_readouts else column)
+        if has_readouts:
+            shown += [Column(f"{READOUTS}{n}/{mask}", f"{n} {column.title}", 100, 1) for n in names]
+        if names and column.figure == "up_bytes":
+            shown.append(Column("readout_up_bytes", "readouts up MB", 1e-6, 2))
     bodies = [
-        Body(title, [(group, cells(group, shown)) for group in found])
+        (title, [(group, cells(group, shown)) for group in found])
         for title, found in groupby(groups, key=lambda group: group.section)
     ]
     footnotes = [NOT_CONVERGED] if any(group.mark for group in groups) else []
@@ -117,44 +109,33 @@ def table_latex(groups: Sequence[Group], notes: Sequence[str] = ()) -> str:
     """The same in LaTeX; needs the package booktabs."""
     made, rows = table(groups), []
     width = len(made.header)
-    for number, (title, body) in enumerate(made.bodies):
-        rows += ["\\midrule"] if number else []
-        rows += [f"\\multicolumn{{{width}}}{{l}}{{\\emph{{{tex(title)}}}}} \\\\"] if title else []
+    for title, body in made.bodies:
+        rows.append(r"\midrule")
+        rows += [rf"\multicolumn{{{width}}}{{l}}{{\emph{{{tex(title)}}}}} \\"] if title else []
         for group, found in body:
-            texts = ["--" if text == UNKNOWN else f"${text.replace('±', PM)}$" for text in found]
-            rows.append(" & ".join([tex(group.name + group.mark), *texts]) + " \\\\")
+            texts = ["--" if text == UNKNOWN else f"${text}$".replace("±", r"\pm") for text in found]
+            rows.append(" & ".join([tex(group.name + group.mark), *texts]) + r" \\")
     lines = [
-        "% Accuracies in percent, mean over clients; mean $\\pm$ sample standard deviation over n seeds.",
+        r"% Accuracies in percent, mean over clients; mean $\pm$ sample standard deviation over n seeds.",
         *(f"% {' '.join(note.split())}" for note in notes),
-        f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
-        "\\toprule",
-        " & ".join(map(tex, made.header)) + " \\\\",
-        "\\midrule",
+        rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        r"\toprule",
+        " & ".join(map(tex, made.header)) + r" \\",
         *rows,
-        "\\bottomrule",
-        *(f"\\multicolumn{{{width}}}{{p{{0.9\\linewidth}}}}{{{tex(note)}}} \\\\" for note in made.footnotes),
-        "\\end{tabular}",
+        r"\bottomrule",
+        *(rf"\multicolumn{{{width}}}{{p{{0.9\linewidth}}}}{{{tex(note)}}} \\" for note in made.footnotes),
+        r"\end{tabular}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def cells(group: Group, shown: Sequence[Column] = COLUMNS) -> list[str]:
-    """Number of seeds, and the figures as text."""
-    return [str(len(group.runs)), *(cell(column, group.final(column.figure)) for column in shown)]
-
-
-def cell(column: Column, found: Spread | None) -> str:
-    """Mean ± deviation, the mean alone for one seed.
-
-    Example:
-        >>> cell(COLUMNS[0], Spread(0.75, 0.01)), cell(COLUMNS[0], Spread(0.75, None)), cell(COLUMNS[0], None)
-        ('75.0 ± 1.0', '75.0', '–')
-    """
-    if found is None:
-        return UNKNOWN
-    # Adding zero turns -0.0 into 0.0.
-    numbers = [round(column.scale * value, column.digits) + 0.0 for value in found if value is not None]
-    return " ± ".join(f"{number:.{column.digits}f}" for number in numbers)
+    """Number of seeds, and of each figure mean ± deviation, the mean alone for one seed, a dash if a run lacks it."""
+    texts = [str(len(group.runs))]
+    for column in shown:
+        numbers = [column.scale * value for value in group.final(column.figure) or () if value is not None]
+        texts.append(" ± ".join(f"{number:z.{column.digits}f}" for number in numbers) or UNKNOWN)
+    return texts
 
 
 def per_task_rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
@@ -180,11 +161,7 @@ def tex(text: str) -> str:
 
 
 def print_comparison(paths: Sequence[Path]) -> None:
-    """Print the table and the differences between its rows; Markdown if the output is not a terminal.
-
-    Raises:
-        ValueError: if a run cannot be read.
-    """
+    """Print the table and the differences between its rows; Markdown if the output is not a terminal."""
     runs = read_runs(paths)
     groups = grouped(runs)
     notes = inequalities(groups) + left_out(paths, runs)
