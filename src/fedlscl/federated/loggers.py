@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Stage
-from fedlscl.federated.metrics import AT_SERVER, MASKS, average_accuracy, plain, summary
+from fedlscl.federated.metrics import AT_SERVER, MASKS, average_accuracy, flat, plain, summary
 from fedlscl.federated.state import Callback, RunState
 
 
@@ -184,17 +184,9 @@ def task_scalars(run: RunState) -> dict[str, float]:
 def hyperparameters(run: RunState) -> dict[str, Any]:
     """Method, data set, seed and the method's fields under dotted names; numbers, or text."""
     values = {"method": type(run.method).__name__, "seed": run.seed, "dataset": run.data["dataset"]}
-    return values | {"rounds_per_task": run.rounds_per_task, **dict(_flat(plain(run.method)))}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            # TensorBoard would show True as 1.0000.
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            yield prefix + name, value if is_number else str(value)
+    values |= {"rounds_per_task": run.rounds_per_task, **flat(plain(run.method))}
+    # TensorBoard would show True as 1.0000.
+    return {n: v if isinstance(v, int | float) and not isinstance(v, bool) else str(v) for n, v in values.items()}
 
 
 def peak_memory() -> dict[str, int]:

@@ -129,6 +129,19 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, int | str | None) else str(value)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict.
+
+    Example:
+        >>> flat({"a": {"b": 1}, "c": 2})
+        {'a.b': 1, 'c': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def to_json(value: Any) -> str:
     """Indented JSON with lists of numbers on one line."""
     text = json.dumps(value, indent=1, allow_nan=False)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedlscl.federated.metrics import MASKS, PHASES, SCHEMA, matrix_rows, to_csv
+from fedlscl.federated.metrics import MASKS, PHASES, SCHEMA, flat, matrix_rows, to_csv
 
 RESULTS, MATRIX, COSTS, CONFIG, ROUNDS = "results.json", "matrix.csv", "costs.json", "config.yaml", "rounds.csv"
 VERSION = re.compile(r"version_(\d+)")
@@ -68,7 +68,7 @@ class Run:
     def options(self) -> dict[str, Any]:
         """config.yaml by dotted names; without the file, method and trainer of results.json."""
         given = yaml.safe_load(self.config) if self.config else {n: self.results[n] for n in ("method", "trainer")}
-        return dict(_flat(given))
+        return flat(given)
 
     def matrix(self, mask: str) -> np.ndarray:
         """Accuracies (clients, after task, on task) of finished tasks, NaN above the diagonal."""
@@ -81,14 +81,6 @@ class Run:
     def recorded(self, entry: str) -> list[str]:
         """The different values of an entry in the sessions of costs.json, one session per process."""
         return list(dict.fromkeys(found for session in self.costs.get("sessions", []) if (found := session.get(entry))))
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
