@@ -196,8 +196,8 @@ class DistillationModule(ClassificationModule):
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.net(batch.images, batch.prefix).head_logits
-        target = self.previous(batch.images, batch.prefix).head_logits[:, self.old_classes]
+        logits = self.net(batch.images, batch.prefix).logits
+        target = self.previous(batch.images, batch.prefix).logits[:, self.old_classes]
         term = knowledge_distillation(logits[:, self.old_classes], target, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),

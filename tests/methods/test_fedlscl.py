@@ -152,7 +152,7 @@ def test_the_buffer_holds_the_best_samples_of_every_class(watched):
             assert (client.buffer.labels == label).sum() == min(M, int(counts[label]))
         batch = client.data.fetch(client.train_ids)
         with torch.no_grad():
-            losses = sample_losses(client.net.eval()(batch.images).head_logits, batch.labels, client.classes)
+            losses = sample_losses(client.net.eval()(batch.images).logits, batch.labels, client.classes)
         for label in client.classes:
             kept = torch.isin(batch.ids, client.buffer.ids) & (batch.labels == label)
             dropped = ~kept & (batch.labels == label)

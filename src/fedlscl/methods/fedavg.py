@@ -158,7 +158,7 @@ def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
     for sample in ids:
         batch = client.engine.prepare(client.data.fetch(sample[None]), client.net)
         prefix = None if batch.prefix is None else batch.prefix.float()  # bf16 in the cache, and no autocast here
-        logits = client.net(batch.images, prefix).head_logits
+        logits = client.net(batch.images, prefix).logits
         loss = sample_losses(logits, batch.labels, client.classes.to(logits.device)).sum()
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for total, gradient in zip(totals.values(), gradients, strict=True):

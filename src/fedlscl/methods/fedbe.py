@@ -19,7 +19,7 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules import ClassificationModule
-from fedlscl.nets.net import Classification, Net, make_head
+from fedlscl.nets.net import Net, Output, make_head
 from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
 
 
@@ -42,7 +42,7 @@ class ExpandedViT(FrozenViTNet):
         self.entry = min(self.positions[0], self.foundation.depth - 1)
         self.head = head
 
-    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
         """Classify stored images (B, 3, h, w)."""
         vit, depth = self.foundation.to(images.device).vit, self.foundation.depth
         tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
@@ -53,7 +53,7 @@ class ExpandedViT(FrozenViTNet):
             if index < depth:
                 tokens = run_block(vit.blocks[index], tokens)
         features = vit.forward_head(vit.norm(tokens))
-        return Classification(features, self.head(features))
+        return Output(features, self.head(features))
 
     def set_trainable(self, blocks: Collection[int]) -> None:
         """Enable gradients for these of the new blocks only."""

@@ -65,7 +65,7 @@ class CompensationModule(Learner):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Compensation alone, or the mean of compensation and relation."""
-        logits = self.net(batch.images, batch.prefix).head_logits.float()
+        logits = self.net(batch.images, batch.prefix).logits.float()
         targets = (batch.labels[:, None] == self.columns).to(logits)
         weights = None
         if self.new is not None:
@@ -74,7 +74,7 @@ class CompensationModule(Learner):
         compensation = F.binary_cross_entropy_with_logits(logits, targets, weights)
         if self.previous is None:
             return {"compensation": compensation}
-        previous = self.previous(batch.images, batch.prefix).head_logits.float()[:, self.columns].sigmoid()
+        previous = self.previous(batch.images, batch.prefix).logits.float()[:, self.columns].sigmoid()
         relation = F.binary_cross_entropy_with_logits(logits, torch.where(self.is_old, previous, targets))
         return {"compensation": compensation / 2, "relation": relation / 2}
 
@@ -135,7 +135,7 @@ def herding(features: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def mean_entropy(client: Client, columns: Tensor) -> Tensor:
     """Mean entropy in nats of the net's softmax over ``columns`` on the current task's training samples, a scalar."""
-    logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
+    logits = torch.cat([output.logits.float().cpu()[:, columns] for _, output in client.infer(client.train_ids)])
     return torch.distributions.Categorical(logits=logits).entropy().mean()
 
 
@@ -150,7 +150,7 @@ def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int,
     targets = (batch.labels[:, None] == columns).float()
 
     def loss(images: Tensor) -> Tensor:
-        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
+        logits = client.net(images.to(client.net.head.weight.device)).logits.cpu()[:, columns]
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
 
     client.net.eval()

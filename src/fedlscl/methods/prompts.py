@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fedlscl.federated.method import Method, MethodCard, Progress, PublicImages,
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import Frozen, LinearHead, Net, prepare
+from fedlscl.nets.net import Frozen, LinearHead, Net, Output, prepare
 from fedlscl.nets.vit import (
     Foundation,
     FoundationClassifier,
@@ -32,27 +32,14 @@ Fusion = Literal["average", "distill"]
 """How FedMGP's server fuses the coarse parts."""
 
 
-class Prompted(NamedTuple):
+@dataclass
+class Prompted(Output):
     """Output of a net whose prompts are selected by keys."""
 
-    features: Tensor
-    """Input of the head, (B, width)."""
-    logits: Tensor
-    """(B, num_classes)."""
     match: Tensor
     """Sum (B,) over an image's prompts of the cosine between its query and their keys; it alone trains the keys."""
     chosen: Tensor
     """Indices of each image's prompts, (B, top), ascending."""
-
-    @property
-    def head_logits(self) -> Tensor:
-        """The logits: there is one head."""
-        return self.logits
-
-    @property
-    def head_input(self) -> Tensor:
-        """The features."""
-        return self.features
 
 
 class PromptPool(nn.Module):

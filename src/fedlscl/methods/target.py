@@ -113,11 +113,6 @@ class SyntheticBatch(NamedTuple):
     statistics: list[Statistics]
     """By BatchNorm layer."""
 
-    @property
-    def head_logits(self) -> Tensor:
-        """The logits: there is one head."""
-        return self.logits
-
 
 class GeneratorWithTeacher(Net):
     """A synthesizer and the frozen classifier of its images; the input is noise instead of stored images.
@@ -141,7 +136,7 @@ class GeneratorWithTeacher(Net):
         synthetic = self.synthesizer(images + self.shift)
         teacher_input = synthetic if self.padding is None else jitter(synthetic, self.padding)
         with norm_statistics(self.teacher) as statistics:
-            logits = self.teacher.net(teacher_input).head_logits
+            logits = self.teacher.net(teacher_input).logits
         return SyntheticBatch(synthetic, teacher_input, logits, statistics)
 
 
@@ -276,7 +271,7 @@ class InversionModule(Learner):
             "norm": self.lambda_norm * norm_distance(output.statistics, self.averages),
         }
         if self.lambda_adversarial:
-            student = self.student.net(output.teacher_input).head_logits[:, self.classes]
+            student = self.student.net(output.teacher_input).logits[:, self.classes]
             terms["adversarial"] = -self.lambda_adversarial * disagreement(output.logits[:, self.classes], student)
         self._keep(output.images.detach(), torch.stack(list(terms.values())).sum().detach())
         mixed = mixed_averages(self.averages, output.statistics)
@@ -348,8 +343,8 @@ class ImitationModule(Learner):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``T^2 KL(teacher || student)``."""
-        student = self.net(batch.images).head_logits[:, self.classes]
-        teacher = self.teacher(batch.images).head_logits[:, self.classes]
+        student = self.net(batch.images).logits[:, self.classes]
+        teacher = self.teacher(batch.images).logits[:, self.classes]
         return {"distillation": knowledge_distillation(student, teacher, self.temperature)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -377,8 +372,8 @@ class SyntheticDistillationModule(ClassificationModule):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
         terms, images = super().loss(batch), self._draw()
-        student = self.net(images).head_logits[:, self.old_classes]
-        teacher = self.previous(images).head_logits[:, self.old_classes]
+        student = self.net(images).logits[:, self.old_classes]
+        teacher = self.previous(images).logits[:, self.old_classes]
         kept = knowledge_distillation(student, teacher, self.temperature)
         return {**terms, "distillation": self.alpha / self.temperature**2 * kept}
 

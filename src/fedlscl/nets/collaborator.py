@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.nets.net import ProjectedFeatures, SmallModel, make_head
+from fedlscl.nets.net import Output, ProjectedFeatures, SmallModel, make_head
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, LowRankShape, foundation, split_lora
 
 GeneratorStart = Literal["split", "per_image"]
@@ -59,26 +59,21 @@ class ParameterGenerator(nn.Linear):
         self.bias.copy_(matrix[-1])
 
 
-class Collaboration(NamedTuple):
-    """Output of a collaborator for a batch."""
+@dataclass
+class Collaboration(Output):
+    """Output of a collaborator for a batch.
 
-    features: Tensor
-    """E of the small model, (B, feature_dim), by default of unit norm; (B, 0) without collaboration."""
+    ``features`` are E of the small model, (B, feature_dim), by default of unit norm; (B, 0) without collaboration.
+    """
+
     lora: Tensor
     """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
     tokens: Tensor
-    """Features of the adapted foundation model, (B, width): input of the head."""
-    logits: Tensor
-    """(B, num_classes)."""
+    """Features of the adapted foundation model, (B, width)."""
 
     @property
-    def head_logits(self) -> Tensor:
-        """The same: there is one head."""
-        return self.logits
-
-    @property
+    @override
     def head_input(self) -> Tensor:
-        """The tokens."""
         return self.tokens
 
 
@@ -162,10 +157,9 @@ class Collaborator(FrozenViTNet):
 
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """E = theta_i(x) and W = phi_i(E), Eq. 2: (B, feature_dim) and (B, lora_dim)."""
-        if not self.config.collaboration:
-            empty = images.new_zeros((len(images), 0), dtype=self.head.weight.dtype)
-            return empty, empty
         features = self.embed(images)
+        if not self.config.collaboration:
+            return features, features
         # Casting Phi to bfloat16 and its gradient back takes longer than the product in float32.
         with torch.autocast(features.device.type, enabled=False):
             return features, self.generator(features)
@@ -184,4 +178,4 @@ class Collaborator(FrozenViTNet):
         factors = split_lora(lora, self.shapes, scale) if self.config.collaboration else []
         updates = dict(zip(self.adapted, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self.entry, updates)
-        return Collaboration(features, lora, tokens, self.head(tokens))
+        return Collaboration(features, self.head(tokens), lora, tokens)
