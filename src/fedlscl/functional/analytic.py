@@ -21,17 +21,15 @@ TOLERANCE = 1e-6
 
 @lru_cache(maxsize=4)
 def _projection(inputs: int, width: int, seed: int) -> Tensor:
-    """W / sqrt(inputs), (inputs, width), with entries from N(0, 1): drawn on the CPU, so that all clients agree."""
+    # On the CPU, so that all clients agree.
     return torch.randn(inputs, width, generator=torch.Generator().manual_seed(seed)) * inputs**-0.5
 
 
 def random_features(features: Tensor, width: int, seed: int = 0) -> Tensor:
     """Random features relu(f W) of RanPAC (arXiv 2307.02251), (B, width), in float32 and of unit norm (ours).
 
-    Args:
-        features: (B, inputs).
-        width: of the result; 0 returns the features as they are.
-        seed: public seed of W; equal on all clients, or their sums do not add up to anything.
+    Entries of W are from N(0, 1 / inputs) for features (B, inputs). All clients must have one public ``seed``, or their
+    sums do not add up to anything. A ``width`` of 0 returns the features as they are.
 
     Example:
         >>> random_features(torch.ones(2, 3), 4).norm(dim=1)
@@ -65,7 +63,7 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int, unit: bool =
                 [0., 1.]], dtype=torch.float64)
     """
     x = F.normalize(features.double()) if unit else features.double()
-    x = F.pad(x, (0, 1), value=1.0) if bias else x
+    x = F.pad(x, (0, int(bias)), value=1.0)
     return MomentSums(x.mT @ x, x.mT @ F.one_hot(labels, num_classes).double())
 
 
@@ -140,10 +138,10 @@ def low_rank(factor: Tensor, rank: int) -> Tensor:
 def gram_of_groups(sums: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
     """An unbiased estimate of a Gram matrix (width, width) from sums over groups of samples (STSA-E, arXiv 2506.01327).
 
-    For a class with N samples in k non-empty groups of n_g samples with sums s_g:
-    (N - 1) / (k - 1) sum_g s_g s_g^T / n_g - (N - k) / ((k - 1) N) P P^T with P = sum_g s_g; its mean over all
-    partitions into groups of these sizes is the Gram matrix. With one group only N m m^T is known. Empty groups do not
-    count (ours: the released code counts them, which shrinks the covariance).
+    For a class with N samples in k non-empty groups of n_g samples with sums s_g: r sum_g s_g s_g^T / n_g -
+    (r - 1) / N P P^T with P = sum_g s_g and r = (N - 1) / (k - 1); its mean over all partitions into groups of these
+    sizes is the Gram matrix. With one group only P P^T / N is known: r = 1. Empty groups do not count (ours: the
+    released code counts them, which shrinks the covariance).
 
     Args:
         sums: of each group, (groups, width).
@@ -154,11 +152,9 @@ def gram_of_groups(sums: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
     sums, counts, labels = sums[kept].double(), counts[kept].double(), labels[kept]
     member = F.one_hot(labels).double()  # (groups, classes)
     totals, sizes, groups = member.mT @ sums, member.mT @ counts, member.sum(0)
-    several = groups > 1
-    within = torch.where(several, (sizes - 1) / (groups - 1).clamp(min=1), 0.0)
-    between = torch.where(several, (sizes - groups) / ((groups - 1).clamp(min=1) * sizes.clamp(min=1)), 0.0)
-    between = torch.where(groups == 1, -1 / sizes.clamp(min=1), between)
-    return (sums.mT * (within[labels] / counts)) @ sums - (totals.mT * between) @ totals
+    ratio = torch.where(groups > 1, (sizes - 1) / (groups - 1), 1.0)
+    between = (ratio - 1) / sizes.clamp(min=1)
+    return (sums.mT * (ratio[labels] / counts)) @ sums - (totals.mT * between) @ totals
 
 
 def ridge_solution(sums: MomentSums, ridge: float, relative: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
@@ -166,8 +162,7 @@ def ridge_solution(sums: MomentSums, ridge: float, relative: bool = True, bias: 
 
     ``ridge`` is relative to the mean eigenvalue of the Gram matrix, or absolute. Sums without a constant give no bias.
     """
-    scale = ridge * sums.gram.diagonal().mean() if relative else ridge
-    system = sums.gram + scale * torch.eye(len(sums.gram), dtype=sums.gram.dtype)
+    system = _lifted(sums.gram, ridge * sums.gram.diagonal().mean() if relative else ridge)
     solution = torch.cholesky_solve(sums.products, torch.linalg.cholesky(system)).float()
     if not bias:
         return solution.mT.contiguous(), torch.zeros(solution.shape[1])
@@ -185,14 +180,6 @@ def low_rank_ridge(factor: Tensor, products: Tensor, ridge: float) -> Tensor:
     return (products - vectors @ ((values / (values + ridge))[:, None] * (vectors.mT @ products))) / ridge
 
 
-def unit_columns(weight: Tensor) -> Tensor:
-    """Rows of a head (num_classes, width) scaled to unit norm: with unit features the score is a cosine.
-
-    It undoes the advantage of frequent classes, whose rows in a ridge regression are long.
-    """
-    return F.normalize(weight)
-
-
 def ncm_solution(sums: MomentSums) -> tuple[Tensor, Tensor]:
     """Weight and bias of the nearest class mean by cosine: unit directions of the classes' mean unit features."""
     weight = F.normalize(sums.products[:-1].mT)
@@ -206,40 +193,36 @@ def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, T
     score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with A = (1 - shrinkage) S + shrinkage tr(S) / width I. With
     shrinkage 1 it is the nearest class mean. The number of samples of a class does not weigh.
     """
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}.")
     counts = sums.products[-1]
     means = sums.products[:-1] / counts.clamp(min=1)  # (width, num_classes)
     within = (sums.gram[:-1, :-1] - (means * counts) @ means.mT) / counts.sum().clamp(min=1)
     scale = within.diagonal().mean().clamp(min=torch.finfo(within.dtype).eps)
-    system = (1 - shrinkage) * within + shrinkage * scale * torch.eye(len(within), dtype=within.dtype)
+    system = _lifted((1 - shrinkage) * within, shrinkage * scale)
     weight = torch.cholesky_solve(means, torch.linalg.cholesky(system))
     bias = torch.where(counts > 0, -(means * weight).sum(0) / 2, ABSENT)
     return weight.mT.float().contiguous(), bias.float()
 
 
 def is_semidefinite(matrix: Tensor) -> bool:
-    """Whether a matrix (d, d) is a sum of outer products x x^T, up to rounding.
+    """Whether a matrix (d, d), or a diagonal (d,) alone, is a sum of outer products x x^T, up to rounding.
 
     Example:
-        >>> is_semidefinite(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
-        True
-        >>> is_semidefinite(torch.tensor([[1.0, 1.1], [1.1, 1.0]]))
-        False
+        >>> is_semidefinite(torch.tensor([[1.0, 1.0], [1.0, 1.0]])), is_semidefinite(torch.tensor([[1.0, 2], [2, 1]]))
+        (True, False)
     """
+    if matrix.dim() == 1:
+        return bool((matrix >= 0).all())
     double = matrix.double()
-    allowed = float(TOLERANCE * double.diagonal().sum())
+    allowed = float(TOLERANCE * double.trace())
     if not double.any():
         return True
     if not 0 < allowed < float("inf") or float((double - double.mT).abs().max()) > allowed:
         return False
-    lifted = double + allowed * torch.eye(len(double), dtype=torch.float64)
-    return int(torch.linalg.cholesky_ex(lifted).info) == 0
+    return int(torch.linalg.cholesky_ex(_lifted(double, allowed)).info) == 0
 
 
-def is_gram(gram: Tensor) -> bool:
-    """Whether a matrix or a diagonal can be a Gram: symmetric and without negative eigenvalues, up to rounding."""
-    return bool((gram >= 0).all()) if gram.dim() == 1 else is_semidefinite(gram)
+def _lifted(matrix: Tensor, amount: float | Tensor) -> Tensor:
+    return matrix + amount * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
 def moment_error(moment: Tensor, unbounded: bool = False) -> str:
@@ -280,5 +263,5 @@ def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool =
     if not is_semidefinite(sums.gram):
         return "gram is not symmetric and positive semidefinite"
     within = sums.gram - _between(sums.products[:, counts > 0], counts)
-    lifted = within + TOLERANCE * sums.gram.trace() * torch.eye(len(within), dtype=within.dtype)
-    return "" if is_semidefinite(lifted) else "gram is smaller than that of the class means"
+    allowed = TOLERANCE * sums.gram.trace()
+    return "" if is_semidefinite(_lifted(within, allowed)) else "gram is smaller than that of the class means"

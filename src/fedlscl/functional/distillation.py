@@ -25,9 +25,11 @@ moved by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i), so that trun
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_BYTES = 2**25
@@ -47,10 +49,8 @@ def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], 
         >>> one_by_one_distill([phi], [torch.eye(2)], 1.0)[0].equal(phi)   # without teachers nothing changes
         True
     """
-    if len(generators) == 1:
-        return [generators[0].clone()]
     doubles = [moment.double() for moment in moments]
-    total = _sum(doubles)
+    total = reduce(torch.add, doubles)
     systems = [_system(total - own, lambda_proximal) for own in doubles]
     fused = [generator.clone() for generator in generators]
     rows, columns = generators[0].shape
@@ -59,10 +59,11 @@ def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], 
         block = slice(start, start + width)
         phis = [generator[:, block].double() for generator in generators]
         products = [moment @ phi for moment, phi in zip(doubles, phis, strict=True)]
-        summed = _sum(products)
+        summed = reduce(torch.add, products)
         for target, system, phi, own in zip(fused, systems, phis, products, strict=True):
             if system is not None:
-                target[:, block] = system.solve(phi, summed - own)
+                inverse, scale = system
+                target[:, block] = inverse @ (summed - own).add(phi, alpha=scale)
     return fused
 
 
@@ -76,7 +77,7 @@ def second_moment(features: Tensor) -> Tensor:
     """
     if not len(features):
         raise ValueError("the feature set must not be empty: a client without samples has nothing to distil.")
-    e = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
+    e = F.pad(features.double(), (0, 1), value=1.0)
     return e.mT @ e / len(features)
 
 
@@ -107,7 +108,21 @@ def solve(generator: Tensor, others: Sums, lambda_proximal: float) -> Tensor:
     system = _system(others.moments, lambda_proximal)
     if system is None:
         return generator.clone()
-    return system.solve(generator.double(), others.products).to(generator.dtype)
+    inverse, scale = system
+    return (inverse @ others.products.add(generator.double(), alpha=scale)).to(generator.dtype)
+
+
+def _system(moments: Tensor, lambda_proximal: float) -> tuple[Tensor, float] | None:
+    """(S + lambda I)^-1, (p, p), and lambda; None without a minimum."""
+    if not lambda_proximal > 0:
+        raise ValueError(f"lambda_proximal must be > 0 for Eq. 5 to have one solution, got {lambda_proximal}.")
+    if not moments.any():
+        return None
+    scale = float(lambda_proximal * moments.diagonal().mean())
+    matrix = moments + scale * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    # One product with the inverse takes half the time of two triangular solves.
+    return None if failed else (torch.cholesky_inverse(factor), scale)
 
 
 class Factors(NamedTuple):
@@ -134,7 +149,7 @@ class Factors(NamedTuple):
         """Of several clients together, truncated: F V and V^T H for the right singular vectors V of all F."""
         factor = torch.cat([part.factor.double() for part in parts], 1)
         projected = torch.cat([part.projected.double() for part in parts])
-        trace = _sum([part.trace.double() for part in parts])
+        trace = reduce(torch.add, [part.trace.double() for part in parts])
         q, small = torch.linalg.qr(factor)
         u, values, v = torch.linalg.svd(small, full_matrices=False)
         r = kept_rank(values.square(), rank)
@@ -162,29 +177,3 @@ def kept_rank(values: Tensor, rank: float) -> int:
         return min(int(rank), len(values))
     reached = values.cumsum(0) >= rank * values.sum()
     return int((~reached).sum().clamp(max=len(values) - 1)) + 1
-
-
-class _System(NamedTuple):
-    """Eq. 5 of one client without the others' products, which may come column by column."""
-
-    inverse: Tensor  # (S + lambda I)^-1, (p, p): one product with it takes half the time of two triangular solves
-    scale: float  # lambda itself
-
-    def solve(self, phi: Tensor, products: Tensor) -> Tensor:
-        return self.inverse @ products.add(phi, alpha=self.scale)
-
-
-def _system(moments: Tensor, lambda_proximal: float) -> _System | None:
-    if not lambda_proximal > 0:
-        raise ValueError(f"lambda_proximal must be > 0 for Eq. 5 to have one solution, got {lambda_proximal}.")
-    if not moments.any():
-        return None
-    scale = float(lambda_proximal * moments.diagonal().mean())
-    matrix = moments + scale * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return None if failed else _System(torch.cholesky_inverse(factor), scale)
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum in the given order: independent of which client answered first."""
-    return sum(tensors, start=torch.zeros_like(tensors[0]))
