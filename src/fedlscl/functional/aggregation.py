@@ -9,10 +9,9 @@ from torch import Tensor
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Average states of equal names and shapes with weights that need not sum to one.
+    """Average states of equal names and shapes in float64, with weights that need not sum to one.
 
-    Sums run in float64 in the given order and return in each tensor's own dtype; integer tensors (BatchNorm's
-    counters) take the maximum.
+    Results have each tensor's own dtype; integer tensors (BatchNorm's counters) take the maximum.
 
     Example:
         >>> weighted_average([{"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}], [1, 3])
@@ -26,8 +25,6 @@ def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[f
         values = [state[name] for state in states]
         if not first.is_floating_point():
             average[name] = torch.stack(values).amax(0)
-        elif len(values) == 1:
-            average[name] = first.clone()
         else:
             mean = torch.zeros_like(first, dtype=torch.float64)
             for value, weight in zip(values, weights, strict=True):
@@ -42,11 +39,10 @@ def classwise_average(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> Tenso
     A plain average shrinks the update of a class that one of k clients has to 1/k; here its row is that client's.
     Rows of classes without samples are averaged uniformly.
     """
-    weights = torch.stack([count.double() for count in counts])  # (clients, num_classes)
+    weights = torch.stack(list(counts)).double()  # (clients, num_classes)
     weights[:, weights.sum(0) == 0] = 1
-    weights = weights / weights.sum(0)
-    shape = [len(rows), -1] + [1] * (rows[0].dim() - 1)
-    return (torch.stack([row.double() for row in rows]) * weights.view(shape)).sum(0).to(rows[0].dtype)
+    shares = (weights / weights.sum(0)).view(*weights.shape, *[1] * (rows[0].dim() - 1))
+    return (torch.stack(list(rows)).double() * shares).sum(0).to(rows[0].dtype)
 
 
 def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

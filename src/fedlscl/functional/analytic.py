@@ -1,7 +1,7 @@
 """The closed-form family: a fixed map of a feature, sums over samples, and a linear solve.
 
-FedRidge, FedNCM, FrozenLDA, AFCL, STSA, STSA-E, FedRAN and all readouts are combinations of the functions of this file,
-in this order: random features, sums, their packed form, low-rank and group summaries, solutions, validity checks.
+FedRidge, FedNCM, FrozenLDA, AFCL, STSA, STSA-E, FedRAN and all readouts are combinations of these functions: random
+features, sums, their packed form, low-rank and group summaries, solutions, validity checks.
 """
 
 from functools import lru_cache
@@ -57,10 +57,8 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int, unit: bool =
     Without ``unit`` features keep their norm; without ``bias`` x has no constant, and the sums one row and column less.
 
     Example:
-        >>> moment_sums(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2).products
-        tensor([[0., 0.],
-                [0., 1.],
-                [0., 1.]], dtype=torch.float64)
+        >>> moment_sums(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2).products.tolist()
+        [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
     """
     x = F.normalize(features.double()) if unit else features.double()
     x = F.pad(x, (0, int(bias)), value=1.0)
@@ -86,25 +84,22 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     """The symmetric matrix (size, size), or the diagonal (size,), that ``pack_symmetric`` packed.
 
     Example:
-        >>> unpack_symmetric(torch.tensor([1, 2, 3]), 2)
-        tensor([[1, 2],
-                [2, 3]])
+        >>> unpack_symmetric(torch.tensor([1, 2, 3]), 2).tolist()
+        [[1, 2], [2, 3]]
     """
     if len(packed) == size > 1:
         return packed
     matrix = packed.new_zeros(size, size)
     rows, columns = torch.triu_indices(size, size)
-    matrix[rows, columns] = packed
-    matrix[columns, rows] = packed
+    matrix[rows, columns] = matrix[columns, rows] = packed
     return matrix
 
 
 def pack_sums(sums: MomentSums, counts: Tensor) -> MomentSums:
     """The message form of sums over samples with these ``counts`` by class (num_classes,), in float32.
 
-    Instead of the Gram matrix it has the packed scatter within classes, G - sum_c P_c P_c^T / n_c: where features of a
-    class are alike, rounding G itself would be larger than their differences. Of the products it has the columns of
-    classes with samples.
+    It has the packed scatter within classes, G - sum_c P_c P_c^T / n_c, since rounding G itself may be larger than the
+    differences of similar features, and the products of classes with samples.
     """
     products = sums.products[:, counts > 0]
     return MomentSums(pack_symmetric(sums.gram - _between(products, counts)).float(), products.float())
@@ -126,9 +121,8 @@ def _between(products: Tensor, counts: Tensor) -> Tensor:
 def low_rank(factor: Tensor, rank: int) -> Tensor:
     """The best F (width, at most ``rank``) with F F^T near the product of ``factor`` (width, n) with itself.
 
-    Its columns are orthogonal, each an eigenvector times the root of its eigenvalue (FedRAN, arXiv 2606.11480). What is
-    dropped is positive semidefinite: 0 <= F F^T <= factor factor^T, and the difference has the first dropped eigenvalue
-    as its norm.
+    Its columns are orthogonal, each an eigenvector times the root of its eigenvalue (FedRAN, arXiv 2606.11480). The
+    difference is positive semidefinite, and its norm the first dropped eigenvalue.
     """
     q, r = torch.linalg.qr(factor.double())
     u, values, _ = torch.linalg.svd(r, full_matrices=False)
@@ -138,15 +132,10 @@ def low_rank(factor: Tensor, rank: int) -> Tensor:
 def gram_of_groups(sums: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
     """An unbiased estimate of a Gram matrix (width, width) from sums over groups of samples (STSA-E, arXiv 2506.01327).
 
-    For a class with N samples in k non-empty groups of n_g samples with sums s_g: r sum_g s_g s_g^T / n_g -
-    (r - 1) / N P P^T with P = sum_g s_g and r = (N - 1) / (k - 1); its mean over all partitions into groups of these
-    sizes is the Gram matrix. With one group only P P^T / N is known: r = 1. Empty groups do not count (ours: the
-    released code counts them, which shrinks the covariance).
-
-    Args:
-        sums: of each group, (groups, width).
-        counts: samples of each group, (groups,).
-        labels: class of each group, (groups,).
+    ``sums`` (groups, width) are over ``counts`` (groups,) samples of classes ``labels`` (groups,). For a class with N
+    samples in k groups: r sum_g s_g s_g^T / n_g - (r - 1) / N P P^T with P = sum_g s_g and r = (N - 1) / (k - 1). Its
+    mean over all partitions into groups of these sizes is the Gram matrix. With one group only P P^T / N is known:
+    r = 1. Empty groups do not count (ours: the released code counts them, which shrinks the covariance).
     """
     kept = counts > 0
     sums, counts, labels = sums[kept].double(), counts[kept].double(), labels[kept]
@@ -169,15 +158,18 @@ def ridge_solution(sums: MomentSums, ridge: float, relative: bool = True, bias: 
     return solution[:-1].mT.contiguous(), solution[-1].contiguous()
 
 
+def _lifted(matrix: Tensor, amount: float | Tensor) -> Tensor:
+    return matrix + amount * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
 def low_rank_ridge(factor: Tensor, products: Tensor, ridge: float) -> Tensor:
     """(F F^T + ridge I)^-1 products, (width, num_classes), for F (width, rank) with orthogonal columns.
 
-    No width x width matrix is formed: with eigenvalues s of F F^T and unit eigenvectors V it is
-    (products - V diag(s / (s + ridge)) V^T products) / ridge.
+    No width x width matrix is formed: it is (products - F diag(1 / (s + ridge)) F^T products) / ridge with the
+    eigenvalues s of F F^T, the squared norms of the columns.
     """
-    values = factor.square().sum(0)
-    vectors = factor / values.clamp(min=torch.finfo(factor.dtype).tiny).sqrt()
-    return (products - vectors @ ((values / (values + ridge))[:, None] * (vectors.mT @ products))) / ridge
+    damped = (factor.mT @ products) / (factor.square().sum(0) + ridge)[:, None]
+    return (products - factor @ damped) / ridge
 
 
 def ncm_solution(sums: MomentSums) -> tuple[Tensor, Tensor]:
@@ -189,9 +181,8 @@ def ncm_solution(sums: MomentSums) -> tuple[Tensor, Tensor]:
 def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Weight and bias of linear discriminant analysis with equal priors, of the shapes of ``ridge_solution``.
 
-    Class means mu_c, one covariance within classes, shrunk towards a multiple of the identity:
-    score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with A = (1 - shrinkage) S + shrinkage tr(S) / width I. With
-    shrinkage 1 it is the nearest class mean. The number of samples of a class does not weigh.
+    score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with class means mu_c and the covariance S within classes, shrunk to
+    A = (1 - shrinkage) S + shrinkage tr(S) / width I. With shrinkage 1 it is the nearest class mean.
     """
     counts = sums.products[-1]
     means = sums.products[:-1] / counts.clamp(min=1)  # (width, num_classes)
@@ -221,18 +212,12 @@ def is_semidefinite(matrix: Tensor) -> bool:
     return int(torch.linalg.cholesky_ex(_lifted(double, allowed)).info) == 0
 
 
-def _lifted(matrix: Tensor, amount: float | Tensor) -> Tensor:
-    return matrix + amount * torch.eye(len(matrix), dtype=matrix.dtype)
-
-
 def moment_error(moment: Tensor, unbounded: bool = False) -> str:
     """Why a matrix (p, p) cannot be a second moment of unit features, or ''; ``unbounded``: of any size.
 
     Example:
-        >>> moment_error(torch.eye(3) / 2)
-        ''
-        >>> moment_error(torch.eye(3))
-        'moments are larger than those of unit features'
+        >>> moment_error(torch.eye(3) / 2), moment_error(torch.eye(3))
+        ('', 'moments are larger than those of unit features')
     """
     # In bf16 a unit norm is one up to 2^-8.
     if moment.trace() > 1.02 * MOMENT_BOUND and not unbounded:
@@ -243,14 +228,11 @@ def moment_error(moment: Tensor, unbounded: bool = False) -> str:
 def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool = True) -> str:
     """Why sums cannot be of as many samples of each class as counted (num_classes,), or ''.
 
-    Unit features bound every sum: the Gram's trace by the number of samples (twice it with ``bias``), products by the
-    number of samples of the class (sqrt(2) times it). The norms of other features are not known.
+    Unit features bound the Gram's trace by the number of samples (twice it with ``bias``), and products by the number
+    of samples of the class (sqrt(2) times it).
 
     Example:
-        >>> sums = moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2)
-        >>> sums_error(sums, torch.tensor([1, 2]))
-        ''
-        >>> sums_error(sums, torch.tensor([2, 1]))
+        >>> sums_error(moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2), torch.tensor([2, 1]))
         'products count other samples than were announced'
     """
     if bias and not sums.products[-1].equal(counts.to(sums.products.dtype)):

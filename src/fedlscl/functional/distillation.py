@@ -4,7 +4,7 @@ The generator is linear, so with e = [E; 1] and C_j = mean of e e^T over FS_j, E
 
     Phi_bar_i = (S_i + lambda I)^-1 (G_i + lambda Phi_i),   S_i = sum_{j != i} C_j,   G_i = sum_{j != i} C_j Phi_j.
 
-A client enters only through C_j and C_j Phi_j: no server optimizer, no raw features, and sums over clients suffice.
+A client enters through C_j and C_j Phi_j alone: no server optimizer, no raw features, and sums over clients suffice.
 
 Factor form (ours). With C_j near F_j F_j^T for F_j (p, r) and H_j = F_j^T Phi_j, a client sends r (p + lora_dim)
 numbers instead of p lora_dim + p (p + 1) / 2. With the others' F = [F_1 ..] and H = [H_1; ..] joined, client i solves
@@ -17,11 +17,9 @@ Subtracting the two systems of equations gives (F F^T + lambda I) (Phi_hat - Phi
 
     ||Phi_hat_i - Phi_bar_i|| <= sum_{j != i} e_j ||Phi_j - Phi_bar_i|| / lambda.
 
-The server's answer is F V and V^T H for r right singular vectors V of F, whose singular values are s_1 >= s_2 >= ... .
-With it Phi_i moves as before along the first r left singular vectors, and not along the others, where it would have
-moved by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i), so that truncating the answer adds at most
-
-    min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
+The server's answer is F V and V^T H for r right singular vectors V of F with singular values s_1 >= s_2 >= ... . Along
+left singular vector k > r Phi_i does not move by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i) then, so that
+truncating the answer adds at most min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
 """
 
 from collections.abc import Sequence
@@ -37,7 +35,7 @@ BLOCK_BYTES = 2**25
 
 
 def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], lambda_proximal: float) -> list[Tensor]:
-    """Return every client's own fused generator (Eq. 5), in the order of the clients.
+    """Every client's own fused generator (Eq. 5), in the order of the clients.
 
     Args:
         generators: Phi_i of each client, (p, lora_dim) with p = feature_dim + 1, bias as last row.
@@ -71,9 +69,8 @@ def second_moment(features: Tensor) -> Tensor:
     """C = mean of e e^T with e = [E; 1], over a feature set (n, feature_dim): (p, p), float64.
 
     Example:
-        >>> second_moment(torch.tensor([[2.0]]))
-        tensor([[4., 2.],
-                [2., 1.]], dtype=torch.float64)
+        >>> second_moment(torch.tensor([[2.0]])).tolist()
+        [[4.0, 2.0], [2.0, 1.0]]
     """
     if not len(features):
         raise ValueError("the feature set must not be empty: a client without samples has nothing to distil.")

@@ -16,9 +16,8 @@ def cross_entropy(
     (num_classes,) of training samples it is the balanced softmax (Ren et al., NeurIPS 2020, arXiv 2007.10740).
 
     Example:
-        >>> logits = torch.tensor([[9.0, 1.0, 1.0]])
-        >>> round(cross_entropy(logits, torch.tensor([2]), torch.tensor([1, 2])).item(), 4)
-        0.6931
+        >>> cross_entropy(torch.tensor([[9.0, 1.0, 1.0]]), torch.tensor([2]), torch.tensor([1, 2]))
+        tensor(0.6931)
     """
     logits = logits.float() if counts is None else logits.float() + counts.clamp(min=1).float().log()
     if classes is None:

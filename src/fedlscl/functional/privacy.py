@@ -39,9 +39,7 @@ def encode(values: Tensor, num_members: int) -> Tensor:
     limit = 2.0 ** (63 - FRACTION_BITS) / num_members
     largest = values.abs().max().item() if values.numel() else 0.0
     if not largest < limit:
-        raise ValueError(
-            f"values in a secure sum of {num_members} members must be below {limit:.3g}, got {largest:.3g}."
-        )
+        raise ValueError(f"values in a secure sum of {num_members} members must be < {limit:.3g}, got {largest:.3g}.")
     return (values.double() * 2.0**FRACTION_BITS).round().to(torch.int64)
 
 
@@ -71,8 +69,8 @@ def masked(
         me: the member's number.
         private: its private key.
         public_keys: of all members by number, its own included.
-        context: names the sum, such as task and round. Equal keys and contexts give equal masks: two uploads of
-            different terms under one context reveal their difference.
+        context: names the sum, such as task and round: two uploads of different terms under one context reveal their
+            difference.
     """
     words = {name: encode(terms[name], len(public_keys)) for name in sorted(terms)}
     flat = torch.cat([torch.empty(0, dtype=torch.int64), *(value.flatten() for value in words.values())])
@@ -104,10 +102,8 @@ def pair_mask(private: Tensor, public: Tensor, context: str, length: int) -> Ten
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    keys = x25519()
-    secret = keys.X25519PrivateKey.from_private_bytes(private.numpy().tobytes()).exchange(
-        keys.X25519PublicKey.from_public_bytes(public.numpy().tobytes())
-    )
+    theirs = x25519().X25519PublicKey.from_public_bytes(public.numpy().tobytes())
+    secret = x25519().X25519PrivateKey.from_private_bytes(private.numpy().tobytes()).exchange(theirs)
     key = HKDF(SHA256(), KEY_BYTES, salt=None, info=f"fedlscl secure sum {context}".encode()).derive(secret)
     # The key serves one stream, so that a constant nonce repeats nothing.
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(8 * length))
