@@ -224,11 +224,11 @@ class CollaborativeModule(ClassificationModule):
         net = as_collaborator(net)
         parts = part_rates(generator_lr, bias_lr, head_lr)
         super().__init__(net, classes, counts, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
-        self.save_hyperparameters(ignore=["net", "classes", "counts"])
+        self.save_hyperparameters(ignore=["net", "previous", "classes", "old_classes", "counts", "kept"])
         self.save_hyperparameters({"net": describe(net)})
 
 
-class ContinualFineTuningModule(ClassificationModule):
+class ContinualFineTuningModule(CollaborativeModule):
     """Cross-entropy on replayed samples, lambda_E ||E - E'||^2 and lambda_W ||W - W'||^2 (Eq. 4).
 
     E' and W' are of the frozen predecessor (theta^{n-1}, phi^{n-1}). Samples of classes outside ``old_classes`` enter
@@ -239,20 +239,17 @@ class ContinualFineTuningModule(ClassificationModule):
         self, net: Collaborator | Mapping[str, Any], previous: Collaborator | Mapping[str, Any],
         classes: Tensor | None = None, old_classes: Tensor | None = None, counts: Tensor | None = None,
         lambda_features: float = CONSISTENCY, lambda_lora: float = CONSISTENCY, consistent_bias: bool = True,
-        lr: float = LR, generator_lr: float = GENERATOR_LR, bias_lr: float = BIAS_LR, head_lr: float = HEAD_LR,
-        freeze_norm: bool = True, kept: tuple[Tensor, Tensor] | None = None,
+        kept: tuple[Tensor, Tensor] | None = None, freeze_norm: bool = True, **rates: float,
     ) -> None:  # fmt: skip
         """Without ``consistent_bias``, W and W' lack b: lambda_W ||Phi^T E - Phi'^T E'||^2 (ours).
 
-        ``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too. ``counts`` of samples by
-        class balance the softmax. ``kept`` are ids (n,) of samples and the predecessor's features E' of them
-        (n, feature_dim), which need not be computed at every step; all samples of old classes must be among them.
+        ``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too. ``kept`` are ids (n,) of
+        samples and the predecessor's features E' of them (n, feature_dim), which need not be computed at every step;
+        all samples of old classes must be among them. ``rates`` are CollaborativeModule's learning rates.
         """
-        net, previous = as_collaborator(net), as_collaborator(previous)
-        parts = part_rates(generator_lr, bias_lr, head_lr)
-        super().__init__(net, classes, counts, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
-        self.save_hyperparameters(ignore=["net", "previous", "classes", "old_classes", "counts", "kept"])
-        self.save_hyperparameters({"net": describe(net), "previous": describe(previous)})
+        super().__init__(net, classes, counts, freeze_norm=freeze_norm, **rates)
+        previous = as_collaborator(previous)
+        self.save_hyperparameters({"previous": describe(previous)})
         self.previous = Frozen(previous)
         self.lambda_features, self.lambda_lora = lambda_features, lambda_lora
         self.consistent_bias = consistent_bias

@@ -18,8 +18,8 @@ Subtracting the two systems of equations gives (F F^T + lambda I) (Phi_hat - Phi
     ||Phi_hat_i - Phi_bar_i|| <= sum_{j != i} e_j ||Phi_j - Phi_bar_i|| / lambda.
 
 The server's answer is F V and V^T H for r right singular vectors V of F with singular values s_1 >= s_2 >= ... . Along
-left singular vector k > r Phi_i does not move by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i) then, so that
-truncating the answer adds at most min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
+left singular vector k > r Phi_i then does not move by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i): the
+truncation adds at most min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
 """
 
 from collections.abc import Sequence

@@ -67,10 +67,7 @@ def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """Stored images (B, 3, h, w) as floats in 0..1 of (B, 3, size, size).
-
-    Images are uint8 in 0..255, or floats in 0..1 as torchvision's ToTensor gives them.
-    """
+    """Stored images (B, 3, h, w), uint8 or floats in 0..1 as ToTensor gives them, as floats of (B, 3, size, size)."""
     x = images.to(torch.float32)  # a synthesizer's may be bf16, which is not interpolated on a CPU
     if not images.is_floating_point():
         x = x / 255
@@ -107,9 +104,8 @@ def freeze_batch_norm(module: nn.Module) -> None:
 def single_value_norms(module: nn.Module) -> Iterator[None]:
     """Let normalisation layers in training mode use running statistics for one value per channel (ours).
 
-    The variance of a single value is undefined, and BatchNorm refuses an input of (1, C) or (1, C, 1, 1). Such an
-    input is normalised as in evaluation mode and leaves the running statistics as they are; the layer's weight and
-    bias still get a gradient. Any other input gives the same bits as without this context.
+    BatchNorm refuses an input of (1, C) or (1, C, 1, 1), whose variance is undefined. Here it is normalised as in
+    evaluation mode, and leaves the statistics as they are. Any other input gives the same bits as without the context.
     """
 
     def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -130,7 +126,7 @@ class SmallMapPrecision(TorchFunctionMode):
     """Run padded convolutions whose stride exceeds the width of the feature map in float32 under CPU autocast.
 
     Their bf16 weight gradient has uninitialised entries on CPUs with AVX-512 (torch 2.15, oneDNN), in kernel columns
-    that cover padding only. Other shapes and float32 gradients are not affected.
+    that cover padding only.
     """
 
     @override
@@ -170,8 +166,8 @@ class UnitLinearHead(nn.Linear):
 class CosineHead(nn.Module):
     """Scaled cosine between features and one unit row per class (ours; not in the paper).
 
-    A class whose row is imprinted with its mean feature begins at nearest-class-mean accuracy
-    (Qi et al., CVPR 2018, arXiv 1712.07136), and no row can win by norm alone.
+    A class whose row is imprinted with its mean feature begins at nearest-class-mean accuracy (Qi et al., CVPR 2018,
+    arXiv 1712.07136), and no row can win by norm alone.
     """
 
     def __init__(self, width: int, num_classes: int, scale: float = 20.0) -> None:
@@ -204,18 +200,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class SmallModel(nn.Module):
     """A CNN of timm by name, pooled: stored uint8 images (B, 3, h, w) to (B, width).
 
-    Images are normalised with ImageNet's mean and std, pretrained models with those of their weights.
+    Images are normalised with ImageNet's mean and std, those of pretrained models with the mean and std of the weights.
 
     Args:
-        name: of the model.
+        name: of the model, which must return one tensor of features with ``num_features`` channels.
         image_size: side of its input in pixels.
         pretrained: start from timm's weights.
         weights: start from a safetensors file in timm's names instead; its head is ignored.
         options: further arguments of ``timm.create_model``, such as norm_layer.
-
-    Raises:
-        ValueError: if timm has no such model or no weights for it, if the file does not fit, or if the model does not
-            return one tensor of features with ``num_features`` channels for images of ``image_size`` pixels.
     """
 
     mean: Tensor
@@ -240,8 +232,8 @@ class SmallModel(nn.Module):
             state = read_weights(weights, "small_weights")
             with explained(f"small_weights must be of {name}, got {weights!r}", "choose its file"):
                 self.cnn.load_state_dict({part: state[part] for part in self.cnn.state_dict() if part in state})
-        too_small = f"{model} cannot take images of {image_size} pixels"
-        with explained(too_small, "choose another small_image_size or a CNN"):
+        fix = "choose another small_image_size or a CNN"
+        with explained(f"{model} cannot take images of {image_size} pixels", fix):
             maps = drop_unused(self.cnn, image_size)
         self.pooled_axes, self.width = layout(self.cnn, maps, model)
         cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained or weights else {}
@@ -264,7 +256,7 @@ class ProjectedFeatures(nn.Module):
     """E: pooled features projected to feature_dim and, with ``unit_norm``, centred and scaled to norm 1 (ours).
 
     Without this scale one Adam step moves every generated weight by about 0.4, which destroys the ViT's features; with
-    it the trace of every client's second moment is one, so that lambda of Eq. 5 does not depend on the small model.
+    it lambda of Eq. 5 does not depend on the small model, since the trace of every client's second moment is one.
     """
 
     def __init__(self, width: int, feature_dim: int, unit_norm: bool = True) -> None:

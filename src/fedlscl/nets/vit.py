@@ -21,7 +21,7 @@ from typing_extensions import override
 from fedlscl.nets.net import Net, Output, check_timm_name, explained, make_head, prepare, read_weights
 
 GLYPH_WEIGHTS = Path(__file__).with_name("glyph_vit.safetensors")
-"""Weights in float16 without a classification head; they load strictly into the model with `num_classes=0`."""
+"""In float16, without a classification head."""
 PATCHES = "patch_embed.proj.weight"
 """A tensor of every ViT."""
 QKV = "attn.qkv"
@@ -42,11 +42,8 @@ def vit_glyph_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
     """ViT with 12 blocks of width 80 on 64 patches of 4 x 4 pixels; (B, 3, 32, 32) -> CLS features (B, 80).
 
     Pre-trained on procedurally drawn glyphs (formula-driven pre-training: Kataoka et al., ACCV 2020), which needs no
-    data set: benchmarks/pretrain_glyph_vit.py. Importing this module registers the model with timm.
-
-    Args:
-        pretrained: load GLYPH_WEIGHTS.
-        kwargs: arguments of timm's VisionTransformer, e.g. `num_classes=0` for features.
+    data set: benchmarks/pretrain_glyph_vit.py. Importing this module registers the model with timm; ``kwargs`` are
+    arguments of timm's VisionTransformer.
 
     Example:
         >>> timm.create_model("vit_glyph_patch4_32", num_classes=0).num_features
@@ -85,7 +82,7 @@ class LowRankShape(NamedTuple):
     @property
     def size(self) -> int:
         """Entries of both factors."""
-        return self.down_size + self.rank * self.out_features
+        return self.rank * (self.in_features + self.out_features)
 
 
 def split_lora(lora: Tensor, shapes: list[LowRankShape], scale: float) -> list[LowRank]:
@@ -96,13 +93,10 @@ def split_lora(lora: Tensor, shapes: list[LowRankShape], scale: float) -> list[L
         >>> update.down.shape, update.up.shape
         (torch.Size([1, 2, 2]), torch.Size([1, 3, 2]))
     """
-    updates, start = [], 0
-    for shape in shapes:
-        middle, end = start + shape.down_size, start + shape.size
-        down = lora[:, start:middle].unflatten(1, (shape.rank, shape.in_features))
-        up = lora[:, middle:end].unflatten(1, (shape.out_features, shape.rank))
-        updates.append(LowRank(down, up, scale))
-        start = end
+    updates = []
+    for shape, part in zip(shapes, lora.split([shape.size for shape in shapes], 1), strict=True):
+        down, up = part.tensor_split([shape.down_size], 1)
+        updates.append(LowRank(down.unflatten(1, (shape.rank, -1)), up.unflatten(1, (-1, shape.rank)), scale))
     return updates
 
 
@@ -132,9 +126,8 @@ def is_plain(block: Block) -> bool:
 def run_block(block: Block, x: Tensor, prefix: Tensor | None = None) -> Tensor:
     """Tokens (B, N, width) after a block; one with a ``prefix`` (2, B, length, width) must be plain: see `attend`.
 
-    The backward pass of fused attention in bfloat16 is slow on a CPU (explicit products took half its time on
-    DeiT-tiny), so there, with gradients, attention is explicit; the difference is rounding. In float32 fused attention
-    took 0.8 of the time of explicit products.
+    In bfloat16 on a CPU, with gradients, attention is explicit, since fused attention took twice the time on DeiT-tiny;
+    the difference is rounding.
     """
     is_explicit = torch.is_grad_enabled() and x.device.type == "cpu" and _is_bfloat16(x) and is_plain(block)
     if prefix is None and not is_explicit:
@@ -160,21 +153,18 @@ def first_token_only(block: Block, x: Tensor, qkv: LowRank | None = None) -> Ten
 
     ``qkv`` is an update of attn.qkv, which is not called; forward hooks of the other linear layers are.
     """
-    attention = block.attn
+    attention, h = block.attn, block.norm1(x)
     heads, size = attention.num_heads, attention.head_dim
-    h = block.norm1(x)
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    inner = heads * size
+    weight, bias, inner = attention.qkv.weight, attention.qkv.bias, heads * size
     q = F.linear(h[:, :1], weight[:inner], None if bias is None else bias[:inner])
     kv = F.linear(h, weight[inner:], None if bias is None else bias[inner:])
     if qkv is not None:
         q = q + low_rank_update(h[:, :1], qkv._replace(up=qkv.up[:, :inner]))
         kv = kv + low_rank_update(h, qkv._replace(up=qkv.up[:, inner:]))
-    q = attention.q_norm(q.unflatten(-1, (heads, size)).transpose(1, 2))  # (B, heads, 1, size)
+    q = q.unflatten(-1, (heads, size)).transpose(1, 2)  # (B, heads, 1, size)
     k, v = kv.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)  # (B, heads, N, size) each
-    out = F.scaled_dot_product_attention(q, attention.k_norm(k), v, scale=attention.scale)
-    out = attention.norm(out.transpose(1, 2).flatten(-2))
-    first = x[:, :1] + block.ls1(attention.proj(out))
+    out = F.scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v, scale=attention.scale)
+    first = x[:, :1] + block.ls1(attention.proj(attention.norm(out.transpose(1, 2).flatten(-2))))
     return first + block.ls2(block.mlp(block.norm2(first)))
 
 
@@ -197,8 +187,8 @@ class FoundationConfig:
     """Which frozen ViT all clients share."""
 
     name: str = "vit_base_patch16_224.augreg_in21k"
-    """Name of a timm VisionTransformer, which also determines the mean and std of its input; vit_glyph_patch4_32 is
-    part of this package."""
+    """Name of a timm VisionTransformer, which determines the mean and std of its input too; vit_glyph_patch4_32 is part
+    of this package."""
     weights: str = "timm"
     """'timm' (its download), 'bundled' (the packaged glyph model), 'random', or the path of a safetensors file."""
     image_size: int | None = None
@@ -219,7 +209,7 @@ class Foundation:
         self.fingerprint = fingerprint(self.vit)
         cfg = self.vit.pretrained_cfg
         self.mean, self.std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
-        self._copies: tuple[Any, list[tuple[dict[str, Any], dict[str, Any]]]] = None, []
+        self._copies: tuple[Any, list[tuple[dict, dict]]] = None, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Foundation":
         return self
@@ -238,7 +228,7 @@ class Foundation:
     def cast(self, dtype: torch.dtype) -> Iterator[None]:
         """Keep weights of linear layers and convolutions in ``dtype`` where autocast would cast them in every pass.
 
-        The results are the same bits. The layers are as before at the end; copies are made once per device and type.
+        The results are the same bits; copies are made once per device and type.
         """
         if self._copies[0] != (self.mean.device, dtype):
             layers = [layer for layer in self.vit.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -296,9 +286,7 @@ class Foundation:
 class FrozenViTNet(Net):
     """A net on the frozen ViT, whose blocks before ``entry`` are constant: their output can be cached.
 
-    Args:
-        model: the frozen ViT.
-        entry: the first block that is not constant; the depth of the ViT, where only its features are used, if None.
+    ``entry`` is the ViT's depth, where only its features are used, if None.
     """
 
     foundation: Foundation
@@ -359,11 +347,7 @@ def _reads_first_token(vit: Any) -> bool:
 
 
 def create_vit(config: FoundationConfig) -> nn.Module:
-    """The ViT of timm with its weights, on the CPU.
-
-    Raises:
-        ValueError: if timm has no plain VisionTransformer of this name and size, or the weights do not fit.
-    """
+    """A plain VisionTransformer of timm with its weights, on the CPU."""
     check_timm_name(config.name, "foundation")
     size: dict[str, Any] = {} if config.image_size is None else {"img_size": config.image_size}
     fix = "choose a name such as vit_* or deit_* whose timm class is VisionTransformer"
