@@ -196,12 +196,9 @@ def trainable(net: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
-GENERATOR_LR = 3e-4
-"""Learning rate of Phi, the part of the generator that depends on the image (ours; the paper has one rate for all)."""
-BIAS_LR = 1e-2
-"""Learning rate of b, the generator's part that all images share (ours)."""
-HEAD_LR = 2e-4
-"""Learning rate of the head (ours): small, since rows are imprinted, and rows of few samples overfit."""
+GENERATOR_LR, BIAS_LR, HEAD_LR = 3e-4, 1e-2, 2e-4
+"""Learning rates of Phi, of b, the generator's part that all images share, and of the head: small, since its rows are
+imprinted, and rows of few samples overfit (ours; the paper has one rate for all)."""
 CONSISTENCY = 0.01
 """Weight of both consistency terms (not in the paper): 1 and more slow down an adapter that still improves."""
 

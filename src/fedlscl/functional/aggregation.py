@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Average states of equal names and shapes in float64, with weights that need not sum to one.
-
-    Results have each tensor's own dtype; integer tensors (BatchNorm's counters) take the maximum.
+    """Average states in float64, with weights that need not sum to one; integers (counters) take the maximum.
 
     Example:
         >>> weighted_average([{"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}], [1, 3])
@@ -82,9 +80,8 @@ def trimmed_mean(values: Tensor, trim: float) -> Tensor:
 def norm_clipped(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
     """States clipped around their median to the median distance from it, in float64.
 
-    Distances are over all floating tensors at once; counters are unchanged. A client then moves the mean of k by at
-    most that distance / k, whatever it sends (centred clipping: Karimireddy et al., ICML 2021, arXiv 2012.10333; the
-    medians as centre and radius are ours).
+    Distances are over all floating tensors at once; counters are unchanged. A client moves the mean of k by at most
+    that distance / k (centred clipping: Karimireddy et al., ICML 2021, arXiv 2012.10333; the medians are ours).
 
     Example:
         >>> [state["w"].item() for state in norm_clipped([{"w": torch.tensor([x])} for x in (1.0, 2.0, 100.0)])]

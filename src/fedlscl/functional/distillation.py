@@ -22,7 +22,7 @@ left singular vector k > r Phi_i then does not move by s_k / (s_k^2 + lambda) ti
 truncation adds at most min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple, Self
 
@@ -49,8 +49,8 @@ def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], 
     """
     doubles = [moment.double() for moment in moments]
     total = reduce(torch.add, doubles)
-    systems = [_system(total - own, lambda_proximal) for own in doubles]
-    fused = [generator.clone() for generator in generators]
+    solvers = [_solver(total - own, lambda_proximal) for own in doubles]
+    fused = [torch.empty_like(generator) for generator in generators]
     rows, columns = generators[0].shape
     width = max(64, BLOCK_BYTES // (8 * rows * len(generators)))
     for start in range(0, columns, width):
@@ -58,10 +58,8 @@ def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], 
         phis = [generator[:, block].double() for generator in generators]
         products = [moment @ phi for moment, phi in zip(doubles, phis, strict=True)]
         summed = reduce(torch.add, products)
-        for target, system, phi, own in zip(fused, systems, phis, products, strict=True):
-            if system is not None:
-                inverse, scale = system
-                target[:, block] = inverse @ (summed - own).add(phi, alpha=scale)
+        for target, solver, phi, own in zip(fused, solvers, phis, products, strict=True):
+            target[:, block] = solver(phi, summed - own)
     return fused
 
 
@@ -102,24 +100,20 @@ def solve(generator: Tensor, others: Sums, lambda_proximal: float) -> Tensor:
 
     The generator is returned unchanged if the others have no features, or if their sums do not define a minimum.
     """
-    system = _system(others.moments, lambda_proximal)
-    if system is None:
-        return generator.clone()
-    inverse, scale = system
-    return (inverse @ others.products.add(generator.double(), alpha=scale)).to(generator.dtype)
+    return _solver(others.moments, lambda_proximal)(generator.double(), others.products).to(generator.dtype)
 
 
-def _system(moments: Tensor, lambda_proximal: float) -> tuple[Tensor, float] | None:
-    """(S + lambda I)^-1, (p, p), and lambda; None without a minimum."""
+def _solver(moments: Tensor, lambda_proximal: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Phi_bar from Phi and G, any columns of both: (S + lambda I)^-1 (G + lambda Phi)."""
     if not lambda_proximal > 0:
         raise ValueError(f"lambda_proximal must be > 0 for Eq. 5 to have one solution, got {lambda_proximal}.")
-    if not moments.any():
-        return None
     scale = float(lambda_proximal * moments.diagonal().mean())
     matrix = moments + scale * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    # One product with the inverse takes half the time of two triangular solves.
-    return None if failed else (torch.cholesky_inverse(factor), scale)
+    if failed:
+        return lambda phi, products: phi
+    inverse = torch.cholesky_inverse(factor)  # takes half the time of two triangular solves
+    return lambda phi, products: inverse @ products.add(phi, alpha=scale)
 
 
 class Factors(NamedTuple):
@@ -172,5 +166,5 @@ def kept_rank(values: Tensor, rank: float) -> int:
     """
     if rank >= 1:
         return min(int(rank), len(values))
-    reached = values.cumsum(0) >= rank * values.sum()
-    return int((~reached).sum().clamp(max=len(values) - 1)) + 1
+    reached = int(torch.searchsorted(values.cumsum(0), rank * values.sum()))
+    return min(reached + 1, len(values))

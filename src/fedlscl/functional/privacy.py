@@ -64,13 +64,9 @@ def masked(
 ) -> dict[str, Tensor]:
     """One member's terms plus its masks, int64: uniform noise without the members' private keys.
 
-    Args:
-        terms: the summands by name; the same names and shapes at every member.
-        me: the member's number.
-        private: its private key.
-        public_keys: of all members by number, its own included.
-        context: names the sum, such as task and round: two uploads of different terms under one context reveal their
-            difference.
+    ``terms`` are summands by name, of the same names and shapes at every member; ``me`` is the member's number among
+    those of all ``public_keys``. ``context`` names the sum, such as task and round: different terms under one context
+    reveal their difference.
     """
     words = {name: encode(terms[name], len(public_keys)) for name in sorted(terms)}
     flat = torch.cat([torch.empty(0, dtype=torch.int64), *(value.flatten() for value in words.values())])

@@ -19,15 +19,10 @@ PHI_SCALE = 0.3
 class ParameterGenerator(nn.Linear):
     """phi of Eq. 2, a linear map of E (B, feature_dim) to LoRA weights W (B, lora_dim): W = Phi^T E + b.
 
-    The start is ours; the paper has none. b is a LoRA that all images share, and Phi what each image changes. Entries
-    of B (up-projection) start as zeros in both, so that the adapted ViT equals the frozen one bit for bit; those of A
-    (down-projection) start with a variance of 1 / in_features, for E of unit norm.
-
-    Args:
-        feature_dim: of E; 0 leaves b alone.
-        shapes: of each adapted layer's factors.
-        start: 'split' draws A from b, and Phi's share of it with a standard deviation of ``PHI_SCALE`` times b's;
-            'per_image' from Phi alone.
+    b is a LoRA that all images share, and Phi what each image changes; a ``feature_dim`` of 0 leaves b alone. The start
+    is ours; the paper has none. Entries of B (up-projection) start as zeros, so that the adapted ViT equals the frozen
+    one bit for bit; those of A (down-projection) with a variance of 1 / in_features in b, for E of unit norm, and a
+    standard deviation of ``PHI_SCALE`` times that in Phi, or, with a ``start`` 'per_image', in Phi alone.
     """
 
     def __init__(self, feature_dim: int, shapes: list[LowRankShape], start: GeneratorStart = "split") -> None:
@@ -91,7 +86,7 @@ class CollaboratorConfig:
     pretrained: bool = False
     """Start the CNN from timm's weights instead of from scratch."""
     small_weights: str = ""
-    """Start the CNN from a safetensors file in timm's names; its images are normalised as timm states for the name."""
+    """Start the CNN from a safetensors file in timm's names; images are normalised as timm states for the name."""
     small_options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model for the CNN, such as norm_layer: groupnorm for ResNets."""
     freeze_small: bool = False
@@ -139,8 +134,8 @@ class Collaborator(FrozenViTNet):
         self.has_small_model = config.collaboration and config.small_model != "none"
         self.feature_dim = config.feature_dim if self.has_small_model else 0
         if self.has_small_model:
-            pretraining = config.pretrained, config.small_weights, config.small_options
-            self.small = SmallModel(config.small_model, config.small_image_size, *pretraining)
+            start = config.pretrained, config.small_weights, config.small_options
+            self.small = SmallModel(config.small_model, config.small_image_size, *start)
             self.small.requires_grad_(not config.freeze_small)
             self.unit = ProjectedFeatures(self.small.width, config.feature_dim, config.unit_features)
         if config.collaboration:

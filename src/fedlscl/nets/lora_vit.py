@@ -19,15 +19,8 @@ class LoraViT(FrozenViTNet):
     """A frozen ViT, LoRA modules on linear layers of some blocks, and a trainable head.
 
     It predicts with the sum of all tasks' modules, each with its inputs scaled by ``LoraLayer.share``; a module that
-    was not trained adds nothing.
-
-    Args:
-        config: the frozen ViT.
-        head: features (B, width) to logits; has ``weight`` with one row per class.
-        rank: of every module.
-        blocks: adapted blocks, counted from 0; all if None.
-        targets: linear layers of a block, such as attn.qkv or mlp.fc1; attn.q, attn.k, attn.v are parts of attn.qkv.
-        num_tasks: modules per layer.
+    was not trained adds nothing. ``blocks`` are counted from 0, all if None. ``targets`` are linear layers of a block,
+    such as attn.qkv or mlp.fc1, or parts of attn.qkv: attn.q, attn.k, attn.v.
     """
 
     def __init__(

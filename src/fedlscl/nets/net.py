@@ -200,14 +200,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class SmallModel(nn.Module):
     """A CNN of timm by name, pooled: stored uint8 images (B, 3, h, w) to (B, width).
 
-    Images are normalised with ImageNet's mean and std, those of pretrained models with the mean and std of the weights.
-
-    Args:
-        name: of the model, which must return one tensor of features with ``num_features`` channels.
-        image_size: side of its input in pixels.
-        pretrained: start from timm's weights.
-        weights: start from a safetensors file in timm's names instead; its head is ignored.
-        options: further arguments of ``timm.create_model``, such as norm_layer.
+    The model must return one tensor of features with ``num_features`` channels for images of ``image_size`` pixels.
+    Images are normalised with ImageNet's mean and std, or with those of the weights: timm's if ``pretrained``, or a
+    safetensors file in timm's names, whose head is ignored. ``options`` are arguments of ``timm.create_model``.
     """
 
     mean: Tensor
