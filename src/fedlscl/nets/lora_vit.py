@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.nets.net import Output
-from fedlscl.nets.vit import QKV, Foundation, FoundationConfig, FrozenViTNet, LowRank, adapted, foundation, run_block
+from fedlscl.nets.vit import QKV, Foundation, FoundationConfig, FrozenViTNet, LowRank, adapted, foundation
 
 QKV_PARTS = {"attn.q": 0, "attn.k": 1, "attn.v": 2}
 """Targets that are one third of the outputs of attn.qkv, by its index."""
@@ -42,12 +42,8 @@ class LoraViT(FrozenViTNet):
         model = self.foundation.to(images.device)
         tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
         with adapted((model.linear(layer.block, layer.target), layer.factors(task)) for layer in self.lora):
-            if all(layer.block < model.depth - 1 for layer in self.lora):
-                features = model.features(tokens, self.entry)
-            else:  # Foundation.features computes the last block's attn.qkv without calling its hooks
-                for block in model.vit.blocks[self.entry :]:
-                    tokens = run_block(block, tokens)
-                features = model.vit.forward_head(model.vit.norm(tokens))
+            whole = any(layer.block == model.depth - 1 for layer in self.lora)
+            features = model.features(tokens, self.entry, whole=whole)
         return Output(features, self.head(features))
 
     def set_trainable(self, task: int, factors: Collection[str] = ("down", "up")) -> None:

@@ -261,20 +261,21 @@ class Foundation:
     def tokens(self, images: Tensor, block: int) -> Tensor:
         """Tokens (B, N, width) that enter ``block``, from prepared images; features (B, width) at the depth."""
         vit = self.vit
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        for layer in vit.blocks[: min(block, self.depth)]:
-            x = layer(x)
+        x = vit.blocks[:block](vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))))
         return x if block < self.depth else vit.forward_head(vit.norm(x))
 
-    def features(self, tokens: Tensor, entry: int, updates: Mapping[tuple[int, str], LowRank] | None = None) -> Tensor:
+    def features(
+        self, tokens: Tensor, entry: int, updates: Mapping[tuple[int, str], LowRank] | None = None, whole: bool = False
+    ) -> Tensor:
         """Features (B, width) from the tokens that enter block ``entry``.
 
-        ``updates`` are of linear layers from that block on, by block and name, such as (3, 'attn.qkv').
+        ``updates`` are of linear layers from that block on, by block and name, such as (3, 'attn.qkv'). Unless ``whole``,
+        the last block computes the first token alone where the head reads no other, without calling attn.qkv.
         """
         if entry == self.depth:
             return tokens
         updates, last = dict(updates or {}), self.vit.blocks[-1]
-        is_short = is_plain(last) and _reads_first_token(self.vit)
+        is_short = not whole and is_plain(last) and _reads_first_token(self.vit)
         qkv = updates.pop((self.depth - 1, QKV), None) if is_short else None
         with adapted((self.linear(*place), update) for place, update in updates.items()):
             for block in self.vit.blocks[entry:-1]:
