@@ -242,8 +242,5 @@ def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool =
         return "products are larger than those of unit features"
     if unit and sums.gram.trace() > slack * size * counts.sum():
         return "gram is larger than that of unit features"
-    if not is_semidefinite(sums.gram):
-        return "gram is not symmetric and positive semidefinite"
-    within = sums.gram - _between(sums.products[:, counts > 0], counts)
-    allowed = TOLERANCE * sums.gram.trace()
-    return "" if is_semidefinite(_lifted(within, allowed)) else "gram is smaller than that of the class means"
+    within = _lifted(sums.gram - _between(sums.products[:, counts > 0], counts), TOLERANCE * sums.gram.trace())
+    return "" if is_semidefinite(within) else "gram is not symmetric, or smaller than that of the class means"

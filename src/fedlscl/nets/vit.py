@@ -269,8 +269,8 @@ class Foundation:
     ) -> Tensor:
         """Features (B, width) from the tokens that enter block ``entry``.
 
-        ``updates`` are of linear layers from that block on, by block and name, such as (3, 'attn.qkv'). Unless ``whole``,
-        the last block computes the first token alone where the head reads no other, without calling attn.qkv.
+        ``updates`` are of linear layers from that block on, by block and name, such as (3, 'attn.qkv'). Where the head
+        reads the first token alone, so does the last block, without calling attn.qkv, unless it must run ``whole``.
         """
         if entry == self.depth:
             return tokens
