@@ -276,7 +276,7 @@ def test_features_are_averaged_over_every_axis_but_batch_and_channels(monkeypatc
 @pytest.mark.parametrize(
     ("features", "declared", "reason"),
     [
-        (torch.ones(1, 2, 3, 5), {"num_features": 5}, r"5 channels, got shape \(1, 2, 3, 5\)"),
+        (torch.ones(1, 2, 3, 5), {"num_features": 5}, r"5 channels, got shape \[1, 2, 3, 5\]"),
         (torch.ones(1, 5, 3, 2), {"num_features": 5, "output_fmt": "NHWC"}, "5 channels, got shape"),
         (torch.ones(1, 5, 7), {"num_features": 5}, "5 channels, got shape"),
         (torch.ones(1, 5, 2, 2, 2), {"num_features": 5}, "5 channels, got shape"),

@@ -106,9 +106,7 @@ def test_a_subclass_whose_head_reads_other_tokens_gives_its_own_features(kind, m
 
 
 def test_a_subclass_with_other_features_is_refused(monkeypatch):
-    with pytest.raises(
-        ValueError, match="must be a plain VisionTransformer, got 'test_vit', whose timm class is Doubl"
-    ):
+    with pytest.raises(ValueError, match="must be a plain VisionTransformer, got 'test_vit' of class Doubl"):
         build(Doubled, monkeypatch)
 
 
@@ -231,13 +229,13 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 @pytest.mark.parametrize(
     ("name", "image_size", "reason"),
     [
-        ("test_resnet", None, "must be a plain VisionTransformer, got 'test_resnet', whose timm class is ResNet"),
+        ("test_resnet", None, "must be a plain VisionTransformer, got 'test_resnet' of class ResNet"),
         ("test_resnet", 32, "'test_resnet' with weights 'random' could not be created .*'img_size'.*"),
-        ("vit_small_patch16_dinov3", None, "must be a plain VisionTransformer, got .* class is Eva"),
+        ("vit_small_patch16_dinov3", None, "must be a plain VisionTransformer, got .* of class Eva"),
         (
             "vit_relpos_small_patch16_224",
             None,
-            "must be a plain VisionTransformer, got .* class is VisionTransformerRelPos",
+            "must be a plain VisionTransformer, got .* of class VisionTransformerRelPos",
         ),
     ],
 )

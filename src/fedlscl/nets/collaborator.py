@@ -122,10 +122,8 @@ class Collaborator(FrozenViTNet):
         model = foundation(config.foundation)
         blocks = range(model.depth) if config.blocks == "all" else sorted(set(config.blocks))
         if not blocks or not config.targets:
-            raise ValueError(
-                f"blocks and targets must name what is adapted, got {config.blocks} and {config.targets}: name both, "
-                "or set collaboration to false."
-            )
+            fix = "name both, or set collaboration to false"
+            raise ValueError(f"blocks and targets must not be empty, got {config.blocks} and {config.targets}: {fix}.")
         self.adapted = [(block, target) for block in blocks for target in config.targets]
         layers = [model.linear(block, target) for block, target in self.adapted]
         super().__init__(model, blocks[0] if config.collaboration else None)

@@ -214,9 +214,7 @@ class SmallModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if pretrained and weights:
-            raise ValueError(
-                f"pretrained must be false with small_weights, got true and {weights!r}: choose one of them."
-            )
+            raise ValueError(f"pretrained must be false with small_weights {weights!r}, got true: choose one of them.")
         check_timm_name(name, "small_model")
         self.name, self.image_size = name, image_size
         model = f"small_model {name!r}"
@@ -300,18 +298,15 @@ def layout(cnn: Any, maps: Any, model: str) -> tuple[tuple[int, ...], int]:
 
     Maps are (B, C, h, w) unless ``cnn.output_fmt`` says 'NHWC'; three axes are tokens (B, N, C).
     """
+    fix = "choose another timm model"
     if not isinstance(maps, Tensor):
-        got = type(maps).__name__
-        raise ValueError(f"{model} must return one tensor of features, got a {got}: choose another timm model.")
+        raise ValueError(f"{model} must return one tensor of features, got a {type(maps).__name__}: {fix}.")
     order = getattr(cnn, "output_fmt", None) or "NCHW"
     channels = order.index("C") if maps.dim() == len(order) else maps.dim() - 1
     width = maps.shape[channels] if 2 <= maps.dim() <= 4 else None
     declared = getattr(cnn, "num_features", width)
     if width is None or width != declared:
-        raise ValueError(
-            f"{model} must return features with {declared} channels, got shape {tuple(maps.shape)}: choose another "
-            "timm model."
-        )
+        raise ValueError(f"{model} must return features with {declared} channels, got shape {[*maps.shape]}: {fix}.")
     return tuple(axis for axis in range(1, maps.dim()) if axis != channels), width
 
 
@@ -319,9 +314,8 @@ def check_timm_name(name: str, option: str) -> None:
     """Raise ValueError for a name that timm does not know, with the nearest known ones."""
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5))
-        raise ValueError(
-            f"{option} {name!r} is unknown to timm: {'did you mean ' + near if near else 'see timm.list_models()'}."
-        )
+        hint = f"did you mean {near}" if near else "see timm.list_models()"
+        raise ValueError(f"{option} {name!r} is unknown to timm: {hint}.")
 
 
 def read_weights(path: str, option: str) -> dict[str, Tensor]:
@@ -332,7 +326,7 @@ def read_weights(path: str, option: str) -> dict[str, Tensor]:
     for name, value in state.items():
         if not value.isfinite().all():
             raise ValueError(
-                f"{option} must be finite, got NaN or infinity in {name} of {path!r}: choose another file."
+                f"{option} must be finite, got NaN or infinity in {name} of {path!r}: choose other weights."
             )
     return state
 

@@ -356,10 +356,8 @@ def create_vit(config: FoundationConfig) -> nn.Module:
     with explained(f"foundation {config.name!r} with weights {config.weights!r} could not be created", ways):
         vit = timm.create_model(config.name, pretrained=config.weights == "timm", num_classes=0, **size)
     if not isinstance(vit, VisionTransformer) or type(vit).forward_features is not VisionTransformer.forward_features:
-        raise ValueError(
-            f"foundation must be a plain VisionTransformer, got {config.name!r}, whose timm class is "
-            f"{type(vit).__name__}: {fix}."
-        )
+        kind = type(vit).__name__
+        raise ValueError(f"foundation must be a plain VisionTransformer, got {config.name!r} of class {kind}: {fix}.")
     patch = vit.patch_embed.patch_size[0]
     if config.image_size is not None and config.image_size % patch:
         raise ValueError(f"image_size must be a multiple of the patch size {patch}, got {config.image_size}.")
@@ -378,8 +376,6 @@ def without_wrapper(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """Names without the prefix of a wrapper such as DistributedDataParallel."""
     prefixes = sorted(name.removesuffix(PATCHES) for name in state if name.endswith(PATCHES)) or [""]
     if len(prefixes) > 1:
-        raise ValueError(
-            f"weights must hold one model, got {path!r} with {' and '.join(map(repr, prefixes))} before the names of "
-            "tensors: keep one model's."
-        )
+        found = " and ".join(map(repr, prefixes))
+        raise ValueError(f"weights must hold one model, got {path!r} with prefixes {found}: keep one model's tensors.")
     return {name.removeprefix(prefixes[0]): value for name, value in state.items()}
