@@ -104,11 +104,10 @@ class Learner(L.LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh Adam over the trainable parameters."""
         groups: dict[float, list[Tensor]] = {}
-        for name, parameter in self.net.named_parameters():
-            if parameter.requires_grad:
-                starts = [start for start in self.lr_of if name.startswith(start)]
-                lr = self.lr_of[max(starts, key=len)] if starts else self.lr
-                groups.setdefault(lr, []).append(parameter)
+        for name, parameter in trainable(self.net).items():
+            starts = [start for start in self.lr_of if name.startswith(start)]
+            lr = self.lr_of[max(starts, key=len)] if starts else self.lr
+            groups.setdefault(lr, []).append(parameter)
         return torch.optim.Adam([{"params": params, "lr": lr} for lr, params in groups.items()], fused=True)
 
 

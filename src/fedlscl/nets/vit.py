@@ -203,12 +203,16 @@ class Foundation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.vit: Any = create_vit(config).eval().requires_grad_(False)
-        self.width: int = self.vit.num_features
-        self.depth = len(self.vit.blocks)
-        self.image_size: int = self.vit.patch_embed.img_size[0]
-        self.fingerprint = fingerprint(self.vit)
-        cfg = self.vit.pretrained_cfg
-        self.mean, self.std = torch.tensor(cfg["mean"]), torch.tensor(cfg["std"])
+        vit, kind = self.vit, type(self.vit)
+        self.width: int = vit.num_features
+        self.depth = len(vit.blocks)
+        self.image_size: int = vit.patch_embed.img_size[0]
+        self.fingerprint = fingerprint(vit)
+        self.mean, self.std = torch.tensor(vit.pretrained_cfg["mean"]), torch.tensor(vit.pretrained_cfg["std"])
+        # The head of a subclass may read other tokens, as DeiT's distilled models do.
+        is_usual = kind.forward_head is VisionTransformer.forward_head and kind.pool is VisionTransformer.pool
+        reads_first = is_usual and vit.global_pool == "token" and vit.cls_token is not None
+        self._needs_first_token = reads_first and is_plain(vit.blocks[-1])
         self._copies: tuple[Any, list[tuple[dict, dict]]] = None, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Foundation":
@@ -275,7 +279,7 @@ class Foundation:
         if entry == self.depth:
             return tokens
         updates, last = dict(updates or {}), self.vit.blocks[-1]
-        is_short = not whole and is_plain(last) and _reads_first_token(self.vit)
+        is_short = self._needs_first_token and not whole
         qkv = updates.pop((self.depth - 1, QKV), None) if is_short else None
         with adapted((self.linear(*place), update) for place, update in updates.items()):
             for block in self.vit.blocks[entry:-1]:
@@ -339,12 +343,6 @@ def foundation(config: FoundationConfig) -> Foundation:
     if key not in _shared:
         _shared[key] = Foundation(config)
     return _shared[key]
-
-
-def _reads_first_token(vit: Any) -> bool:
-    """Whether the head reads the class token only; a subclass may read others, as DeiT's distilled models do."""
-    plain = all(getattr(type(vit), name) is getattr(VisionTransformer, name) for name in ("forward_head", "pool"))
-    return plain and vit.global_pool == "token" and vit.cls_token is not None
 
 
 def create_vit(config: FoundationConfig) -> nn.Module:
