@@ -98,7 +98,7 @@ def refused(tmp_path, capsys):
         ("--method.collaborator.foundation.name deit_tinny_patch16_224", "did you mean deit_tiny_patch16_224"),
         (
             "--method.collaborator.foundation.name resnet18",
-            "'resnet18' does not support image_size: choose a name such as vit_*",
+            "unexpected keyword argument 'img_size'): choose a name such as vit_*",
         ),
         ("--method.collaborator.blocks [12]", "block must be 0 to 5 for test_vit, got 12."),
         ("--method.collaborator.rank 0", "rank must be >= 1, got 0."),

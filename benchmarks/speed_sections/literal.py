@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlscl.modules import ContinualFineTuningModule
 from fedlscl.nets.net import SmallModel, prepare
-from fedlscl.nets.vit import Foundation
+from fedlscl.nets.vit import Foundation, adapted
 
 
 @contextmanager
@@ -32,10 +32,8 @@ def literal_path() -> Iterator[None]:
 def _features(self: Foundation, tokens: Tensor, block: int, updates: Mapping | None = None) -> Tensor:
     if block == self.depth:
         return tokens
-    x = tokens
-    for index in range(block, self.depth):
-        with self._adapted(index, {target: u for (at, target), u in (updates or {}).items() if at == index}):
-            x = self.vit.blocks[index](x)
+    with adapted((self.linear(*place), update) for place, update in (updates or {}).items()):
+        x = self.vit.blocks[block:](tokens)
     return self.vit.forward_head(self.vit.norm(x))
 
 

@@ -33,13 +33,9 @@ class Learner(L.LightningModule, ABC):
         def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
-        self,
-        net: Net,
-        lr: float = LR,
-        lr_of: Mapping[str, float] | None = None,
-        freeze_norm: bool = False,
+        self, net: Net, lr: float = LR, lr_of: Mapping[str, float] | None = None, freeze_norm: bool = False,
         max_norm: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """``lr_of`` are learning rates of parts of the net, by prefix of their names; ``max_norm`` clips gradients."""
         super().__init__()
         self.net, self.freeze_norm, self.max_norm = net, freeze_norm, max_norm
@@ -90,11 +86,16 @@ class Learner(L.LightningModule, ABC):
 
     @override
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        self._measure("val", as_batch(batch))
+        self._measure("val", batch)
 
     @override
     def test_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        self._measure("test", as_batch(batch))
+        self._measure("test", batch)
+
+    def _measure(self, name: str, batch: Sequence[Any]) -> None:
+        batch = as_batch(batch)
+        self.accuracy(self(batch.images, batch.prefix), batch.labels)
+        self.log(f"{name}/accuracy", self.accuracy, prog_bar=True, batch_size=len(batch.labels))
 
     def predict_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""
@@ -103,16 +104,11 @@ class Learner(L.LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh Adam over the trainable parameters."""
         groups: dict[float, list[Tensor]] = {}
-        for name, parameter in self.net.named_parameters():
-            if parameter.requires_grad:
-                starts = [start for start in self.lr_of if name.startswith(start)]
-                lr = self.lr_of[max(starts, key=len)] if starts else self.lr
-                groups.setdefault(lr, []).append(parameter)
+        for name, parameter in trainable(self.net).items():
+            starts = [start for start in self.lr_of if name.startswith(start)]
+            lr = self.lr_of[max(starts, key=len)] if starts else self.lr
+            groups.setdefault(lr, []).append(parameter)
         return torch.optim.Adam([{"params": params, "lr": lr} for lr, params in groups.items()], fused=True)
-
-    def _measure(self, name: str, batch: Batch) -> None:
-        self.accuracy(self(batch.images, batch.prefix), batch.labels)
-        self.log(f"{name}/accuracy", self.accuracy, prog_bar=True, batch_size=len(batch.labels))
 
 
 def as_batch(batch: Sequence[Any]) -> Batch:
@@ -155,14 +151,9 @@ class ConsolidationModule(ClassificationModule):
     """EWC: cross-entropy and ``strength / 2 sum F (w - w*)^2`` (Kirkpatrick et al., arXiv 1612.00796)."""
 
     def __init__(
-        self,
-        net: Net,
-        anchor: Mapping[str, Tensor],
-        fisher: Mapping[str, Tensor],
-        strength: float,
-        classes: Tensor | None = None,
-        **optimisation: Any,
-    ) -> None:
+        self, net: Net, anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor], strength: float,
+        classes: Tensor | None = None, **optimisation: Any,
+    ) -> None:  # fmt: skip
         """``anchor`` and ``fisher`` are by parameter name; parameters without an entry are not penalised."""
         super().__init__(net, classes, **optimisation)
         self.strength, self.names = strength, sorted(fisher)
@@ -180,15 +171,9 @@ class DistillationModule(ClassificationModule):
     """LwF: cross-entropy, and distillation of the previous net's logits of old classes (arXiv 1606.09282)."""
 
     def __init__(
-        self,
-        net: Net,
-        previous: Net,
-        old_classes: Tensor,
-        alpha: float,
-        temperature: float,
-        classes: Tensor | None = None,
-        **optimisation: Any,
-    ) -> None:
+        self, net: Net, previous: Net, old_classes: Tensor, alpha: float, temperature: float,
+        classes: Tensor | None = None, **optimisation: Any,
+    ) -> None:  # fmt: skip
         """``old_classes`` are the distilled logit columns, ``alpha`` the weight of the distillation."""
         super().__init__(net, classes, **optimisation)
         self.previous, self.alpha, self.temperature = Frozen(previous), alpha, temperature
@@ -196,8 +181,8 @@ class DistillationModule(ClassificationModule):
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.net(batch.images, batch.prefix).head_logits
-        target = self.previous(batch.images, batch.prefix).head_logits[:, self.old_classes]
+        logits = self.net(batch.images, batch.prefix).logits
+        target = self.previous(batch.images, batch.prefix).logits[:, self.old_classes]
         term = knowledge_distillation(logits[:, self.old_classes], target, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, batch.labels, self.classes, self.counts),
@@ -210,15 +195,9 @@ def trainable(net: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
-GENERATOR_LR = 3e-4
-"""Learning rate of Phi, the part of the generator that depends on the image (ours; the paper has one rate for all)."""
-
-BIAS_LR = 1e-2
-"""Learning rate of b, the generator's part that all images share (ours)."""
-
-HEAD_LR = 2e-4
-"""Learning rate of the head (ours): small, since rows are imprinted, and rows of few samples overfit."""
-
+GENERATOR_LR, BIAS_LR, HEAD_LR = 3e-4, 1e-2, 2e-4
+"""Learning rates of Phi, of b, the generator's part that all images share, and of the head: small, since its rows are
+imprinted, and rows of few samples overfit (ours; the paper has one rate for all)."""
 CONSISTENCY = 0.01
 """Weight of both consistency terms (not in the paper): 1 and more slow down an adapter that still improves."""
 
@@ -233,25 +212,19 @@ class CollaborativeModule(ClassificationModule):
     """
 
     def __init__(
-        self,
-        net: Collaborator | Mapping[str, Any],
-        classes: Tensor | None = None,
-        counts: Tensor | None = None,
-        lr: float = LR,
-        generator_lr: float = GENERATOR_LR,
-        bias_lr: float = BIAS_LR,
-        head_lr: float = HEAD_LR,
+        self, net: Collaborator | Mapping[str, Any], classes: Tensor | None = None, counts: Tensor | None = None,
+        lr: float = LR, generator_lr: float = GENERATOR_LR, bias_lr: float = BIAS_LR, head_lr: float = HEAD_LR,
         freeze_norm: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """``net`` is a collaborator, or its description in a checkpoint."""
         net = as_collaborator(net)
         parts = part_rates(generator_lr, bias_lr, head_lr)
         super().__init__(net, classes, counts, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
-        rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
-        self.save_hyperparameters({"net": describe(net), **rates, "freeze_norm": freeze_norm})
+        self.save_hyperparameters(ignore=["net", "previous", "classes", "old_classes", "counts", "kept"])
+        self.save_hyperparameters({"net": describe(net)})
 
 
-class ContinualFineTuningModule(Learner):
+class ContinualFineTuningModule(CollaborativeModule):
     """Cross-entropy on replayed samples, lambda_E ||E - E'||^2 and lambda_W ||W - W'||^2 (Eq. 4).
 
     E' and W' are of the frozen predecessor (theta^{n-1}, phi^{n-1}). Samples of classes outside ``old_classes`` enter
@@ -259,46 +232,28 @@ class ContinualFineTuningModule(Learner):
     """
 
     def __init__(
-        self,
-        net: Collaborator | Mapping[str, Any],
-        previous: Collaborator | Mapping[str, Any],
-        classes: Tensor | None = None,
-        old_classes: Tensor | None = None,
-        counts: Tensor | None = None,
-        lambda_features: float = CONSISTENCY,
-        lambda_lora: float = CONSISTENCY,
-        consistent_bias: bool = True,
-        lr: float = LR,
-        generator_lr: float = GENERATOR_LR,
-        bias_lr: float = BIAS_LR,
-        head_lr: float = HEAD_LR,
-        freeze_norm: bool = True,
-        kept: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+        self, net: Collaborator | Mapping[str, Any], previous: Collaborator | Mapping[str, Any],
+        classes: Tensor | None = None, old_classes: Tensor | None = None, counts: Tensor | None = None,
+        lambda_features: float = CONSISTENCY, lambda_lora: float = CONSISTENCY, consistent_bias: bool = True,
+        kept: tuple[Tensor, Tensor] | None = None, freeze_norm: bool = True, **rates: float,
+    ) -> None:  # fmt: skip
         """Without ``consistent_bias``, W and W' lack b: lambda_W ||Phi^T E - Phi'^T E'||^2 (ours).
 
-        ``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too.
-
-        ``counts`` of samples by class balance the softmax. ``kept`` are ids (n,) of samples and the predecessor's
-        features E' of them (n, feature_dim), which need not be computed at every step; all samples of old classes must
-        be among them.
+        ``classes`` are the columns of the cross-entropy; None is all, for ``old_classes`` too. ``kept`` are ids (n,) of
+        samples and the predecessor's features E' of them (n, feature_dim), which need not be computed at every step;
+        all samples of old classes must be among them. ``rates`` are CollaborativeModule's learning rates.
         """
-        net, previous = as_collaborator(net), as_collaborator(previous)
-        parts = part_rates(generator_lr, bias_lr, head_lr)
-        super().__init__(net, lr=lr, lr_of=parts, freeze_norm=freeze_norm)
-        weights = {"lambda_features": lambda_features, "lambda_lora": lambda_lora, "consistent_bias": consistent_bias}
-        rates = {"lr": lr, "generator_lr": generator_lr, "bias_lr": bias_lr, "head_lr": head_lr}
-        nets = {"net": describe(net), "previous": describe(previous)}
-        self.save_hyperparameters({**nets, **weights, **rates, "freeze_norm": freeze_norm})
+        super().__init__(net, classes, counts, freeze_norm=freeze_norm, **rates)
+        previous = as_collaborator(previous)
+        self.save_hyperparameters({"previous": describe(previous)})
         self.previous = Frozen(previous)
         self.lambda_features, self.lambda_lora = lambda_features, lambda_lora
         self.consistent_bias = consistent_bias
-        self.register_buffer("classes", classes, persistent=False)
-        self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("old_classes", old_classes, persistent=False)
-        order = None if kept is None else kept[0].argsort()
-        self.register_buffer("kept_ids", None if kept is None else kept[0][order], persistent=False)
-        self.register_buffer("kept_features", None if kept is None else kept[1][order], persistent=False)
+        ids, features = kept or (torch.empty(0, dtype=torch.int64), torch.empty(0, previous.feature_dim))
+        order = ids.argsort()
+        self.register_buffer("kept_ids", ids[order], persistent=False)
+        self.register_buffer("kept_features", features[order], persistent=False)
 
     @override
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -318,7 +273,7 @@ class ContinualFineTuningModule(Learner):
     def _predecessor(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """E' and W' of a batch; from kept features, where rows of samples that are not kept mean nothing."""
         net = self.previous.net
-        if self.kept_ids is None or not len(self.kept_ids) or batch.augmented:
+        if not len(self.kept_ids) or batch.augmented:
             return net.generate(batch.images)
         index = torch.searchsorted(self.kept_ids, batch.ids).clamp_max(len(self.kept_ids) - 1)
         features = self.kept_features[index]
@@ -339,6 +294,5 @@ def as_collaborator(net: Collaborator | Mapping[str, Any]) -> Collaborator:
     """The collaborator itself, or a new one from its description."""
     if isinstance(net, Collaborator):
         return net
-    config = dict(net["config"])
-    config["foundation"] = FoundationConfig(**config["foundation"])
+    config = {**net["config"], "foundation": FoundationConfig(**net["config"]["foundation"])}
     return Collaborator(CollaboratorConfig(**config), net["num_classes"])

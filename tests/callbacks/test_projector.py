@@ -48,5 +48,5 @@ def test_what_cannot_be_shown_is_refused_before_training(tmp_path, capsys):
         FeatureProjector(per_class=0)
     wrong = CALLBACK.replace("per_class: 2", "pick: embedding")
     assert main(["fit", *tiny.FEDLSCL, *tiny.inside(tmp_path), "--trainer.callbacks", wrong]) == 2
-    assert "pick must be one of features, lora, tokens, " in capsys.readouterr().err
+    assert "pick must be one of features, logits, lora, tokens, " in capsys.readouterr().err
     assert list(tmp_path.rglob("*")) == []

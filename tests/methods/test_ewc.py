@@ -5,7 +5,7 @@ from fedlscl.federated.client import Client
 from fedlscl.methods import EWC, FedAvg
 from fedlscl.methods.fedavg import ANCHOR, FISHER, consolidate, consolidated, fisher_diagonal
 from fedlscl.modules import ClassificationModule, ConsolidationModule
-from fedlscl.nets.net import Classification, Net, SmallClassifier
+from fedlscl.nets.net import Net, Output, SmallClassifier
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ class Logistic(Net):
 
     def forward(self, images, prefix=None):
         features = (images[:, :, ::4, ::4].float().flatten(1) / 255 @ self.w)[:, None]
-        return Classification(features, self.head(features))
+        return Output(features, self.head(features))
 
 
 def test_fisher_of_a_logistic_model_is_the_analytic_one(client):

@@ -11,7 +11,7 @@ from fedlscl.federated.payload import Upload
 from fedlscl.federated.readout import ReadoutConfig
 from fedlscl.functional.analytic import unpack_symmetric
 from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
-from fedlscl.functional.objectives import sample_losses
+from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods import FedLSCL, fedlscl
 from fedlscl.methods.fedlscl import draw_per_class, feature_moment, packed_factors, unpacked_factors, updated_buffer
 from fedlscl.modules import (
@@ -152,7 +152,9 @@ def test_the_buffer_holds_the_best_samples_of_every_class(watched):
             assert (client.buffer.labels == label).sum() == min(M, int(counts[label]))
         batch = client.data.fetch(client.train_ids)
         with torch.no_grad():
-            losses = sample_losses(client.net.eval()(batch.images).head_logits, batch.labels, client.classes)
+            losses = cross_entropy(
+                client.net.eval()(batch.images).logits, batch.labels, client.classes, reduction="none"
+            )
         for label in client.classes:
             kept = torch.isin(batch.ids, client.buffer.ids) & (batch.labels == label)
             dropped = ~kept & (batch.labels == label)

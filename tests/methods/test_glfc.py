@@ -8,7 +8,7 @@ from fedlscl.federated.payload import Upload
 from fedlscl.functional.aggregation import weighted_average
 from fedlscl.methods import GLFC
 from fedlscl.methods.glfc import GRADIENTS, best_model, extended_memory, herded, perturbed_prototypes, without_proxy
-from fedlscl.nets.net import Classification, Net
+from fedlscl.nets.net import Net, Output
 from fedlscl.nets.vit import FoundationConfig
 
 QUICK = {"perturbation_steps": 2, "reconstruction_steps": 2, "monitor_images": 2}
@@ -83,7 +83,7 @@ class Table(Net):
 
     def forward(self, images, prefix=None):
         chosen = self.logits[images[:, 0, 0, 0].long()]
-        return Classification(chosen, chosen)
+        return Output(chosen, chosen)
 
 
 def test_the_proxy_finds_best_what_is_not_worse_among_classes_so_far(make):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from fedlscl.data.loader import Batch
 from fedlscl.functional.objectives import compensation_weights
 from fedlscl.methods.glfc import CompensationModule
-from fedlscl.nets.net import Classification, Net
+from fedlscl.nets.net import Net, Output
 from reference import glfc
 
 
@@ -19,7 +19,7 @@ class Table(Net):
         self.logits = torch.nn.Parameter(logits.clone())
 
     def forward(self, images, prefix=None):
-        return Classification(self.logits, self.logits[images[:, 0, 0, 0].long()])
+        return Output(self.logits, self.logits[images[:, 0, 0, 0].long()])
 
 
 def batch(labels):

@@ -3,7 +3,7 @@ import torch
 from timm.models.vision_transformer import Block
 
 from fedlscl.nets import vit as blocks
-from fedlscl.nets.vit import LowRank, first_token_only, is_plain, low_rank_hook, run_block
+from fedlscl.nets.vit import LowRank, adapted, first_token_only, is_plain, run_block
 
 OPTIONS = [
     {"qkv_bias": True},
@@ -41,9 +41,8 @@ def test_first_token_of_an_adapted_block_is_that_of_the_whole_block_with_its_hoo
     factors = [torch.randn(3, 2, 32).requires_grad_(), torch.randn(3, 96, 2).requires_grad_()]
     update = LowRank(*factors, 0.1)
     found = first_token_only(block, tokens, update)
-    hook = block.attn.qkv.register_forward_hook(low_rank_hook(update))
-    expected = block(tokens)[:, :1]
-    hook.remove()
+    with adapted([(block.attn.qkv, update)]):
+        expected = block(tokens)[:, :1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - first_token_only(block, tokens)).abs().max() > 1e-3
     gradients = [torch.autograd.grad(output.square().sum(), factors) for output in (found, expected)]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
 
-from fedlscl.nets.vit import LowRank, LowRankShape, low_rank_hook, low_rank_update, split_lora
+from fedlscl.nets.vit import LowRank, LowRankShape, adapted, low_rank_update, split_lora
 from reference import lora as literal
 
 
@@ -37,13 +37,11 @@ def test_hooks_on_a_real_block_equal_a_loop_over_its_samples(targets):
     expected = literal.adapted(block, x, updates)
     expected_gradients = torch.autograd.grad(expected.square().sum(), factors)
 
-    hooks = [block.get_submodule(name).register_forward_hook(low_rank_hook(u)) for name, u in updates.items()]
-    found = block(x)
+    with adapted((block.get_submodule(name), update) for name, update in updates.items()):
+        found = block(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for gradient, other in zip(torch.autograd.grad(found.square().sum(), factors), expected_gradients, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-3)
-    for hook in hooks:
-        hook.remove()
     assert (found - block(x)).abs().max() > 0.1
 
 

@@ -99,7 +99,7 @@ def test_any_vit_of_timm(name, images):
 @pytest.mark.parametrize(("target", "third"), [("attn.q", 0), ("attn.k", 1), ("attn.v", 2)])
 def test_a_part_of_qkv_is_adapted_alone(foundation_config, target, third):
     net = make(foundation_config, blocks=(0,), targets=(target,))
-    down, up = net.lora[0].factors()
+    down, up, _ = net.lora[0].factors()
     width = net.foundation.width
     assert down.shape == (2, width) and up.shape == (3 * width, 2)
     rows = up.abs().sum(1).view(3, width) > 0

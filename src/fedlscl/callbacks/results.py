@@ -203,7 +203,7 @@ def flops_per_image(net: Net) -> Flops:
             net(images, prefix)
             inference = counter.get_total_flops() - frozen
         with torch.enable_grad():
-            logits = net(images, prefix).head_logits
+            logits = net(images, prefix).logits
             if logits.requires_grad:
                 parameters = [p for p in net.parameters() if p.requires_grad]
                 torch.autograd.grad(logits.sum(), parameters, allow_unused=True)

@@ -186,8 +186,8 @@ class FeatureProjector(Callback):
         client = run.clients[0]
         with run.engine.on_device(client):
             _, output = next(iter(client.infer(client.data.evaluation_ids(0)[:1])))
-        if self.pick not in output._fields:
-            raise ValueError(f"pick must be one of {', '.join(output._fields)}, got {self.pick!r}.")
+        if self.pick not in vars(output):
+            raise ValueError(f"pick must be one of {', '.join(vars(output))}, got {self.pick!r}.")
 
     @override
     def on_fit_end(self, run: RunState) -> None:

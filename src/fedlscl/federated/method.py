@@ -14,11 +14,9 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import (
     classwise_average,
-    coordinate_median,
     norm_clipped,
     robust_average,
     robust_rows,
-    trimmed_mean,
     weighted_average,
 )
 from fedlscl.modules import LR, ClassificationModule, Learner
@@ -233,9 +231,8 @@ def federated_average(
         average, merge = weighted_average(payloads, [upload.num_samples for upload in uploads]), classwise_average
     else:
         payloads = norm_clipped(payloads) if aggregation == "norm_clipped_mean" else payloads
-        share = trim if aggregation == "trimmed_mean" else 0.0
-        combine = coordinate_median if aggregation == "median" else partial(trimmed_mean, trim=share)
-        average, merge = robust_average(payloads, combine), partial(robust_rows, combine=combine)
+        share = {"median": 0.5, "trimmed_mean": trim, "norm_clipped_mean": 0.0}[aggregation]
+        average, merge = robust_average(payloads, share), partial(robust_rows, trim=share)
         average = {name: value.to(uploads[0].payload[name].dtype) for name, value in average.items()}
     if head_aggregation == "classwise":
         for name, value in average.items():

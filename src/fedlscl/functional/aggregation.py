@@ -1,17 +1,15 @@
 """Averages of clients' tensors: weighted, class-wise, masked, and robust to a few bad clients."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Average states of equal names and shapes with weights that need not sum to one.
-
-    Sums run in float64 in the given order and return in each tensor's own dtype; integer tensors (BatchNorm's
-    counters) take the maximum.
+    """Average states in float64, with weights that need not sum to one; integers (counters) take the maximum.
 
     Example:
         >>> weighted_average([{"w": torch.tensor([0.0])}, {"w": torch.tensor([4.0])}], [1, 3])
@@ -20,7 +18,17 @@ def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[f
     total = float(sum(weights))
     if not total > 0:
         raise ValueError(f"weights must have a positive sum, got {list(weights)}.")
-    return {name: _average([state[name] for state in states], [w / total for w in weights]) for name in states[0]}
+    average = {}
+    for name, first in states[0].items():
+        values = [state[name] for state in states]
+        if not first.is_floating_point():
+            average[name] = torch.stack(values).amax(0)
+        else:
+            mean = torch.zeros_like(first, dtype=torch.float64)
+            for value, weight in zip(values, weights, strict=True):
+                mean.add_(value.double(), alpha=weight / total)
+            average[name] = mean.to(first.dtype)
+    return average
 
 
 def classwise_average(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
@@ -29,11 +37,10 @@ def classwise_average(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> Tenso
     A plain average shrinks the update of a class that one of k clients has to 1/k; here its row is that client's.
     Rows of classes without samples are averaged uniformly.
     """
-    weights = torch.stack([count.double() for count in counts])  # (clients, num_classes)
+    weights = torch.stack(list(counts)).double()  # (clients, num_classes)
     weights[:, weights.sum(0) == 0] = 1
-    weights = weights / weights.sum(0)
-    shape = [len(rows), -1] + [1] * (rows[0].dim() - 1)
-    return (torch.stack([row.double() for row in rows]) * weights.view(shape)).sum(0).to(rows[0].dtype)
+    shares = (weights / weights.sum(0)).view(*weights.shape, *[1] * (rows[0].dim() - 1))
+    return (torch.stack(list(rows)).double() * shares).sum(0).to(rows[0].dtype)
 
 
 def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -55,102 +62,65 @@ def masked_average(rows: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Ten
     return (total[sent] / counts).to(rows[0].dtype), sent
 
 
-def coordinate_median(values: Tensor) -> Tensor:
-    """Median over clients (k, ...) of every coordinate; for an even k the mean of the two middle values.
-
-    Fewer than half of the clients cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
-
-    Example:
-        >>> coordinate_median(torch.tensor([[1.0], [2.0], [1e9]]))
-        tensor([2.], dtype=torch.float64)
-    """
-    ordered, k = values.double().sort(0).values, len(values)
-    return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
-
-
 def trimmed_mean(values: Tensor, trim: float) -> Tensor:
-    """Mean over clients (k, ...) of every coordinate without its ``num_trimmed`` smallest and largest values.
+    """Mean over clients (k, ...) of every coordinate without its smallest and largest values; 0.5 gives the median.
 
-    Up to that many clients cannot move it beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
+    At either end the share ``trim`` is cut, rounded up (ours), while one value is left, or the middle two of an even k.
+    As many clients cannot move the mean beyond the others' range (Yin et al., ICML 2018, arXiv 1803.01498).
 
     Example:
         >>> trimmed_mean(torch.tensor([[1.0], [2.0], [1e9]]), 0.2)
         tensor([2.], dtype=torch.float64)
     """
-    cut = num_trimmed(len(values), trim)
-    return values.double().sort(0).values[cut : len(values) - cut].mean(0)
-
-
-def num_trimmed(num_clients: int, trim: float) -> int:
-    """Clients cut at either end: the share ``trim``, rounded up, while one is left (rounding is ours).
-
-    Example:
-        >>> [num_trimmed(k, 0.2) for k in (1, 2, 3, 5, 6)]
-        [0, 0, 1, 1, 2]
-    """
-    return min(math.ceil(trim * num_clients), (num_clients - 1) // 2)
+    k = len(values)
+    cut = min(math.ceil(trim * k), (k - 1) // 2)
+    return values.double().sort(0).values[cut : k - cut].mean(0)
 
 
 def norm_clipped(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
     """States clipped around their median to the median distance from it, in float64.
 
-    Distances are over all floating tensors at once; counters are unchanged. A client then moves the mean of k by at
-    most that distance / k, whatever it sends (centred clipping: Karimireddy et al., ICML 2021, arXiv 2012.10333; the
-    medians as centre and radius are ours).
+    Distances are over all floating tensors at once; counters are unchanged. A client moves the mean of k by at most
+    that distance / k (centred clipping: Karimireddy et al., ICML 2021, arXiv 2012.10333; the medians are ours).
 
     Example:
         >>> [state["w"].item() for state in norm_clipped([{"w": torch.tensor([x])} for x in (1.0, 2.0, 100.0)])]
         [1.0, 2.0, 3.0]
     """
     names = [name for name, value in states[0].items() if value.is_floating_point()]
-    centre = {name: coordinate_median(torch.stack([state[name] for state in states])) for name in names}
-    moved = [{name: state[name].double() - centre[name] for name in names} for state in states]
+    centre = {name: trimmed_mean(torch.stack([state[name] for state in states]), 0.5) for name in names}
+    moves = [{name: state[name].double() - centre[name] for name in names} for state in states]
     # hypot does not overflow where a sum of squares would.
-    distances = [math.hypot(*(float(value.norm()) for value in move.values())) for move in moved]
-    radius = sorted(distances)[(len(states) - 1) // 2]
+    distances = [math.hypot(*(float(value.norm()) for value in move.values())) for move in moves]
+    radius = statistics.median_low(distances)
     clipped = []
-    for state, move, distance in zip(states, moved, distances, strict=True):
+    for state, move, distance in zip(states, moves, distances, strict=True):
         share = radius / distance if distance > radius else 1.0
         clipped.append({**state, **{name: centre[name] + share * move[name] for name in names}})
     return clipped
 
 
-Combine = Callable[[Tensor], Tensor]
-"""Reduces the stacked tensors (k, ...) of k clients to one."""
-
-
-def robust_average(states: Sequence[Mapping[str, Tensor]], combine: Combine) -> dict[str, Tensor]:
-    """``combine`` for every tensor, in its own dtype; integers take the (lower) median. All clients weigh the same."""
+def robust_average(states: Sequence[Mapping[str, Tensor]], trim: float) -> dict[str, Tensor]:
+    """``trimmed_mean`` of every tensor, in its dtype, and the lower median of integers; all clients weigh the same."""
     average = {}
     for name, first in states[0].items():
         values = torch.stack([state[name] for state in states])
         if first.is_floating_point():
-            average[name] = combine(values).to(first.dtype)
+            average[name] = trimmed_mean(values, trim).to(first.dtype)
         else:
             average[name] = values.sort(0).values[(len(values) - 1) // 2]
     return average
 
 
-def robust_rows(rows: Sequence[Tensor], counts: Sequence[Tensor], combine: Combine) -> Tensor:
-    """``combine`` of every head row (num_classes, ...) over the clients with samples of its class; of all if none has.
+def robust_rows(rows: Sequence[Tensor], counts: Sequence[Tensor], trim: float) -> Tensor:
+    """``trimmed_mean`` of every head row (num_classes, ...) over the clients with its class; of all if none has it.
 
-    The row of a class that one client has is that client's, whatever the rule.
+    The row of a class that one client has is that client's.
     """
     has = torch.stack([count > 0 for count in counts])  # (clients, num_classes)
     has[:, ~has.any(0)] = True
     values, merged = torch.stack(list(rows)), torch.empty_like(rows[0])
     for holders in has.mT.unique(dim=0):
         classes = (has.mT == holders).all(1)
-        merged[classes] = combine(values[holders][:, classes]).to(merged.dtype)
+        merged[classes] = trimmed_mean(values[holders][:, classes], trim).to(merged.dtype)
     return merged
-
-
-def _average(values: list[Tensor], shares: list[float]) -> Tensor:
-    if not values[0].is_floating_point():
-        return torch.stack(values).amax(0)
-    if len(values) == 1:
-        return values[0].clone()
-    total = torch.zeros_like(values[0], dtype=torch.float64)
-    for value, share in zip(values, shares, strict=True):
-        total.add_(value.double(), alpha=share)
-    return total.to(values[0].dtype)

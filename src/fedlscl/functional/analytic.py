@@ -1,7 +1,7 @@
 """The closed-form family: a fixed map of a feature, sums over samples, and a linear solve.
 
-FedRidge, FedNCM, FrozenLDA, AFCL, STSA, STSA-E, FedRAN and all readouts are combinations of the functions of this file,
-in this order: random features, sums, their packed form, low-rank and group summaries, solutions, validity checks.
+FedRidge, FedNCM, FrozenLDA, AFCL, STSA, STSA-E, FedRAN and all readouts are combinations of these functions: random
+features, sums, their packed form, low-rank and group summaries, solutions, validity checks.
 """
 
 from functools import lru_cache
@@ -21,17 +21,15 @@ TOLERANCE = 1e-6
 
 @lru_cache(maxsize=4)
 def _projection(inputs: int, width: int, seed: int) -> Tensor:
-    """W / sqrt(inputs), (inputs, width), with entries from N(0, 1): drawn on the CPU, so that all clients agree."""
+    # On the CPU, so that all clients agree.
     return torch.randn(inputs, width, generator=torch.Generator().manual_seed(seed)) * inputs**-0.5
 
 
 def random_features(features: Tensor, width: int, seed: int = 0) -> Tensor:
     """Random features relu(f W) of RanPAC (arXiv 2307.02251), (B, width), in float32 and of unit norm (ours).
 
-    Args:
-        features: (B, inputs).
-        width: of the result; 0 returns the features as they are.
-        seed: public seed of W; equal on all clients, or their sums do not add up to anything.
+    Entries of W are from N(0, 1 / inputs) for features (B, inputs). All clients must have one public ``seed``, or their
+    sums do not add up to anything. A ``width`` of 0 returns the features as they are.
 
     Example:
         >>> random_features(torch.ones(2, 3), 4).norm(dim=1)
@@ -59,13 +57,11 @@ def moment_sums(features: Tensor, labels: Tensor, num_classes: int, unit: bool =
     Without ``unit`` features keep their norm; without ``bias`` x has no constant, and the sums one row and column less.
 
     Example:
-        >>> moment_sums(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2).products
-        tensor([[0., 0.],
-                [0., 1.],
-                [0., 1.]], dtype=torch.float64)
+        >>> moment_sums(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2).products.tolist()
+        [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
     """
     x = F.normalize(features.double()) if unit else features.double()
-    x = F.pad(x, (0, 1), value=1.0) if bias else x
+    x = F.pad(x, (0, int(bias)), value=1.0)
     return MomentSums(x.mT @ x, x.mT @ F.one_hot(labels, num_classes).double())
 
 
@@ -88,25 +84,22 @@ def unpack_symmetric(packed: Tensor, size: int) -> Tensor:
     """The symmetric matrix (size, size), or the diagonal (size,), that ``pack_symmetric`` packed.
 
     Example:
-        >>> unpack_symmetric(torch.tensor([1, 2, 3]), 2)
-        tensor([[1, 2],
-                [2, 3]])
+        >>> unpack_symmetric(torch.tensor([1, 2, 3]), 2).tolist()
+        [[1, 2], [2, 3]]
     """
     if len(packed) == size > 1:
         return packed
     matrix = packed.new_zeros(size, size)
     rows, columns = torch.triu_indices(size, size)
-    matrix[rows, columns] = packed
-    matrix[columns, rows] = packed
+    matrix[rows, columns] = matrix[columns, rows] = packed
     return matrix
 
 
 def pack_sums(sums: MomentSums, counts: Tensor) -> MomentSums:
     """The message form of sums over samples with these ``counts`` by class (num_classes,), in float32.
 
-    Instead of the Gram matrix it has the packed scatter within classes, G - sum_c P_c P_c^T / n_c: where features of a
-    class are alike, rounding G itself would be larger than their differences. Of the products it has the columns of
-    classes with samples.
+    It has the packed scatter within classes, G - sum_c P_c P_c^T / n_c, since rounding G itself may be larger than the
+    differences of similar features, and the products of classes with samples.
     """
     products = sums.products[:, counts > 0]
     return MomentSums(pack_symmetric(sums.gram - _between(products, counts)).float(), products.float())
@@ -128,9 +121,8 @@ def _between(products: Tensor, counts: Tensor) -> Tensor:
 def low_rank(factor: Tensor, rank: int) -> Tensor:
     """The best F (width, at most ``rank``) with F F^T near the product of ``factor`` (width, n) with itself.
 
-    Its columns are orthogonal, each an eigenvector times the root of its eigenvalue (FedRAN, arXiv 2606.11480). What is
-    dropped is positive semidefinite: 0 <= F F^T <= factor factor^T, and the difference has the first dropped eigenvalue
-    as its norm.
+    Its columns are orthogonal, each an eigenvector times the root of its eigenvalue (FedRAN, arXiv 2606.11480). The
+    difference is positive semidefinite, and its norm the first dropped eigenvalue.
     """
     q, r = torch.linalg.qr(factor.double())
     u, values, _ = torch.linalg.svd(r, full_matrices=False)
@@ -140,25 +132,18 @@ def low_rank(factor: Tensor, rank: int) -> Tensor:
 def gram_of_groups(sums: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
     """An unbiased estimate of a Gram matrix (width, width) from sums over groups of samples (STSA-E, arXiv 2506.01327).
 
-    For a class with N samples in k non-empty groups of n_g samples with sums s_g:
-    (N - 1) / (k - 1) sum_g s_g s_g^T / n_g - (N - k) / ((k - 1) N) P P^T with P = sum_g s_g; its mean over all
-    partitions into groups of these sizes is the Gram matrix. With one group only N m m^T is known. Empty groups do not
-    count (ours: the released code counts them, which shrinks the covariance).
-
-    Args:
-        sums: of each group, (groups, width).
-        counts: samples of each group, (groups,).
-        labels: class of each group, (groups,).
+    ``sums`` (groups, width) are over ``counts`` (groups,) samples of classes ``labels`` (groups,). For a class with N
+    samples in k groups: r sum_g s_g s_g^T / n_g - (r - 1) / N P P^T with P = sum_g s_g and r = (N - 1) / (k - 1). Its
+    mean over all partitions into groups of these sizes is the Gram matrix. With one group only P P^T / N is known:
+    r = 1. Empty groups do not count (ours: the released code counts them, which shrinks the covariance).
     """
     kept = counts > 0
     sums, counts, labels = sums[kept].double(), counts[kept].double(), labels[kept]
     member = F.one_hot(labels).double()  # (groups, classes)
     totals, sizes, groups = member.mT @ sums, member.mT @ counts, member.sum(0)
-    several = groups > 1
-    within = torch.where(several, (sizes - 1) / (groups - 1).clamp(min=1), 0.0)
-    between = torch.where(several, (sizes - groups) / ((groups - 1).clamp(min=1) * sizes.clamp(min=1)), 0.0)
-    between = torch.where(groups == 1, -1 / sizes.clamp(min=1), between)
-    return (sums.mT * (within[labels] / counts)) @ sums - (totals.mT * between) @ totals
+    ratio = torch.where(groups > 1, (sizes - 1) / (groups - 1), 1.0)
+    between = (ratio - 1) / sizes.clamp(min=1)
+    return (sums.mT * (ratio[labels] / counts)) @ sums - (totals.mT * between) @ totals
 
 
 def ridge_solution(sums: MomentSums, ridge: float, relative: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
@@ -166,31 +151,25 @@ def ridge_solution(sums: MomentSums, ridge: float, relative: bool = True, bias: 
 
     ``ridge`` is relative to the mean eigenvalue of the Gram matrix, or absolute. Sums without a constant give no bias.
     """
-    scale = ridge * sums.gram.diagonal().mean() if relative else ridge
-    system = sums.gram + scale * torch.eye(len(sums.gram), dtype=sums.gram.dtype)
+    system = _lifted(sums.gram, ridge * sums.gram.diagonal().mean() if relative else ridge)
     solution = torch.cholesky_solve(sums.products, torch.linalg.cholesky(system)).float()
     if not bias:
         return solution.mT.contiguous(), torch.zeros(solution.shape[1])
     return solution[:-1].mT.contiguous(), solution[-1].contiguous()
 
 
+def _lifted(matrix: Tensor, amount: float | Tensor) -> Tensor:
+    return matrix + amount * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
 def low_rank_ridge(factor: Tensor, products: Tensor, ridge: float) -> Tensor:
     """(F F^T + ridge I)^-1 products, (width, num_classes), for F (width, rank) with orthogonal columns.
 
-    No width x width matrix is formed: with eigenvalues s of F F^T and unit eigenvectors V it is
-    (products - V diag(s / (s + ridge)) V^T products) / ridge.
+    No width x width matrix is formed: it is (products - F diag(1 / (s + ridge)) F^T products) / ridge with the
+    eigenvalues s of F F^T, the squared norms of the columns.
     """
-    values = factor.square().sum(0)
-    vectors = factor / values.clamp(min=torch.finfo(factor.dtype).tiny).sqrt()
-    return (products - vectors @ ((values / (values + ridge))[:, None] * (vectors.mT @ products))) / ridge
-
-
-def unit_columns(weight: Tensor) -> Tensor:
-    """Rows of a head (num_classes, width) scaled to unit norm: with unit features the score is a cosine.
-
-    It undoes the advantage of frequent classes, whose rows in a ridge regression are long.
-    """
-    return F.normalize(weight)
+    damped = (factor.mT @ products) / (factor.square().sum(0) + ridge)[:, None]
+    return (products - factor @ damped) / ridge
 
 
 def ncm_solution(sums: MomentSums) -> tuple[Tensor, Tensor]:
@@ -202,54 +181,43 @@ def ncm_solution(sums: MomentSums) -> tuple[Tensor, Tensor]:
 def discriminant_solution(sums: MomentSums, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Weight and bias of linear discriminant analysis with equal priors, of the shapes of ``ridge_solution``.
 
-    Class means mu_c, one covariance within classes, shrunk towards a multiple of the identity:
-    score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with A = (1 - shrinkage) S + shrinkage tr(S) / width I. With
-    shrinkage 1 it is the nearest class mean. The number of samples of a class does not weigh.
+    score_c = mu_c^T A^-1 x - mu_c^T A^-1 mu_c / 2 with class means mu_c and the covariance S within classes, shrunk to
+    A = (1 - shrinkage) S + shrinkage tr(S) / width I. With shrinkage 1 it is the nearest class mean.
     """
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}.")
     counts = sums.products[-1]
     means = sums.products[:-1] / counts.clamp(min=1)  # (width, num_classes)
     within = (sums.gram[:-1, :-1] - (means * counts) @ means.mT) / counts.sum().clamp(min=1)
     scale = within.diagonal().mean().clamp(min=torch.finfo(within.dtype).eps)
-    system = (1 - shrinkage) * within + shrinkage * scale * torch.eye(len(within), dtype=within.dtype)
+    system = _lifted((1 - shrinkage) * within, shrinkage * scale)
     weight = torch.cholesky_solve(means, torch.linalg.cholesky(system))
     bias = torch.where(counts > 0, -(means * weight).sum(0) / 2, ABSENT)
     return weight.mT.float().contiguous(), bias.float()
 
 
 def is_semidefinite(matrix: Tensor) -> bool:
-    """Whether a matrix (d, d) is a sum of outer products x x^T, up to rounding.
+    """Whether a matrix (d, d), or a diagonal (d,) alone, is a sum of outer products x x^T, up to rounding.
 
     Example:
-        >>> is_semidefinite(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
-        True
-        >>> is_semidefinite(torch.tensor([[1.0, 1.1], [1.1, 1.0]]))
-        False
+        >>> is_semidefinite(torch.tensor([[1.0, 1.0], [1.0, 1.0]])), is_semidefinite(torch.tensor([[1.0, 2], [2, 1]]))
+        (True, False)
     """
+    if matrix.dim() == 1:
+        return bool((matrix >= 0).all())
     double = matrix.double()
-    allowed = float(TOLERANCE * double.diagonal().sum())
+    allowed = float(TOLERANCE * double.trace())
     if not double.any():
         return True
     if not 0 < allowed < float("inf") or float((double - double.mT).abs().max()) > allowed:
         return False
-    lifted = double + allowed * torch.eye(len(double), dtype=torch.float64)
-    return int(torch.linalg.cholesky_ex(lifted).info) == 0
-
-
-def is_gram(gram: Tensor) -> bool:
-    """Whether a matrix or a diagonal can be a Gram: symmetric and without negative eigenvalues, up to rounding."""
-    return bool((gram >= 0).all()) if gram.dim() == 1 else is_semidefinite(gram)
+    return int(torch.linalg.cholesky_ex(_lifted(double, allowed)).info) == 0
 
 
 def moment_error(moment: Tensor, unbounded: bool = False) -> str:
     """Why a matrix (p, p) cannot be a second moment of unit features, or ''; ``unbounded``: of any size.
 
     Example:
-        >>> moment_error(torch.eye(3) / 2)
-        ''
-        >>> moment_error(torch.eye(3))
-        'moments are larger than those of unit features'
+        >>> moment_error(torch.eye(3) / 2), moment_error(torch.eye(3))
+        ('', 'moments are larger than those of unit features')
     """
     # In bf16 a unit norm is one up to 2^-8.
     if moment.trace() > 1.02 * MOMENT_BOUND and not unbounded:
@@ -260,14 +228,11 @@ def moment_error(moment: Tensor, unbounded: bool = False) -> str:
 def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool = True) -> str:
     """Why sums cannot be of as many samples of each class as counted (num_classes,), or ''.
 
-    Unit features bound every sum: the Gram's trace by the number of samples (twice it with ``bias``), products by the
-    number of samples of the class (sqrt(2) times it). The norms of other features are not known.
+    Unit features bound the Gram's trace by the number of samples (twice it with ``bias``), and products by the number
+    of samples of the class (sqrt(2) times it).
 
     Example:
-        >>> sums = moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2)
-        >>> sums_error(sums, torch.tensor([1, 2]))
-        ''
-        >>> sums_error(sums, torch.tensor([2, 1]))
+        >>> sums_error(moment_sums(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2), torch.tensor([2, 1]))
         'products count other samples than were announced'
     """
     if bias and not sums.products[-1].equal(counts.to(sums.products.dtype)):
@@ -277,8 +242,5 @@ def sums_error(sums: MomentSums, counts: Tensor, unit: bool = True, bias: bool =
         return "products are larger than those of unit features"
     if unit and sums.gram.trace() > slack * size * counts.sum():
         return "gram is larger than that of unit features"
-    if not is_semidefinite(sums.gram):
-        return "gram is not symmetric and positive semidefinite"
-    within = sums.gram - _between(sums.products[:, counts > 0], counts)
-    lifted = within + TOLERANCE * sums.gram.trace() * torch.eye(len(within), dtype=within.dtype)
-    return "" if is_semidefinite(lifted) else "gram is smaller than that of the class means"
+    within = _lifted(sums.gram - _between(sums.products[:, counts > 0], counts), TOLERANCE * sums.gram.trace())
+    return "" if is_semidefinite(within) else "gram is not symmetric, or smaller than that of the class means"

@@ -4,7 +4,7 @@ The generator is linear, so with e = [E; 1] and C_j = mean of e e^T over FS_j, E
 
     Phi_bar_i = (S_i + lambda I)^-1 (G_i + lambda Phi_i),   S_i = sum_{j != i} C_j,   G_i = sum_{j != i} C_j Phi_j.
 
-A client enters only through C_j and C_j Phi_j: no server optimizer, no raw features, and sums over clients suffice.
+A client enters through C_j and C_j Phi_j alone: no server optimizer, no raw features, and sums over clients suffice.
 
 Factor form (ours). With C_j near F_j F_j^T for F_j (p, r) and H_j = F_j^T Phi_j, a client sends r (p + lora_dim)
 numbers instead of p lora_dim + p (p + 1) / 2. With the others' F = [F_1 ..] and H = [H_1; ..] joined, client i solves
@@ -17,17 +17,17 @@ Subtracting the two systems of equations gives (F F^T + lambda I) (Phi_hat - Phi
 
     ||Phi_hat_i - Phi_bar_i|| <= sum_{j != i} e_j ||Phi_j - Phi_bar_i|| / lambda.
 
-The server's answer is F V and V^T H for r right singular vectors V of F, whose singular values are s_1 >= s_2 >= ... .
-With it Phi_i moves as before along the first r left singular vectors, and not along the others, where it would have
-moved by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i), so that truncating the answer adds at most
-
-    min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
+The server's answer is F V and V^T H for r right singular vectors V of F with singular values s_1 >= s_2 >= ... . Along
+left singular vector k > r Phi_i then does not move by s_k / (s_k^2 + lambda) times row k of V^T (H - F^T Phi_i): the
+truncation adds at most min(s_{r+1} / lambda, 1 / (2 sqrt(lambda))) ||H - F^T Phi_i||.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_BYTES = 2**25
@@ -35,7 +35,7 @@ BLOCK_BYTES = 2**25
 
 
 def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], lambda_proximal: float) -> list[Tensor]:
-    """Return every client's own fused generator (Eq. 5), in the order of the clients.
+    """Every client's own fused generator (Eq. 5), in the order of the clients.
 
     Args:
         generators: Phi_i of each client, (p, lora_dim) with p = feature_dim + 1, bias as last row.
@@ -47,22 +47,19 @@ def one_by_one_distill(generators: Sequence[Tensor], moments: Sequence[Tensor], 
         >>> one_by_one_distill([phi], [torch.eye(2)], 1.0)[0].equal(phi)   # without teachers nothing changes
         True
     """
-    if len(generators) == 1:
-        return [generators[0].clone()]
     doubles = [moment.double() for moment in moments]
-    total = _sum(doubles)
-    systems = [_system(total - own, lambda_proximal) for own in doubles]
-    fused = [generator.clone() for generator in generators]
+    total = reduce(torch.add, doubles)
+    solvers = [_solver(total - own, lambda_proximal) for own in doubles]
+    fused = [torch.empty_like(generator) for generator in generators]
     rows, columns = generators[0].shape
     width = max(64, BLOCK_BYTES // (8 * rows * len(generators)))
     for start in range(0, columns, width):
         block = slice(start, start + width)
         phis = [generator[:, block].double() for generator in generators]
         products = [moment @ phi for moment, phi in zip(doubles, phis, strict=True)]
-        summed = _sum(products)
-        for target, system, phi, own in zip(fused, systems, phis, products, strict=True):
-            if system is not None:
-                target[:, block] = system.solve(phi, summed - own)
+        summed = reduce(torch.add, products)
+        for target, solver, phi, own in zip(fused, solvers, phis, products, strict=True):
+            target[:, block] = solver(phi, summed - own)
     return fused
 
 
@@ -70,13 +67,12 @@ def second_moment(features: Tensor) -> Tensor:
     """C = mean of e e^T with e = [E; 1], over a feature set (n, feature_dim): (p, p), float64.
 
     Example:
-        >>> second_moment(torch.tensor([[2.0]]))
-        tensor([[4., 2.],
-                [2., 1.]], dtype=torch.float64)
+        >>> second_moment(torch.tensor([[2.0]])).tolist()
+        [[4.0, 2.0], [2.0, 1.0]]
     """
     if not len(features):
         raise ValueError("the feature set must not be empty: a client without samples has nothing to distil.")
-    e = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
+    e = F.pad(features.double(), (0, 1), value=1.0)
     return e.mT @ e / len(features)
 
 
@@ -104,10 +100,20 @@ def solve(generator: Tensor, others: Sums, lambda_proximal: float) -> Tensor:
 
     The generator is returned unchanged if the others have no features, or if their sums do not define a minimum.
     """
-    system = _system(others.moments, lambda_proximal)
-    if system is None:
-        return generator.clone()
-    return system.solve(generator.double(), others.products).to(generator.dtype)
+    return _solver(others.moments, lambda_proximal)(generator.double(), others.products).to(generator.dtype)
+
+
+def _solver(moments: Tensor, lambda_proximal: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Phi_bar from Phi and G, any columns of both: (S + lambda I)^-1 (G + lambda Phi)."""
+    if not lambda_proximal > 0:
+        raise ValueError(f"lambda_proximal must be > 0 for Eq. 5 to have one solution, got {lambda_proximal}.")
+    scale = float(lambda_proximal * moments.diagonal().mean())
+    matrix = moments + scale * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return lambda phi, products: phi
+    inverse = torch.cholesky_inverse(factor)  # takes half the time of two triangular solves
+    return lambda phi, products: inverse @ products.add(phi, alpha=scale)
 
 
 class Factors(NamedTuple):
@@ -134,7 +140,7 @@ class Factors(NamedTuple):
         """Of several clients together, truncated: F V and V^T H for the right singular vectors V of all F."""
         factor = torch.cat([part.factor.double() for part in parts], 1)
         projected = torch.cat([part.projected.double() for part in parts])
-        trace = _sum([part.trace.double() for part in parts])
+        trace = reduce(torch.add, [part.trace.double() for part in parts])
         q, small = torch.linalg.qr(factor)
         u, values, v = torch.linalg.svd(small, full_matrices=False)
         r = kept_rank(values.square(), rank)
@@ -160,31 +166,5 @@ def kept_rank(values: Tensor, rank: float) -> int:
     """
     if rank >= 1:
         return min(int(rank), len(values))
-    reached = values.cumsum(0) >= rank * values.sum()
-    return int((~reached).sum().clamp(max=len(values) - 1)) + 1
-
-
-class _System(NamedTuple):
-    """Eq. 5 of one client without the others' products, which may come column by column."""
-
-    inverse: Tensor  # (S + lambda I)^-1, (p, p): one product with it takes half the time of two triangular solves
-    scale: float  # lambda itself
-
-    def solve(self, phi: Tensor, products: Tensor) -> Tensor:
-        return self.inverse @ products.add(phi, alpha=self.scale)
-
-
-def _system(moments: Tensor, lambda_proximal: float) -> _System | None:
-    if not lambda_proximal > 0:
-        raise ValueError(f"lambda_proximal must be > 0 for Eq. 5 to have one solution, got {lambda_proximal}.")
-    if not moments.any():
-        return None
-    scale = float(lambda_proximal * moments.diagonal().mean())
-    matrix = moments + scale * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return None if failed else _System(torch.cholesky_inverse(factor), scale)
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum in the given order: independent of which client answered first."""
-    return sum(tensors, start=torch.zeros_like(tensors[0]))
+    reached = int(torch.searchsorted(values.cumsum(0), rank * values.sum()))
+    return min(reached + 1, len(values))

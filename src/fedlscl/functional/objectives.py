@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, classes: Tensor | None = None, counts: Tensor | None = None
+    logits: Tensor, labels: Tensor, classes: Tensor | None = None, counts: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Cross-entropy over the columns ``classes`` (sorted) of logits (B, num_classes); over all columns if None.
 
@@ -16,19 +16,13 @@ def cross_entropy(
     (num_classes,) of training samples it is the balanced softmax (Ren et al., NeurIPS 2020, arXiv 2007.10740).
 
     Example:
-        >>> logits = torch.tensor([[9.0, 1.0, 1.0]])
-        >>> round(cross_entropy(logits, torch.tensor([2]), torch.tensor([1, 2])).item(), 4)
-        0.6931
+        >>> cross_entropy(torch.tensor([[9.0, 1.0, 1.0]]), torch.tensor([2]), torch.tensor([1, 2]))
+        tensor(0.6931)
     """
     logits = logits.float() if counts is None else logits.float() + counts.clamp(min=1).float().log()
-    if classes is None:
-        return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits[:, classes], torch.searchsorted(classes, labels))
-
-
-def sample_losses(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-    """Cross-entropy of each sample over the columns ``classes``, (B,)."""
-    return F.cross_entropy(logits.float()[:, classes], torch.searchsorted(classes, labels), reduction="none")
+    if classes is not None:
+        logits, labels = logits[:, classes], torch.searchsorted(classes, labels)
+    return F.cross_entropy(logits, labels, reduction=reduction)
 
 
 def consistency(current: Tensor, previous: Tensor, chosen: Tensor) -> Tensor:

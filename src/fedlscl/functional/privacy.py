@@ -12,16 +12,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedlscl.functional.analytic import MOMENT_BOUND, pack_symmetric, unpack_symmetric
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 FRACTION_BITS = 36
 """Numbers are rounded to multiples of 2^-36; sums may reach 2^27."""
@@ -42,9 +39,7 @@ def encode(values: Tensor, num_members: int) -> Tensor:
     limit = 2.0 ** (63 - FRACTION_BITS) / num_members
     largest = values.abs().max().item() if values.numel() else 0.0
     if not largest < limit:
-        raise ValueError(
-            f"values in a secure sum of {num_members} members must be below {limit:.3g}, got {largest:.3g}."
-        )
+        raise ValueError(f"values in a secure sum of {num_members} members must be < {limit:.3g}, got {largest:.3g}.")
     return (values.double() * 2.0**FRACTION_BITS).round().to(torch.int64)
 
 
@@ -69,64 +64,46 @@ def masked(
 ) -> dict[str, Tensor]:
     """One member's terms plus its masks, int64: uniform noise without the members' private keys.
 
-    Args:
-        terms: the summands by name; the same names and shapes at every member.
-        me: the member's number.
-        private: its private key.
-        public_keys: of all members by number, its own included.
-        context: names the sum, such as task and round. Equal keys and contexts give equal masks: two uploads of
-            different terms under one context reveal their difference.
+    ``terms`` are summands by name, of the same names and shapes at every member; ``me`` is the member's number among
+    those of all ``public_keys``. ``context`` names the sum, such as task and round: different terms under one context
+    reveal their difference.
     """
     words = {name: encode(terms[name], len(public_keys)) for name in sorted(terms)}
-    flat = np.concatenate(
-        [np.empty(0, np.uint64), *(value.flatten().numpy().view(np.uint64) for value in words.values())]
-    )
+    flat = torch.cat([torch.empty(0, dtype=torch.int64), *(value.flatten() for value in words.values())])
     for other, key in public_keys.items():
         if other != me:
             mask = pair_mask(private, key, f"{context}/{min(me, other)}/{max(me, other)}", len(flat))
-            flat = flat + mask if me < other else flat - mask
-    parts = torch.from_numpy(flat.view(np.int64)).split([value.numel() for value in words.values()])
-    return {name: part.reshape(words[name].shape).clone() for name, part in zip(words, parts, strict=True)}
+            flat = flat + mask if me < other else flat - mask  # int64 wraps at 2^64
+    parts = flat.split([value.numel() for value in words.values()])
+    return {name: part.view_as(words[name]).clone() for name, part in zip(words, parts, strict=True)}
 
 
 def unmasked_sum(uploads: Mapping[int, Mapping[str, Tensor]], members: Sequence[int]) -> dict[str, Tensor]:
-    """Sums over all members in float64, by name, from the members' ``masked`` inputs.
-
-    Raises:
-        ValueError: if members are missing, clients without keys take part, or terms differ in name or shape.
-    """
+    """Sums over all members in float64, by name, from the members' ``masked`` inputs."""
     missing, unknown = sorted(set(members) - set(uploads)), sorted(set(uploads) - set(members))
     if missing:
         raise ValueError(f"the secure sum lacks clients {missing}, whose masks do not cancel: {REMEDY}.")
     if unknown:
         raise ValueError(f"clients {unknown} have no keys in common with the {len(members)} members: {REMEDY}.")
-    first = uploads[members[0]]
+    shapes = {member: {name: words.shape for name, words in uploads[member].items()} for member in members}
     for member in members:
-        if {n: v.shape for n, v in uploads[member].items()} != {n: v.shape for n, v in first.items()}:
+        if shapes[member] != shapes[members[0]]:
             raise ValueError(f"client {member} sends other names or shapes than client {members[0]}: {REMEDY}.")
-    sums = {}
-    for name, words in first.items():
-        total = np.zeros(words.shape, np.uint64)  # wraps at 2^64 as the masks do
-        for member in members:
-            total = total + uploads[member][name].numpy().view(np.uint64)
-        sums[name] = decode(torch.from_numpy(total.view(np.int64)))
-    return sums
+    return {name: decode(torch.stack([uploads[m][name] for m in members]).sum(0)) for name in shapes[members[0]]}
 
 
-def pair_mask(private: Tensor, public: Tensor, context: str, length: int) -> "NDArray[np.uint64]":
-    """The mask (length,) that two members share: ChaCha20 under a key for them and the context alone."""
+def pair_mask(private: Tensor, public: Tensor, context: str, length: int) -> Tensor:
+    """The mask (length,), int64, that two members share: ChaCha20 under a key for them and the context alone."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    keys = x25519()
-    secret = keys.X25519PrivateKey.from_private_bytes(private.numpy().tobytes()).exchange(
-        keys.X25519PublicKey.from_public_bytes(public.numpy().tobytes())
-    )
+    theirs = x25519().X25519PublicKey.from_public_bytes(public.numpy().tobytes())
+    secret = x25519().X25519PrivateKey.from_private_bytes(private.numpy().tobytes()).exchange(theirs)
     key = HKDF(SHA256(), KEY_BYTES, salt=None, info=f"fedlscl secure sum {context}".encode()).derive(secret)
     # The key serves one stream, so that a constant nonce repeats nothing.
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(8 * length))
-    return np.frombuffer(stream, "<u8").astype(np.uint64)
+    return torch.from_numpy(np.frombuffer(stream, "<i8").astype(np.int64))
 
 
 def x25519() -> ModuleType:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
-from fedlscl.functional.objectives import sample_losses
+from fedlscl.functional.objectives import cross_entropy
 from fedlscl.modules import (
     ClassificationModule,
     ConsolidationModule,
@@ -166,8 +166,8 @@ def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
     for sample in ids:
         batch = client.engine.prepare(client.data.fetch(sample[None]), client.net)
         prefix = None if batch.prefix is None else batch.prefix.float()  # bf16 in the cache, and no autocast here
-        logits = client.net(batch.images, prefix).head_logits
-        loss = sample_losses(logits, batch.labels, client.classes.to(logits.device)).sum()
+        logits = client.net(batch.images, prefix).logits
+        loss = cross_entropy(logits, batch.labels, client.classes.to(logits.device))
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for total, gradient in zip(totals.values(), gradients, strict=True):
             if gradient is not None:

@@ -20,7 +20,7 @@ from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.modules import ClassificationModule
-from fedlscl.nets.net import Classification, LinearHead, Net
+from fedlscl.nets.net import LinearHead, Net, Output
 from fedlscl.nets.vit import Block, FoundationConfig, FrozenViTNet, foundation, is_plain, run_block
 from fedlscl.options import Count, NonNegative, Positive
 
@@ -41,7 +41,7 @@ class ExpandedViT(FrozenViTNet):
         self.head = LinearHead(self.foundation.width, num_classes)
 
     @override
-    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
         vit, depth = self.foundation.to(images.device).vit, self.foundation.depth
         tokens = self.frozen_prefix(images) if prefix is None else prefix.float()
         new: dict[int, Block] = dict(zip(self.positions, self.expanded, strict=True))
@@ -51,7 +51,7 @@ class ExpandedViT(FrozenViTNet):
             if index < depth:
                 tokens = run_block(vit.blocks[index], tokens)
         features = vit.forward_head(vit.norm(tokens))
-        return Classification(features, self.head(features))
+        return Output(features, self.head(features))
 
     def set_trainable(self, blocks: Collection[int]) -> None:
         """Enable gradients for these of the new blocks only."""

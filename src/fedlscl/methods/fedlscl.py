@@ -22,7 +22,7 @@ from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import MOMENT_BOUND, packed_size, unpack_symmetric
 from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
-from fedlscl.functional.objectives import sample_losses
+from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
 from fedlscl.modules import (
@@ -363,7 +363,8 @@ def updated_buffer(client: Client, per_class: int) -> Buffer:
     for batch, output in client.infer(client.train_ids):
         ids.append(batch.ids.cpu())
         labels.append(batch.labels.cpu())
-        losses.append(sample_losses(output.logits, batch.labels, client.classes.to(batch.labels.device)).cpu())
+        classes = client.classes.to(batch.labels.device)
+        losses.append(cross_entropy(output.logits, batch.labels, classes, reduction="none").cpu())
     if not ids:
         return client.buffer
     return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)

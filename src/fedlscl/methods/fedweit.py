@@ -26,7 +26,7 @@ from fedlscl.functional.aggregation import masked_average
 from fedlscl.functional.objectives import retention
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import ClassificationModule
-from fedlscl.nets.net import Classification, LinearHead, Net, SmallModel
+from fedlscl.nets.net import LinearHead, Net, Output, SmallModel
 from fedlscl.options import Interval, NonNegative
 
 UNKNOWN = -100.0
@@ -151,12 +151,12 @@ class DecomposedClassifier(Net):
                         values[self.task].requires_grad_(True)
 
     @override
-    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
         self._select(self.task)
         features = self.small(images)
         logits = self.head(features)
         if self.training or self.last_task < 0:
-            return Classification(features, logits)
+            return Output(features, logits)
         log_probabilities = torch.full_like(logits, UNKNOWN, dtype=torch.float32)
         for task in range(self.task, -1, -1):
             if task < self.task:
@@ -165,7 +165,7 @@ class DecomposedClassifier(Net):
             classes = (self.task_of == task).nonzero().flatten()
             log_probabilities[:, classes] = logits[:, classes].float().log_softmax(1)
         self._select(self.task)
-        return Classification(features, log_probabilities)
+        return Output(features, log_probabilities)
 
     def _update_last_task(self, incompatible: object = None) -> None:
         self.last_task = int(self.task_of.max())  # known to the host, so that no step waits for a device

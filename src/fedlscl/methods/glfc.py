@@ -60,7 +60,7 @@ class CompensationModule(Learner):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Compensation alone, or the mean of compensation and relation."""
-        logits = self.net(batch.images, batch.prefix).head_logits.float()
+        logits = self.net(batch.images, batch.prefix).logits.float()
         targets = (batch.labels[:, None] == self.columns).to(logits)
         weights = None
         if self.new is not None:
@@ -69,7 +69,7 @@ class CompensationModule(Learner):
         compensation = F.binary_cross_entropy_with_logits(logits, targets, weights)
         if self.previous is None:
             return {"compensation": compensation}
-        previous = self.previous(batch.images, batch.prefix).head_logits.float()[:, self.columns].sigmoid()
+        previous = self.previous(batch.images, batch.prefix).logits.float()[:, self.columns].sigmoid()
         relation = F.binary_cross_entropy_with_logits(logits, torch.where(self.is_old, previous, targets))
         return {"compensation": compensation / 2, "relation": relation / 2}
 
@@ -137,7 +137,7 @@ def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int,
     client.net.eval()
     for _ in range(steps):
         images.requires_grad_(True)
-        logits = client.net(images.to(client.net.head.weight.device)).head_logits.cpu()[:, columns]
+        logits = client.net(images.to(client.net.head.weight.device)).logits.cpu()[:, columns]
         loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
         (gradient,) = torch.autograd.grad(loss, images)
         images = (images - lr * (gradient + WEIGHT_DECAY * images)).detach()
@@ -337,7 +337,7 @@ class GLFC(FedAvg):
         signal = self.oracle_signal and client.num_synced_rounds == 0
         if not self.oracle_signal and len(client.train_ids):
             outputs, columns = client.infer(client.train_ids), self._classes(client)[0]
-            logits = torch.cat([output.head_logits.float().cpu()[:, columns] for _, output in outputs])
+            logits = torch.cat([output.logits.float().cpu()[:, columns] for _, output in outputs])
             entropy = torch.distributions.Categorical(logits=logits).entropy().mean()  # in nats
             signal = bool(entropy - client.memory.get("entropy", 0.0) > self.entropy_rise)
             client.memory["entropy"] = entropy

@@ -23,7 +23,7 @@ from typing_extensions import override
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import is_gram, pack_symmetric, packed_size, unpack_symmetric
+from fedlscl.functional.analytic import is_semidefinite, pack_symmetric, packed_size, unpack_symmetric
 from fedlscl.modules import ClassificationModule
 from fedlscl.nets.lora_vit import LoraViT, OneTask
 from fedlscl.nets.net import Net, make_head
@@ -208,7 +208,7 @@ class LoRM(Method):
         grams = {f"gram.{layer}": unpack_symmetric(payload[f"gram.{layer}"], size) for layer, size in sizes.items()}
         grams |= {name: value for name, value in payload.items() if name.startswith("energy.")}
         for name, gram in grams.items():
-            if not is_gram(gram):
+            if not is_semidefinite(gram):
                 return f"{name} must be positive semidefinite"
         return ""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fedlscl.federated.method import Method, MethodCard, Progress, PublicImages,
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import Classification, Frozen, LinearHead, Net, prepare
+from fedlscl.nets.net import Frozen, LinearHead, Net, Output, prepare
 from fedlscl.nets.vit import (
     Foundation,
     FoundationClassifier,
@@ -33,19 +33,16 @@ Fusion = Literal["average", "distill"]
 """How FedMGP's server fuses the coarse parts."""
 
 
-class Prompted(NamedTuple):
+@dataclass
+class Prompted(Output):
     """Output of a net whose prompts are selected by keys: features (B, width), logits (B, num_classes).
 
     ``match`` (B,) is the sum over an image's prompts of the cosine between its query and their keys; it alone trains
     the keys. ``chosen`` (B, top) are the prompts' indices, ascending.
     """
 
-    features: Tensor
-    logits: Tensor
     match: Tensor
     chosen: Tensor
-    head_logits = Classification.head_logits
-    head_input = Classification.head_input
 
 
 class PromptPool(nn.Module):

@@ -114,7 +114,7 @@ class GeneratorWithTeacher(Net):
         synthetic = self.synthesizer(images + self.shift)
         teacher_input = synthetic if self.padding is None else jitter(synthetic, self.padding)
         with norm_statistics(self.teacher) as statistics:
-            logits = self.teacher.net(teacher_input).head_logits
+            logits = self.teacher.net(teacher_input).logits
         return SyntheticBatch(synthetic, teacher_input, logits, statistics)
 
 
@@ -255,7 +255,7 @@ class InversionModule(Learner):
             "norm": self.options.lambda_norm * norm_distance(statistics),
         }
         if weight := self.options.lambda_adversarial * self.is_warm:
-            student = self.student.net(output.teacher_input).head_logits[:, self.classes]
+            student = self.student.net(output.teacher_input).logits[:, self.classes]
             terms["adversarial"] = -weight * disagreement(output.logits[:, self.classes], student)
         loss, images = torch.stack(list(terms.values())).sum().detach(), output.images.detach()
         self.best = images if self.best is None else torch.where(loss < self.lowest, images, self.best)
@@ -318,8 +318,8 @@ class ImitationModule(Learner):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``T^2 KL(teacher || student)``."""
-        student = self.net(batch.images).head_logits[:, self.classes]
-        teacher = self.teacher(batch.images).head_logits[:, self.classes]
+        student = self.net(batch.images).logits[:, self.classes]
+        teacher = self.teacher(batch.images).logits[:, self.classes]
         return {"distillation": knowledge_distillation(student, teacher, self.temperature)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -344,8 +344,8 @@ class SyntheticDistillationModule(ClassificationModule):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """CE on real images + alpha KD on synthetic ones: its gradient is that of the paper's term, without T^2."""
         terms, images = super().loss(batch), self._draw()
-        student = self.net(images).head_logits[:, self.old_classes]
-        teacher = self.previous(images).head_logits[:, self.old_classes]
+        student = self.net(images).logits[:, self.old_classes]
+        teacher = self.previous(images).logits[:, self.old_classes]
         kept = knowledge_distillation(student, teacher, self.options.temperature)
         return {**terms, "distillation": self.options.alpha / self.options.temperature**2 * kept}
 

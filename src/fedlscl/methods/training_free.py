@@ -45,7 +45,6 @@ from fedlscl.functional.analytic import (
     random_features,
     ridge_solution,
     sums_error,
-    unit_columns,
     unpack_sums,
 )
 from fedlscl.nets.net import Net
@@ -314,7 +313,7 @@ class STSA(_RandomFeatures):
     @override
     def solve(self) -> Payload:
         weight, _ = ridge_solution(self.total, self.ridge, bias=False)
-        return {"head.weight": unit_columns(weight)}
+        return {"head.weight": F.normalize(weight)}
 
 
 @dataclass(kw_only=True)
@@ -379,7 +378,7 @@ class STSAE(_RandomFeatures):
         gram = gram_of_groups(sums, self.sums["counts"], labels)
         products = sums.mT @ F.one_hot(labels, int(self.sums["num_classes"])).double()
         weight, _ = ridge_solution(MomentSums(gram, products), self.ridge, bias=False)
-        return {"head.weight": unit_columns(weight)}
+        return {"head.weight": F.normalize(weight)}
 
 
 @dataclass(kw_only=True)

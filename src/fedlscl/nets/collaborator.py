@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fedlscl.nets.net import ProjectedFeatures, SmallModel, make_head
+from fedlscl.nets.net import Output, ProjectedFeatures, SmallModel, make_head
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, LowRankShape, foundation, split_lora
 
 GeneratorStart = Literal["split", "per_image"]
@@ -19,15 +19,10 @@ PHI_SCALE = 0.3
 class ParameterGenerator(nn.Linear):
     """phi of Eq. 2, a linear map of E (B, feature_dim) to LoRA weights W (B, lora_dim): W = Phi^T E + b.
 
-    The start is ours; the paper has none. b is a LoRA that all images share, and Phi what each image changes. Entries
-    of B (up-projection) start as zeros in both, so that the adapted ViT equals the frozen one bit for bit; those of A
-    (down-projection) start with a variance of 1 / in_features, for E of unit norm.
-
-    Args:
-        feature_dim: of E; 0 leaves b alone.
-        shapes: of each adapted layer's factors.
-        start: 'split' draws A from b, and Phi's share of it with a standard deviation of ``PHI_SCALE`` times b's;
-            'per_image' from Phi alone.
+    b is a LoRA that all images share, and Phi what each image changes; a ``feature_dim`` of 0 leaves b alone. The start
+    is ours; the paper has none. Entries of B (up-projection) start as zeros, so that the adapted ViT equals the frozen
+    one bit for bit; those of A (down-projection) with a variance of 1 / in_features in b, for E of unit norm, and a
+    standard deviation of ``PHI_SCALE`` times that in Phi, or, with a ``start`` 'per_image', in Phi alone.
     """
 
     def __init__(self, feature_dim: int, shapes: list[LowRankShape], start: GeneratorStart = "split") -> None:
@@ -59,26 +54,21 @@ class ParameterGenerator(nn.Linear):
         self.bias.copy_(matrix[-1])
 
 
-class Collaboration(NamedTuple):
-    """Output of a collaborator for a batch."""
+@dataclass
+class Collaboration(Output):
+    """Output of a collaborator for a batch.
 
-    features: Tensor
-    """E of the small model, (B, feature_dim), by default of unit norm; (B, 0) without collaboration."""
+    ``features`` are E of the small model, (B, feature_dim), by default of unit norm; (B, 0) without collaboration.
+    """
+
     lora: Tensor
     """W of the generator, (B, lora_dim); (B, 0) without collaboration."""
     tokens: Tensor
-    """Features of the adapted foundation model, (B, width): input of the head."""
-    logits: Tensor
-    """(B, num_classes)."""
+    """Features of the adapted foundation model, (B, width)."""
 
     @property
-    def head_logits(self) -> Tensor:
-        """The same: there is one head."""
-        return self.logits
-
-    @property
+    @override
     def head_input(self) -> Tensor:
-        """The tokens."""
         return self.tokens
 
 
@@ -96,7 +86,7 @@ class CollaboratorConfig:
     pretrained: bool = False
     """Start the CNN from timm's weights instead of from scratch."""
     small_weights: str = ""
-    """Start the CNN from a safetensors file in timm's names; its images are normalised as timm states for the name."""
+    """Start the CNN from a safetensors file in timm's names; images are normalised as timm states for the name."""
     small_options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model for the CNN, such as norm_layer: groupnorm for ResNets."""
     freeze_small: bool = False
@@ -132,10 +122,8 @@ class Collaborator(FrozenViTNet):
         model = foundation(config.foundation)
         blocks = range(model.depth) if config.blocks == "all" else sorted(set(config.blocks))
         if not blocks or not config.targets:
-            raise ValueError(
-                f"blocks and targets must name what is adapted, got {config.blocks} and {config.targets}: name both, "
-                "or set collaboration to false."
-            )
+            fix = "name both, or set collaboration to false"
+            raise ValueError(f"blocks and targets must not be empty, got {config.blocks} and {config.targets}: {fix}.")
         self.adapted = [(block, target) for block in blocks for target in config.targets]
         layers = [model.linear(block, target) for block, target in self.adapted]
         super().__init__(model, blocks[0] if config.collaboration else None)
@@ -144,8 +132,8 @@ class Collaborator(FrozenViTNet):
         self.has_small_model = config.collaboration and config.small_model != "none"
         self.feature_dim = config.feature_dim if self.has_small_model else 0
         if self.has_small_model:
-            pretraining = config.pretrained, config.small_weights, config.small_options
-            self.small = SmallModel(config.small_model, config.small_image_size, *pretraining)
+            start = config.pretrained, config.small_weights, config.small_options
+            self.small = SmallModel(config.small_model, config.small_image_size, *start)
             self.small.requires_grad_(not config.freeze_small)
             self.unit = ProjectedFeatures(self.small.width, config.feature_dim, config.unit_features)
         if config.collaboration:
@@ -162,10 +150,9 @@ class Collaborator(FrozenViTNet):
 
     def generate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """E = theta_i(x) and W = phi_i(E), Eq. 2: (B, feature_dim) and (B, lora_dim)."""
-        if not self.config.collaboration:
-            empty = images.new_zeros((len(images), 0), dtype=self.head.weight.dtype)
-            return empty, empty
         features = self.embed(images)
+        if not self.config.collaboration:
+            return features, features
         # Casting Phi to bfloat16 and its gradient back takes longer than the product in float32.
         with torch.autocast(features.device.type, enabled=False):
             return features, self.generator(features)
@@ -184,4 +171,4 @@ class Collaborator(FrozenViTNet):
         factors = split_lora(lora, self.shapes, scale) if self.config.collaboration else []
         updates = dict(zip(self.adapted, factors, strict=False))
         tokens = self.foundation.to(images.device).features(entering, self.entry, updates)
-        return Collaboration(features, lora, tokens, self.head(tokens))
+        return Collaboration(features, self.head(tokens), lora, tokens)

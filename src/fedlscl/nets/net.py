@@ -4,12 +4,14 @@ import difflib
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
@@ -18,41 +20,18 @@ if TYPE_CHECKING:
     from fedlscl.nets.vit import Foundation
 
 
-class Output(Protocol):
-    """What teachers, objectives and evaluation need of a net's output."""
-
-    @property
-    def logits(self) -> Tensor:
-        """Logits, (B, num_classes)."""
-        ...
-
-    @property
-    def head_logits(self) -> Tensor:
-        """Logits of the gradient-trained head (without closed-form heads), (B, num_classes)."""
-        ...
-
-    @property
-    def head_input(self) -> Tensor:
-        """The features that the head classifies, (B, width)."""
-        ...
-
-
-class Classification(NamedTuple):
-    """Output of a net that is an encoder and a head."""
+@dataclass
+class Output:
+    """What a net returns for a batch; a net with more to tell extends it."""
 
     features: Tensor
-    """Input of the head, (B, width)."""
+    """(B, width)."""
     logits: Tensor
     """(B, num_classes)."""
 
     @property
-    def head_logits(self) -> Tensor:
-        """The same: there is one head."""
-        return self.logits
-
-    @property
     def head_input(self) -> Tensor:
-        """The features."""
+        """The features that the head classifies, (B, width)."""
         return self.features
 
 
@@ -88,10 +67,7 @@ def prepare(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """Stored images (B, 3, h, w) as floats in 0..1 of (B, 3, size, size).
-
-    Images are uint8 in 0..255, or floats in 0..1 as torchvision's ToTensor gives them.
-    """
+    """Stored images (B, 3, h, w), uint8 or floats in 0..1 as ToTensor gives them, as floats of (B, 3, size, size)."""
     x = images.to(torch.float32)  # a synthesizer's may be bf16, which is not interpolated on a CPU
     if not images.is_floating_point():
         x = x / 255
@@ -109,7 +85,6 @@ class Frozen(nn.Module):
 
     @override
     def train(self, mode: bool = True) -> "Frozen":
-        del mode
         return super().train(False)
 
     @override
@@ -129,9 +104,8 @@ def freeze_batch_norm(module: nn.Module) -> None:
 def single_value_norms(module: nn.Module) -> Iterator[None]:
     """Let normalisation layers in training mode use running statistics for one value per channel (ours).
 
-    The variance of a single value is undefined, and BatchNorm refuses an input of (1, C) or (1, C, 1, 1). Such an
-    input is normalised as in evaluation mode and leaves the running statistics as they are; the layer's weight and
-    bias still get a gradient. Any other input gives the same bits as without this context.
+    BatchNorm refuses an input of (1, C) or (1, C, 1, 1), whose variance is undefined. Here it is normalised as in
+    evaluation mode, and leaves the statistics as they are. Any other input gives the same bits as without the context.
     """
 
     def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -140,25 +114,19 @@ def single_value_norms(module: nn.Module) -> Iterator[None]:
     def after(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.training = True
 
-    handles = []
-    for layer in module.modules():
-        if layer.training and getattr(layer, "running_var", None) is not None:
-            handles += [
-                layer.register_forward_pre_hook(before),
-                layer.register_forward_hook(after, always_call=True),
-            ]
-    try:
+    with ExitStack() as hooks:
+        for layer in module.modules():
+            if layer.training and getattr(layer, "running_var", None) is not None:
+                hooks.enter_context(layer.register_forward_pre_hook(before))
+                hooks.enter_context(layer.register_forward_hook(after, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class SmallMapPrecision(TorchFunctionMode):
     """Run padded convolutions whose stride exceeds the width of the feature map in float32 under CPU autocast.
 
     Their bf16 weight gradient has uninitialised entries on CPUs with AVX-512 (torch 2.15, oneDNN), in kernel columns
-    that cover padding only. Other shapes and float32 gradients are not affected.
+    that cover padding only.
     """
 
     @override
@@ -198,8 +166,8 @@ class UnitLinearHead(nn.Linear):
 class CosineHead(nn.Module):
     """Scaled cosine between features and one unit row per class (ours; not in the paper).
 
-    A class whose row is imprinted with its mean feature begins at nearest-class-mean accuracy
-    (Qi et al., CVPR 2018, arXiv 1712.07136), and no row can win by norm alone.
+    A class whose row is imprinted with its mean feature begins at nearest-class-mean accuracy (Qi et al., CVPR 2018,
+    arXiv 1712.07136), and no row can win by norm alone.
     """
 
     def __init__(self, width: int, num_classes: int, scale: float = 20.0) -> None:
@@ -232,61 +200,35 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class SmallModel(nn.Module):
     """A CNN of timm by name, pooled: stored uint8 images (B, 3, h, w) to (B, width).
 
-    Images are normalised with ImageNet's mean and std, pretrained models with those of their weights.
-
-    Args:
-        name: of the model.
-        image_size: side of its input in pixels.
-        pretrained: start from timm's weights.
-        weights: start from a safetensors file in timm's names instead; its head is ignored.
-        options: further arguments of ``timm.create_model``, such as norm_layer.
-
-    Raises:
-        ValueError: if timm has no such model or no weights for it, if the file does not fit, or if the model does not
-            return one tensor of features with ``num_features`` channels for images of ``image_size`` pixels.
+    The model must return one tensor of features with ``num_features`` channels for images of ``image_size`` pixels.
+    Images are normalised with ImageNet's mean and std, or with those of the weights: timm's if ``pretrained``, or a
+    safetensors file in timm's names, whose head is ignored. ``options`` are arguments of ``timm.create_model``.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self,
-        name: str,
-        image_size: int,
-        pretrained: bool = False,
-        weights: str = "",
+        self, name: str, image_size: int, pretrained: bool = False, weights: str = "",
         options: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
-        import timm
-
         if pretrained and weights:
-            raise ValueError(
-                f"pretrained must be false with small_weights, got true and {weights!r}: choose one of them."
-            )
+            raise ValueError(f"pretrained must be false with small_weights {weights!r}, got true: choose one of them.")
         check_timm_name(name, "small_model")
         self.name, self.image_size = name, image_size
-        try:
+        model = f"small_model {name!r}"
+        fix = "choose a name from timm.list_models(pretrained=True), connect to the network, or set pretrained to false"
+        with explained(f"{model} could not be created", fix if pretrained else "choose another name"):
             self.cnn: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options or {}))
-        except Exception as error:  # missing weights and failed downloads raise errors of the client library
-            fix = "choose a name from timm.list_models(pretrained=True), connect to the network, or set pretrained to "
-            raise ValueError(
-                f"small_model {name!r} could not be created ({first_line(error)}): "
-                f"{fix + 'false' if pretrained else 'choose another name'}."
-            ) from error
         if weights:
-            load_cnn(self.cnn, name, Path(weights))
-        try:
+            state = read_weights(weights, "small_weights")
+            with explained(f"small_weights must be of {name}, got {weights!r}", "choose its file"):
+                self.cnn.load_state_dict({part: state[part] for part in self.cnn.state_dict() if part in state})
+        fix = "choose another small_image_size or a CNN"
+        with explained(f"{model} cannot take images of {image_size} pixels", fix):
             maps = drop_unused(self.cnn, image_size)
-        except Exception as error:  # models raise any error for an input of another size or kind
-            raise ValueError(
-                f"small_model {name!r} cannot take images of {image_size} pixels ({first_line(error)}): choose another "
-                "small_image_size or a CNN."
-            ) from error
-        try:
-            self.pooled_axes, self.width = layout(self.cnn, maps)
-        except ValueError as error:
-            raise ValueError(f"small_model {name!r} {error}: choose another timm model.") from error
+        self.pooled_axes, self.width = layout(self.cnn, maps, model)
         cfg = getattr(self.cnn, "pretrained_cfg", {}) if pretrained or weights else {}
         self.normalisation = {"mean": list(cfg.get("mean", MEAN)), "std": list(cfg.get("std", STD))}
         for statistic, values in self.normalisation.items():
@@ -307,7 +249,7 @@ class ProjectedFeatures(nn.Module):
     """E: pooled features projected to feature_dim and, with ``unit_norm``, centred and scaled to norm 1 (ours).
 
     Without this scale one Adam step moves every generated weight by about 0.4, which destroys the ViT's features; with
-    it the trace of every client's second moment is one, so that lambda of Eq. 5 does not depend on the small model.
+    it lambda of Eq. 5 does not depend on the small model, since the trace of every client's second moment is one.
     """
 
     def __init__(self, width: int, feature_dim: int, unit_norm: bool = True) -> None:
@@ -330,42 +272,9 @@ class SmallClassifier(Net):
         self.head = LinearHead(self.small.width, num_classes)
 
     @override
-    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Classification:
+    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Output:
         features = self.small(images)
-        return Classification(features, self.head(features))
-
-
-def load_cnn(cnn: Any, name: str, path: Path) -> None:
-    """Load a safetensors file in timm's names into a CNN without a head, in float32.
-
-    Raises:
-        ValueError: if the file cannot be read, or does not have all weights of the CNN in its shapes.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ValueError(f"small_weights must be a safetensors file, got {str(path)!r}: give the path of one.")
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"small_weights must be a safetensors file, got {str(path)!r} ({first_line(error)}): convert it."
-        ) from error
-    expected = cnn.state_dict()
-    for part, value in expected.items():
-        if part not in found:
-            if part.endswith("num_batches_tracked"):
-                continue
-            raise ValueError(f"small_weights must be of {name}, got {str(path)!r} without {part}: choose its file.")
-        if found[part].shape != value.shape or not found[part].isfinite().all():
-            raise ValueError(
-                f"small_weights must be of {name}, got {str(path)!r} with {part} of shape {tuple(found[part].shape)} "
-                "or values that are not finite: choose its file."
-            )
-    cnn.load_state_dict(
-        {part: found[part].to(value) for part, value in expected.items() if part in found}, strict=False
-    )
+        return Output(features, self.head(features))
 
 
 def drop_unused(cnn: Any, image_size: int) -> Any:
@@ -384,38 +293,51 @@ def drop_unused(cnn: Any, image_size: int) -> Any:
     return maps
 
 
-def layout(cnn: Any, maps: Any) -> tuple[tuple[int, ...], int]:
-    """Axes to average over and number of channels of ``cnn``'s feature maps.
+def layout(cnn: Any, maps: Any, model: str) -> tuple[tuple[int, ...], int]:
+    """Axes to average over and number of channels of ``cnn``'s feature maps; ``model`` names it in errors.
 
     Maps are (B, C, h, w) unless ``cnn.output_fmt`` says 'NHWC'; three axes are tokens (B, N, C).
-
-    Raises:
-        ValueError: without the model's name, if ``maps`` is not one tensor or has not ``cnn.num_features`` channels.
     """
+    fix = "choose another timm model"
     if not isinstance(maps, Tensor):
-        raise ValueError(f"must return one tensor of features, got a {type(maps).__name__}")
+        raise ValueError(f"{model} must return one tensor of features, got a {type(maps).__name__}: {fix}.")
     order = getattr(cnn, "output_fmt", None) or "NCHW"
     channels = order.index("C") if maps.dim() == len(order) else maps.dim() - 1
     width = maps.shape[channels] if 2 <= maps.dim() <= 4 else None
     declared = getattr(cnn, "num_features", width)
     if width is None or width != declared:
-        raise ValueError(f"must return features with {declared} channels, got shape {tuple(maps.shape)}")
+        raise ValueError(f"{model} must return features with {declared} channels, got shape {[*maps.shape]}: {fix}.")
     return tuple(axis for axis in range(1, maps.dim()) if axis != channels), width
 
 
-def check_timm_name(name: str, field: str) -> None:
+def check_timm_name(name: str, option: str) -> None:
     """Raise ValueError for a name that timm does not know, with the nearest known ones."""
-    import timm
-
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5))
-        raise ValueError(
-            f"{field} {name!r} is unknown to timm: {'did you mean ' + near if near else 'see timm.list_models()'}."
-        )
+        hint = f"did you mean {near}" if near else "see timm.list_models()"
+        raise ValueError(f"{option} {name!r} is unknown to timm: {hint}.")
 
 
-def first_line(error: Exception) -> str:
-    """Message of another library's error in at most 160 characters, cut at a word, without a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
-    return textwrap.shorten(line.rstrip("."), 160, placeholder=" ...")
+def read_weights(path: str, option: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, which must be finite; ``option`` names it in errors."""
+    fix = "download it again or convert it to safetensors, as docs/own_models.md shows"
+    with explained(f"{option} must be a safetensors file, got {path!r}", fix):
+        state = load_file(path)
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{option} must be finite, got NaN or infinity in {name} of {path!r}: choose other weights."
+            )
+    return state
+
+
+@contextmanager
+def explained(problem: str, fix: str) -> Iterator[None]:
+    """Turn any error of the block, as other libraries raise them, into a ValueError of one line that names a fix."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        line = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+        reason = textwrap.shorten(line.rstrip("."), 160, placeholder=" ...")
+        raise ValueError(f"{problem} ({reason}): {fix}.") from error
