@@ -58,6 +58,7 @@ def test_values_in_range_pass(rate, steps, share, rank, kinds):
         ("rank", "most", "an integer >= 1 or in (0, 1) or all"),
         ("kind", "c", "one of a, b"),
         ("kinds", ["a", "c"], "one of a, b"),
+        ("kinds", "ab", "a list"),
     ],
 )
 def test_other_values_are_refused_in_one_line(name, value, rule):

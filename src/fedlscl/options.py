@@ -65,6 +65,8 @@ def _violated(kind: Any, value: Any) -> Iterator[str]:
         if value is not None:
             rules = [list(_violated(one, value)) for one in inner if one is not type(None)]
             yield from chain(*rules) if all(rules) else ()
-    elif isinstance(origin, type) and issubclass(origin, Sequence) and not isinstance(value, str):
-        for entry in value:
-            yield from _violated(inner[0], entry)
+    elif isinstance(origin, type) and issubclass(origin, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            yield "a list"
+        else:
+            yield from dict.fromkeys(chain(*(_violated(inner[0], entry) for entry in value)))

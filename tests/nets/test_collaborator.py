@@ -178,7 +178,7 @@ def test_without_collaboration_the_frozen_vit_and_the_head_remain(collaborator_c
         ({"blocks": (3, 6)}, "block must be 0 to 5 for test_vit, got 6"),
         ({"blocks": ()}, "blocks and targets must not be empty"),
         ({"targets": ("attn.q",)}, "target must be one of attn.qkv.* got 'attn.q'"),
-        ({"head": "mlp"}, "head must be one of linear, cosine, unit, got 'mlp'"),
+        ({"head": "mlp"}, "head must be one of cosine, linear, got 'mlp'"),
         ({"small_model": "resnet81"}, "small_model 'resnet81' is unknown"),
     ],
 )

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fedlscl.nets.net import Output, ProjectedFeatures, SmallModel, make_head
 from fedlscl.nets.vit import FoundationConfig, FrozenViTNet, LowRankShape, foundation, split_lora
+from fedlscl.options import Count, Positive, Whole, check_options
 
 GeneratorStart = Literal["split", "per_image"]
 PHI_SCALE = 0.3
@@ -81,7 +82,7 @@ class CollaboratorConfig:
     small_model: str = "resnet18"
     """The client's CNN, any timm name with feature maps; it is never uploaded. 'none' leaves the static LoRA b alone: a
     control of what the CNN contributes (ours)."""
-    small_image_size: int = 224
+    small_image_size: Count = 224
     """Input size of the CNN in pixels, apart from the ViT's (ours; the paper has one size of 224)."""
     pretrained: bool = False
     """Start the CNN from timm's weights instead of from scratch."""
@@ -91,34 +92,34 @@ class CollaboratorConfig:
     """Further arguments of timm.create_model for the CNN, such as norm_layer: groupnorm for ResNets."""
     freeze_small: bool = False
     """Do not train the CNN; the projection of its features is trained (ours)."""
-    feature_dim: int = 512
+    feature_dim: Count = 512
     """Dimension of E, common to all small models (ours; not in the paper)."""
     unit_features: bool = True
     """Centre E over its dimensions and scale it to unit norm (ours); the paper's are raw projected features."""
     generator_start: GeneratorStart = "split"
     """'split': a random LoRA that all images share, plus a smaller part of each image; 'per_image': the latter alone
     (ours; not in the paper)."""
-    blocks: Sequence[int] | Literal["all"] = "all"
+    blocks: Sequence[Whole] | Literal["all"] = "all"
     """The adapted ViT blocks, counted from 0; 'all' is ours, the paper adapts one (Fig. 3)."""
     targets: Sequence[str] = ("attn.qkv",)
     """Their adapted linear layers (ours; not in the paper)."""
-    rank: int = 4
+    rank: Count = 4
     """LoRA rank (ours; not in the paper)."""
-    alpha: float = 4.0
+    alpha: Positive = 4.0
     """LoRA scale numerator, applied as alpha / rank (ours; not in the paper)."""
     head: Literal["cosine", "linear"] = "cosine"
     """'linear' is the paper's; 'cosine' with imprinted rows forgets far less (ours)."""
     collaboration: bool = True
     """If false, the net is the frozen ViT and the head (ablation)."""
 
+    def __post_init__(self) -> None:
+        check_options(self)
+
 
 class Collaborator(FrozenViTNet):
     """theta_i, phi_i and H_i on the shared Theta (Sec. 4.2); its state dict is what the client owns."""
 
     def __init__(self, config: CollaboratorConfig, num_classes: int) -> None:
-        for name in ("rank", "feature_dim"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}.")
         model = foundation(config.foundation)
         blocks = range(model.depth) if config.blocks == "all" else sorted(set(config.blocks))
         if not blocks or not config.targets:

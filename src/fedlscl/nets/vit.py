@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedlscl.nets.net import Net, Output, check_timm_name, explained, make_head, prepare, read_weights
+from fedlscl.options import Count, check_options
 
 GLYPH_WEIGHTS = Path(__file__).with_name("glyph_vit.safetensors")
 """In float16, without a classification head."""
@@ -191,8 +192,11 @@ class FoundationConfig:
     of this package."""
     weights: str = "timm"
     """'timm' (its download), 'bundled' (the packaged glyph model), 'random', or the path of a safetensors file."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Input size in pixels; None is the model's default."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 class Foundation:
