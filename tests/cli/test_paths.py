@@ -12,8 +12,8 @@ import tiny
 from fedlscl import methods
 from fedlscl.__main__ import main
 from fedlscl.callbacks import Callback
-from fedlscl.cli import PATHS, doctor, expanded, report, with_expanded_paths
-from fedlscl.cli.app import FederatedCLI
+from fedlscl.cli import PATHS, doctor, expanded, report
+from fedlscl.cli.app import FederatedCLI, read_options
 from fedlscl.cli.commands import Commands
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.trainer import FederatedTrainer
@@ -218,5 +218,6 @@ def test_what_exists_as_it_is_written_stays(name, home):
 
 
 def test_other_words_stay(home):
-    words = ["fit", "--trainer.name=~a", "--method.small_model", "$PLACE", "~", "--images"]
-    assert with_expanded_paths(words) == words
+    words = ["--trainer.name=~a", "--method.small_model", "$PLACE", "~", "--images"]
+    assert read_options(words) == [("--trainer.name", "~a"), ("--method.small_model", "$PLACE"), ("~", None),
+                                   ("--images", None)]  # fmt: skip
