@@ -187,7 +187,7 @@ def test_no_folder_of_that_name_appears(home, capsys):
 def test_the_other_commands_expand_theirs(parse, home, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr("fedlscl.report.table.print_comparison", given.extend)
-    monkeypatch.setattr(doctor, "findings", lambda root, configs: given.extend([root, *configs]) or [])
+    monkeypatch.setattr(doctor, "checks", lambda root, configs: given.extend([root, *configs]) or [])
     parse(["~/x", "$PLACE/y"] if parse is report else ["--data_root=~/x", "--config=$PLACE/y"])
     assert [str(path) for path in given] == [str(home / "x"), str(home / "y")]
 
