@@ -35,31 +35,23 @@ options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted, 141 on a closed pipe."""
-    _prepare_output()
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal cannot show is printed as escapes.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        return _closed_pipe()
+        with contextlib.suppress(OSError, ValueError):
+            # The remaining output is discarded.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return fail(f"standard output cannot be written ({error.strerror}): free some space or write to another file.")
     return status
-
-
-def _prepare_output() -> None:
-    """Print characters that the terminal cannot show as escapes; discard the output if there is no standard output."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _closed_pipe() -> int:
-    """Exit status of a process that SIGPIPE has ended; the remaining output is discarded."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
 
 
 def _run(given: list[str]) -> int:
@@ -85,13 +77,9 @@ def _run(given: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         print(f"\nfedlscl: interrupted{''.join(f': {hint}' for hint in stopped.args)}", file=sys.stderr)
         return 130
-    except BrokenPipeError as error:
-        if not _is_output_closed():
-            return fail(f"{error.strerror}.")
-        raise
     except Exception as error:
         message = explain(error)
-        if message is None:
+        if message is None or (isinstance(error, BrokenPipeError) and _is_output_closed()):
             raise
         return fail(message)
     return 0
