@@ -1,7 +1,6 @@
 """The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported only if needed."""
 
 import contextlib
-import difflib
 import io
 import os
 import select
@@ -10,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlscl import __version__
-from fedlscl.cli import COMMANDS, explain, report
+from fedlscl.cli import COMMANDS, did_you_mean, explain, report
 
 HELP = """\
 usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
@@ -62,8 +61,7 @@ def _run(given: list[str]) -> int:
         print(f"fedlscl {__version__}")
         return 0
     if given[0] not in COMMANDS:
-        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}."
+        hint = did_you_mean(given[0], COMMANDS, f"choose from {', '.join(COMMANDS)}.")
         return fail(f"command {given[0]!r} is unknown: {hint}")
     try:
         if given[0] == "report":

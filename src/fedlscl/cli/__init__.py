@@ -1,13 +1,14 @@
 """The command line, which ``app`` builds on LightningCLI: errors in one line, paths among options, ``report``."""
 
 import argparse
+import difflib
 import errno
 import os
 import re
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,6 +71,18 @@ def brief_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint for a misspelt name, in any case.
+
+    Example:
+        >>> did_you_mean("fitt", ["fit", "test"], "choose one."), did_you_mean("x", ["fit", "test"], "choose one.")
+        ('did you mean fit?', 'choose one.')
+    """
+    names = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(given.casefold(), names, n=1)
+    return f"did you mean {names[near[0]]}?" if near else otherwise
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,8 +149,6 @@ def report(arguments: list[str]) -> None:
 
         print_comparison(given.runs)
         return
-    # Here, since matplotlib takes a second to load.
-    from fedlscl.report.page import write_report
+    from fedlscl.report.page import write_report  # here, since matplotlib takes a second to load
 
-    for path in write_report(given.runs, given.out):
-        print(path)
+    print(*write_report(given.runs, given.out), sep="\n")

@@ -1,6 +1,5 @@
 """The command line over LightningCLI: parse, make trainer, method and datamodule, and run one command."""
 
-import difflib
 import importlib
 import logging
 import os
@@ -24,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from fedlscl import __version__, methods
-from fedlscl.cli import brief_warnings, expand_paths
+from fedlscl.cli import brief_warnings, did_you_mean, expand_paths
 from fedlscl.cli.commands import Commands
 from fedlscl.cli.runs import CONFIG, find_checkpoint
 from fedlscl.data import SpatialTemporalDataModule
@@ -91,29 +90,31 @@ def build(options: Sequence[str]) -> Experiment:
         ArgumentError: if an option is unknown or has a wrong type.
         ValueError: if a value is out of range.
     """
-    return FederatedCLI(["fit", *options], run=False).experiment
+
+    class Build(FederatedCLI):
+        def fit(self, **options: Any) -> None:
+            """Only made, not trained."""
+
+    return Build(["fit", *options]).experiment
 
 
 class FederatedCLI(LightningCLI):
     """Groups ``trainer``, ``method`` and ``data``, and one seed; the commands are the methods of `Commands`."""
 
-    def __init__(self, arguments: list[str], run: bool = True) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         set_loader("yaml", load_yaml, (yaml.YAMLError,))
         self.command, options = arguments[0], with_saved_config(arguments[0], read_options(arguments[1:]))
         # The default of another method would hand its own values to every option that both have.
         self.default_method = importable(named_method(options)) or DEFAULT_METHOD
-        words = [name if value is None else f"{name}={value}" for name, value in options]
         usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
-        kwargs = {"usage": usage, "dump_header": [f"fedlscl=={__version__}"]}
         super().__init__(
             datamodule_class=SpatialTemporalDataModule,
             trainer_class=cast(Any, Commands),
             save_config_callback=None,
             parser_class=Parser,
-            parser_kwargs={"prog": "fedlscl", **({self.command: kwargs} if run else kwargs)},
-            args=[self.command, *words] if run else words,
-            run=run,
+            parser_kwargs={self.command: {"usage": usage, "dump_header": [f"fedlscl=={__version__}"]}},
+            args=[self.command, *(name if value is None else f"{name}={value}" for name, value in options)],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -140,15 +141,14 @@ class FederatedCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            name, method = error.message.partition(" is unknown: ")[0], self.default_method.rpartition(".")[2]
-            message = error.message
-            if name in RENAMED:
+            message, method = error.message, self.default_method.rpartition(".")[2]
+            if (name := message.partition(" is unknown: ")[0]) in RENAMED:
                 message = f"{name} was renamed: use {RENAMED[name]}."
             elif name.startswith("method."):  # a wrong combination of files, if not a wrong spelling
                 message = message.replace(" is unknown: ", f" is unknown to {method}: ")
                 message = message.replace("--help lists", f"--method.help {method} lists")
             raise ArgumentError(None, message) from error
-        config = self.config.get(self.command, self.config)
+        config = self.config[self.command]
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"seed_everything must be from 0 to 4294967295, got {config.seed_everything}.")
         if config.data.batch_size != 32 or any(word.startswith("--data.batch_size=") for word in args):
@@ -160,7 +160,7 @@ class FederatedCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        parser, config = self._parser(self.subcommand), self.config.get(self.command, self.config)
+        parser, config = self._parser(self.command), self.config[self.command]
         given = Namespace({key: value for key, value in config.items() if key not in OF_ONE_CALL})
         # Saved as written, so that a configuration file serves on another machine, too.
         text = parser.dump(given, skip_unset=False)
@@ -227,11 +227,7 @@ def read_options(words: Iterable[str]) -> list[Option]:
 
 
 def with_saved_config(command: str, options: list[Option]) -> list[Option]:
-    """A command on a trained run takes the configuration beside its checkpoint if none is given.
-
-    Raises:
-        ValueError: if there is no checkpoint.
-    """
+    """A command on a trained run takes the configuration beside its checkpoint if none is given."""
     given = dict(options)
     if command == "fit" or "--config" in given or "--help" in given:
         return options
@@ -246,9 +242,6 @@ def named_method(options: list[Option]) -> str | None:
     Example:
         >>> named_method([("--method", "LwF"), ("--method.lr", "1"), ("--method", "EWC")])
         'EWC'
-
-    Raises:
-        ValueError: if a configuration file is refused.
     """
     groups = [read_config(value).get("method") for name, value in options if name == "--config" and value is not None]
     groups += [value for name, value in options if name in ("--method", "--method.class_path")]
@@ -288,11 +281,7 @@ def load_yaml(text: str) -> Any:
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """A configuration file, which must be a YAML mapping without duplicate keys.
-
-    Raises:
-        ValueError: naming the file, and the line if there is one.
-    """
+    """A configuration file, which must be a YAML mapping without duplicate keys."""
     try:
         text = Path(file).read_text()
         content = yaml.safe_load(text)
@@ -371,8 +360,8 @@ def one_line(message: str, options: Iterable[str]) -> str:
         name = ".".join(filter(None, found.groups()))
         if name == "class_path":
             return "class_path is unknown beside options: put these under init_args."
-        near = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options, 1)
-        return f"{name} is unknown: {f'did you mean {near[0]}?' if near else '--help lists what there is.'}"
+        longer = [option for option in options if option.startswith(name)]
+        return f"{name} is unknown: {did_you_mean(name, longer or options, '--help lists what there is.')}"
     if not (found := KEY.match(message)):
         return message
     key, reason = found.groups()
@@ -399,21 +388,15 @@ def class_hint(key: str, given: str) -> str:
     """How to name a class for an option: a method in short, others by their module."""
     if key != "method":
         return "give module.Class."
-    names = {name.casefold(): name for name in methods.__all__}
-    near = difflib.get_close_matches(given.rpartition(".")[2].casefold(), names, n=1)
-    choices = ", ".join(methods.__all__)
-    return f"did you mean {names[near[0]]}?" if near else f"choose from {choices}, or give module.Class."
+    choices = f"choose from {', '.join(methods.__all__)}, or give module.Class."
+    return did_you_mean(given.rpartition(".")[2], methods.__all__, choices)
 
 
 # ``fedlscl completion`` and ``fedlscl methods``.
 
 
 def print_completion(arguments: list[str]) -> None:
-    """Print the script of a shell.
-
-    Raises:
-        ValueError: if the shell is not bash or zsh.
-    """
+    """Print the script of a shell."""
     if arguments not in (["bash"], ["zsh"]):
         raise ValueError(f"completion must be of bash or zsh, got {' '.join(arguments)!r}.")
     parser = Parser(prog="fedlscl")
