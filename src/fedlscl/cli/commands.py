@@ -52,9 +52,8 @@ class Predictor:
         check_integers(0, len(splits) - 1, client=client)
         # Before the identity, which can only say that something differs: building says which file is missing.
         net = method.build_net(client, StreamShape(len(names), len(splits), len(splits[0].classes)))
-        state = load_last_good(
-            checkpoint, runs.learned_part(runs.identify(commands.config, manifest.fingerprint, splits))
-        )
+        identity = runs.identify(commands.config, manifest.fingerprint, splits)
+        state = load_last_good(checkpoint, runs.learned_part(identity))
         progress, saved = Progress(*state["progress"]), state["clients"][client]
         learned = progress.last_trained_task + 1
         if readout != "own" and progress.round:
@@ -74,14 +73,12 @@ class Predictor:
         self.readouts = replace(trainer.readouts, features=(readout.rpartition("/")[0],)) if self.heads else None
         self.classes = sorted(label for task in splits[client].classes[:learned] for label in task)
         self.names = [names[label] for label in self.classes]
-        self.num_reshaped = 0
-        self.unreadable: list[str] = []
-        """One line for each file that could not be read."""
+        self.num_reshaped = self.num_unreadable = 0
 
     def predict(self, files: list[Path], top: int) -> Iterator[tuple[str, int, str, str]]:
-        """Image, rank, class and probability of the ``top`` classes of each file, best first.
+        """Image, rank, class and probability of the best ``top`` of the classes that the client has seen, by file.
 
-        The classes are those that the client has seen. Files that cannot be read go to ``unreadable``.
+        A file that cannot be read is counted and named on stderr.
         """
         for start in range(0, len(files), CHUNK):
             images = {}
@@ -89,7 +86,8 @@ class Predictor:
                 try:
                     images[file] = self.read(file)
                 except ValueError as error:
-                    self.unreadable.append(str(error))
+                    self.num_unreadable += 1
+                    print(f"fedlscl: error: {' '.join(str(error).split())}", file=sys.stderr)
             if not images:
                 continue
             stacked = torch.from_numpy(np.stack(list(images.values())))
@@ -231,8 +229,6 @@ class Commands:
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
         predictor = Predictor(self, model, checkpoint, client, readout)
         rows = list(predictor.predict(files, top))
-        for reason in predictor.unreadable:
-            print(f"fedlscl: error: {' '.join(reason.split())}", file=sys.stderr)
         if rows:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([("image", "rank", "class", "probability"), *rows])
@@ -240,7 +236,7 @@ class Commands:
                 sys.stdout.write(text.getvalue())
             else:
                 write_atomically(Path(out), text.getvalue().encode())
-        if predictor.unreadable:
+        if predictor.num_unreadable:
             raise SystemExit(2)
 
     def _forecast(

@@ -126,10 +126,9 @@ def _product(device: str, dtype: torch.dtype) -> float:
 
 
 def _memory() -> str:
-    pages, page = getattr(os, "sysconf_names", {}), os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    if "SC_PHYS_PAGES" not in pages:
-        return "unknown"
-    free = f"{in_bytes(page * os.sysconf('SC_AVPHYS_PAGES'))} free of " if "SC_AVPHYS_PAGES" in pages else ""
+    page = os.sysconf("SC_PAGE_SIZE")
+    # macOS does not tell how much is free.
+    free = f"{in_bytes(page * os.sysconf('SC_AVPHYS_PAGES'))} free of " if "SC_AVPHYS_PAGES" in os.sysconf_names else ""
     cuda = [f"cuda:{i} {in_bytes(torch.cuda.mem_get_info(i)[0])} free" for i in range(torch.cuda.device_count())]
     return ", ".join([f"{free}{in_bytes(page * os.sysconf('SC_PHYS_PAGES'))}", *cuda])
 
