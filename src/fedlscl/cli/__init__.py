@@ -1,4 +1,4 @@
-"""The command line, which ``app`` builds on LightningCLI: errors in one line, paths among options, ``report``."""
+"""What the command line needs before torch is imported: errors in one line, paths among options, ``report``."""
 
 import argparse
 import difflib

@@ -43,7 +43,7 @@ def decisive_options(config: dict[str, Any]) -> dict[str, Any]:
         "method": by_content(config["method"]),
         "seed": config["seed_everything"],
         **{name: trainer[name] for name in DECIDING},
-        **({"readouts": readouts} if readouts and readouts["heads"] else {}),
+        **({"readouts": readouts} if readouts["heads"] else {}),
     }
 
 
