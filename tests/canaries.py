@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 
-from fedlscl.cli.app import check_config
+from fedlscl.cli.app import read_config
 from fedlscl.data.datasets import load_images
 from fedlscl.data.images import centre_crop, read_image
 from fedlscl.data.split import read_manifest
@@ -97,7 +97,7 @@ def canaries(folder, place):
         yield f"{name}, pickle", lambda name=name: _report(place, name, data)
     yield "manifest, pickle", lambda: read_manifest(_file(place / "m.json", data))
     for name, text in yamls(folder).items():
-        yield f"config.yaml, {name}", lambda text=text: check_config(str(_file(place / "c.yaml", text.encode())))
+        yield f"config.yaml, {name}", lambda text=text: read_config(str(_file(place / "c.yaml", text.encode())))
         yield f"config.yaml of the report, {name}", lambda text=text: _report(place, "config.yaml", text.encode())
     for name, content in objects(folder).items():
         yield f"data set, {name}", lambda content=content: load_images(str(_file(place / "d.npz", content)))

@@ -28,18 +28,8 @@ _MODULES = {
     "one_by_one_distill": "fedlscl.functional.distillation",
 }
 
-__all__ = [
-    "CollaborativeModule",
-    "Collaborator",
-    "CollaboratorConfig",
-    "ContinualFineTuningModule",
-    "FedLSCL",
-    "FederatedTrainer",
-    "FoundationConfig",
-    "Method",
-    "SpatialTemporalDataModule",
-    "one_by_one_distill",
-]
+__all__ = ["CollaborativeModule", "Collaborator", "CollaboratorConfig", "ContinualFineTuningModule", "FedLSCL"]
+__all__ += ["FederatedTrainer", "FoundationConfig", "Method", "SpatialTemporalDataModule", "one_by_one_distill"]
 
 
 def __getattr__(name: str) -> Any:

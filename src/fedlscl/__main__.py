@@ -1,7 +1,6 @@
 """The command line, ``fedlscl`` or ``python -m fedlscl``; torch and Lightning are imported only if needed."""
 
 import contextlib
-import difflib
 import io
 import os
 import select
@@ -10,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlscl import __version__
-from fedlscl.cli import COMMANDS, explain, report
+from fedlscl.cli import COMMANDS, did_you_mean, explain, report
 
 HELP = """\
 usage: fedlscl COMMAND [--config FILE] [--GROUP.OPTION VALUE ...]
@@ -35,31 +34,23 @@ options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 when interrupted, 141 on a closed pipe."""
-    _prepare_output()
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal cannot show is printed as escapes.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        return _closed_pipe()
+        with contextlib.suppress(OSError, ValueError):
+            # The remaining output is discarded.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return fail(f"standard output cannot be written ({error.strerror}): free some space or write to another file.")
     return status
-
-
-def _prepare_output() -> None:
-    """Print characters that the terminal cannot show as escapes; discard the output if there is no standard output."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _closed_pipe() -> int:
-    """Exit status of a process that SIGPIPE has ended; the remaining output is discarded."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
 
 
 def _run(given: list[str]) -> int:
@@ -70,8 +61,7 @@ def _run(given: list[str]) -> int:
         print(f"fedlscl {__version__}")
         return 0
     if given[0] not in COMMANDS:
-        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}."
+        hint = did_you_mean(given[0], COMMANDS, f"choose from {', '.join(COMMANDS)}.")
         return fail(f"command {given[0]!r} is unknown: {hint}")
     try:
         if given[0] == "report":
@@ -85,13 +75,9 @@ def _run(given: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         print(f"\nfedlscl: interrupted{''.join(f': {hint}' for hint in stopped.args)}", file=sys.stderr)
         return 130
-    except BrokenPipeError as error:
-        if not _is_output_closed():
-            return fail(f"{error.strerror}.")
-        raise
     except Exception as error:
         message = explain(error)
-        if message is None:
+        if message is None or (isinstance(error, BrokenPipeError) and _is_output_closed()):
             raise
         return fail(message)
     return 0

@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.method import Method, Progress
+from fedlscl.federated.method import Method
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
@@ -19,10 +20,7 @@ from fedlscl.nets.vit import fingerprint
 
 
 def check_method(make: Callable[[], Method]) -> None:
-    """Run all checks of ``CHECKS`` on a method.
-
-    Args:
-        make: builds the method; use small nets and one epoch.
+    """Run all checks of ``CHECKS`` on the method that ``make`` builds, with small nets and one epoch.
 
     Raises:
         AssertionError: naming the first violation.
@@ -45,20 +43,16 @@ class Recorded(FederatedTrainer):
         self.uploads: list[Upload] = []
         self.answers: list[list[Payload]] = []
 
+    @override
     def _server_step(self, uploads: list[Upload]) -> None:
-        method = self.run.method
-        aggregate = method.aggregate
-
-        def recorded(uploads: list[Upload], progress: Progress) -> list[Payload]:
-            self.answers.append(aggregate(uploads, progress))
-            return self.answers[-1]
-
         self.uploads += uploads
-        method.aggregate = recorded
-        try:
-            super()._server_step(uploads)
-        finally:
-            del method.aggregate
+        super()._server_step(uploads)
+
+    @override
+    def _aggregate(self, uploads: list[Upload]) -> dict[int, Payload]:
+        answers = super()._aggregate(uploads)
+        self.answers.append(list(answers.values()))
+        return answers
 
     @property
     def states(self) -> dict[str, Any]:
@@ -67,11 +61,11 @@ class Recorded(FederatedTrainer):
 
 
 class Stopped(Exception):
-    """Raised by ``Stop``."""
+    """Raised by `Stop`."""
 
 
 class Stop(Callback):
-    """Ends a run with ``Stopped`` after its n-th checkpoint."""
+    """Ends a run with `Stopped` after its n-th checkpoint."""
 
     def __init__(self, after: int) -> None:
         self.left = after
@@ -85,11 +79,9 @@ class Stop(Callback):
 
 def fake_data(**options: Any) -> SpatialTemporalDataModule:
     """Two clients, two tasks of two classes, six classes in all; ``options`` override that."""
-    common: dict[str, Any] = dict(
-        dataset="fake", fake_classes=6, num_clients=2, num_tasks=2, private_classes=2, public_classes=2,
-        train_per_class=8, test_per_class=4, image_size=16, batch_size=8,
-    )  # fmt: skip
-    return SpatialTemporalDataModule(**common | options)
+    split = {"num_clients": 2, "num_tasks": 2, "private_classes": 2, "public_classes": 2}
+    images = {"dataset": "fake", "fake_classes": 6, "train_per_class": 8, "test_per_class": 4, "image_size": 16}
+    return SpatialTemporalDataModule(**{**split, **images, "batch_size": 8, **options})
 
 
 def learn(method: Method, **options: Any) -> Recorded:
@@ -97,6 +89,12 @@ def learn(method: Method, **options: Any) -> Recorded:
     run = Recorded(**options)
     run.fit(method, fake_data())
     return run
+
+
+def require(condition: bool, violation: str) -> None:
+    """Raise an AssertionError unless a condition holds."""
+    if not condition:
+        raise AssertionError(violation)
 
 
 def check_finite(run: Recorded, make: Callable[[], Method]) -> None:
@@ -160,10 +158,8 @@ def check_determinism(run: Recorded, make: Callable[[], Method]) -> None:
         FederatedTrainer(accelerator="cpu", rounds_per_task=1, max_tasks=1).fit(method, fake_data(), seed=7)
         second = learn(method)
     same(second, run, "a second run of the same object")
-    for found, wanted in zip(second.uploads, run.uploads, strict=True):
-        require(found.payload.keys() == wanted.payload.keys(), "a second run of the same object sends other names")
-        for name, value in wanted.payload.items():
-            require(torch.equal(found.payload[name], value), f"a second run of the same object sends another {name!r}")
+    found, wanted = ([upload.payload for upload in each.uploads] for each in (second, run))
+    same_tensors(found, wanted, "what a second run of the same object uploads")
 
 
 def check_resume(run: Recorded, make: Callable[[], Method]) -> None:
@@ -171,10 +167,8 @@ def check_resume(run: Recorded, make: Callable[[], Method]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stopped = Recorded(callbacks=[Stop(after=3)])
         stopped.run_dir = Path(folder)
-        try:
+        with suppress(Stopped):
             stopped.fit(make(), fake_data())
-        except Stopped:
-            pass
         resumed = Recorded()
         resumed.fit(make(), fake_data(), checkpoint=Path(folder, "checkpoint.pt"))
     same(resumed, run, "a resumed run (does state_dict have the whole state of the server?)")
@@ -190,12 +184,13 @@ def check_offloading(run: Recorded, make: Callable[[], Method]) -> None:
     same(offloaded, run, what)
     synced = [[client.state_dict()["num_synced_rounds"] for client in each.clients] for each in (offloaded, run)]
     require(synced[0] == synced[1], f"{what} differs in its numbers of synced rounds")
-    require(torch.equal(offloaded.traffic["up"], run.traffic["up"]), f"{what} differs in its traffic")
 
 
 def check_few_samples(run: Recorded, make: Callable[[], Method]) -> None:
     """A client with 0, 1 or 2 samples of a task trains with finite numbers, uploads, and gets responses."""
-    for alpha, per_class, classes, seed, expected in FEW_SAMPLES:
+    # Dirichlet alpha, train samples per class, classes, seed, and the resulting samples by client and task.
+    few, fewer = (0.01, 8, 4, 47, [[0, 16], [16, 0]]), (5.0, 3, 2, 2, [[1, 2], [2, 1]])
+    for alpha, per_class, classes, seed, expected in (few, fewer):
         options = dict(protocol="global", private_classes=0, public_classes=classes, train_per_class=per_class)
         uneven = Recorded(max_norm_ratio=1e9)
         uneven.fit(make(), fake_data(dirichlet_alpha=alpha, **options), seed=seed)
@@ -205,10 +200,6 @@ def check_few_samples(run: Recorded, make: Callable[[], Method]) -> None:
         check_upload_spec(uneven, make)
         synced = [client.num_synced_rounds for client in uneven.clients]
         require(synced == [2, 2], f"clients with {samples} samples by task got {synced} responses in the last task")
-
-
-FEW_SAMPLES = ((0.01, 8, 4, 47, [[0, 16], [16, 0]]), (5.0, 3, 2, 2, [[1, 2], [2, 1]]))
-"""Dirichlet alpha, train samples per class, classes, seed, and the resulting samples by client and task."""
 
 
 def check_state(run: Recorded, make: Callable[[], Method]) -> None:
@@ -226,31 +217,19 @@ def check_state(run: Recorded, make: Callable[[], Method]) -> None:
 
 
 CHECKS = (
-    check_finite,
-    check_payloads,
-    check_upload_spec,
-    check_memory,
-    check_foundation,
-    check_state,
-    check_determinism,
-    check_resume,
-    check_offloading,
-    check_few_samples,
-)
+    check_finite, check_payloads, check_upload_spec, check_memory, check_foundation, check_state, check_determinism,
+    check_resume, check_offloading, check_few_samples,
+)  # fmt: skip
 """Functions of a finished run and of a function that builds the method."""
 
 
-def require(condition: bool, violation: str) -> None:
-    """Raise an AssertionError unless a condition holds."""
-    if not condition:
-        raise AssertionError(violation)
-
-
 def same(run: Recorded, expected: Recorded, what: str) -> None:
-    """Require equal states, accuracies and losses, bit for bit."""
-    same_tensors(run.states, expected.states, what)
-    accuracies = [trainer.matrix.values.nan_to_num(-1) for trainer in (run, expected)]
-    require(torch.equal(*accuracies), f"{what} differs in its accuracies")
+    """Require equal states, accuracies, traffic and losses, bit for bit."""
+    found, wanted = (
+        {"states": each.states, "accuracies": each.matrix.values.nan_to_num(-1), "traffic": each.traffic}
+        for each in (run, expected)
+    )
+    same_tensors(found, wanted, what)
     require(run.history == expected.history, f"{what} differs in its losses")
 
 

@@ -4,7 +4,6 @@ import pytest
 
 import tiny
 from fedlscl.__main__ import main
-from fedlscl.cli.app import load_yaml
 
 
 def files(folder):
@@ -41,15 +40,3 @@ def test_a_dry_run_is_refused_what_a_run_is(tmp_path, capsys):
     options = [*tiny.FEDAVG, *tiny.inside(tmp_path)]
     assert main(["fit", *options, "--dry_run", "--data.num_clients", "40"]) == 2
     assert "num_clients" in capsys.readouterr().err and files(tmp_path) == []
-
-
-def test_a_file_with_the_methods_former_numbers_of_tasks_and_clients_is_read():
-    with pytest.warns(UserWarning, match=r"^method\.num_tasks is no longer an option: data\.num_tasks is used\.$"):
-        found = load_yaml("method: {class_path: LoRM, init_args: {num_tasks: 5, rank: 2}}")
-    assert found == {"method": {"class_path": "LoRM", "init_args": {"rank": 2}}}
-    with pytest.warns(UserWarning, match=r"data\.num_clients is used"):
-        assert load_yaml("method: {class_path: fedlscl.methods.FedWeIT, num_clients: 5}")["method"].keys() == {
-            "class_path"
-        }
-    own = {"method": {"class_path": "mine.Method", "init_args": {"num_tasks": 5}}}
-    assert load_yaml(str(own)) == own

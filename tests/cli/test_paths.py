@@ -12,8 +12,8 @@ import tiny
 from fedlscl import methods
 from fedlscl.__main__ import main
 from fedlscl.callbacks import Callback
-from fedlscl.cli import PATHS, doctor, expanded, report, with_expanded_paths
-from fedlscl.cli.app import FederatedCLI
+from fedlscl.cli import PATHS, doctor, expanded, report
+from fedlscl.cli.app import FederatedCLI, read_options
 from fedlscl.cli.commands import Commands
 from fedlscl.data import SpatialTemporalDataModule
 from fedlscl.federated.trainer import FederatedTrainer
@@ -187,7 +187,7 @@ def test_no_folder_of_that_name_appears(home, capsys):
 def test_the_other_commands_expand_theirs(parse, home, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr("fedlscl.report.table.print_comparison", given.extend)
-    monkeypatch.setattr(doctor, "findings", lambda root, configs: given.extend([root, *configs]) or [])
+    monkeypatch.setattr(doctor, "checks", lambda root, configs: given.extend([root, *configs]) or [])
     parse(["~/x", "$PLACE/y"] if parse is report else ["--data_root=~/x", "--config=$PLACE/y"])
     assert [str(path) for path in given] == [str(home / "x"), str(home / "y")]
 
@@ -218,5 +218,6 @@ def test_what_exists_as_it_is_written_stays(name, home):
 
 
 def test_other_words_stay(home):
-    words = ["fit", "--trainer.name=~a", "--method.small_model", "$PLACE", "~", "--images"]
-    assert with_expanded_paths(words) == words
+    words = ["--trainer.name=~a", "--method.small_model", "$PLACE", "~", "--images"]
+    assert read_options(words) == [("--trainer.name", "~a"), ("--method.small_model", "$PLACE"), ("~", None),
+                                   ("--images", None)]  # fmt: skip

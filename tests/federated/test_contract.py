@@ -87,7 +87,7 @@ BROKEN = [
     (contract.check_upload_spec, SaysOtherwise, SMALL, "is rejected: 'head.bias' is not expected"),
     (contract.check_memory, SharesMemory, SMALL, "shares memory with its client"),
     (contract.check_foundation, SendsFoundation, HEAD, "'secret' contains weights of the frozen ViT"),
-    (contract.check_determinism, Draws, SMALL, "sends another 'drawn'"),
+    (contract.check_determinism, Draws, SMALL, "object uploads differs in /0/drawn"),
     (contract.check_resume, Forgets, SMALL, "does state_dict have the whole state"),
     (contract.check_offloading, HoldsOn, SMALL, "is some state of a client stored outside of it"),
 ]

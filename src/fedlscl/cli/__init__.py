@@ -1,16 +1,14 @@
-"""The command line over LightningCLI, which starts in ``app``: errors in one line, paths among options, ``report``.
-
-``~`` and variables in paths are expanded, and weights are also looked up under data.root.
-"""
+"""What the command line needs before torch is imported: errors in one line, paths among options, ``report``."""
 
 import argparse
+import difflib
 import errno
 import os
 import re
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,16 +17,12 @@ from typing_extensions import override
 
 COMMANDS = ("fit", "validate", "test", "predict", "report", "methods", "doctor", "completion")
 PACKAGE = str(Path(__file__).parents[1])
-FULL = (errno.ENOSPC, errno.EDQUOT)
 PATHS = frozenset(
     "cache_dir ckpt_path config data data_root dataset default_root_dir images manifest method out root runs "
     "small_weights trainer weights".split()
 )
 """Last parts of the names of options whose text is a path, as in ``--data FILE`` for a group; an option of type
 `pathlib.Path` need not be named here."""
-SHORT = {"-c": "--config"}
-VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-NAMED_WEIGHTS = ("timm", "bundled", "random")
 
 
 def explain(error: Exception) -> str | None:
@@ -45,7 +39,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         named = f"{error.filename!r}: {reason}" if error.filename is not None else reason
-        return f"{named}: free some space, then continue with --ckpt_path last." if error.errno in FULL else f"{named}."
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{named}: free some space, then continue with --ckpt_path last." if is_full else f"{named}."
     # jsonargparse wraps what a constructor raises.
     cause: BaseException | None = error
     while isinstance(cause, ValueError):
@@ -66,12 +61,10 @@ def brief_warnings() -> Iterator[None]:
     """Show this package's own warnings in one line, without the source line that Python adds."""
     usual = warnings.formatwarning
 
-    def brief(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
+    def brief(message: Any, category: Any, filename: str, *line: Any) -> str:
         if filename.startswith(PACKAGE):
             return f"fedlscl: warning: {' '.join(str(message).split())}\n"
-        return usual(message, category, filename, lineno, line)
+        return usual(message, category, filename, *line)
 
     warnings.formatwarning = brief
     try:
@@ -80,8 +73,20 @@ def brief_warnings() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint for a misspelt name, in any case.
+
+    Example:
+        >>> did_you_mean("fitt", ["fit", "test"], "choose one."), did_you_mean("x", ["fit", "test"], "choose one.")
+        ('did you mean fit?', 'choose one.')
+    """
+    names = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(given.casefold(), names, n=1)
+    return f"did you mean {names[near[0]]}?" if near else otherwise
+
+
 class Parser(argparse.ArgumentParser):
-    """Errors take one line, with the usage."""
+    """Errors take one line, with the usage; paths are expanded."""
 
     @override
     def error(self, message: str) -> NoReturn:
@@ -96,19 +101,12 @@ class Parser(argparse.ArgumentParser):
 def expanded(path: str, name: str = "path") -> str:
     """Expand ``$NAME``, ``${NAME}``, ``~`` and ``~user``; an existing path with an unset variable stays as it is.
 
-    Args:
-        path: as given.
-        name: of the option, for messages.
-
-    Raises:
-        ValueError: if a variable is not set or empty, or a user unknown.
-
     Example:
         >>> os.environ["SCRATCH"] = "/scratch"
         >>> expanded("${SCRATCH}/runs"), expanded("runs/~")
         ('/scratch/runs', 'runs/~')
     """
-    unset = [found for pair in VARIABLE.findall(path) for found in pair if found and not os.environ.get(found)]
+    unset = [variable for variable in re.findall(r"\$\{?(\w+)", path) if not os.environ.get(variable)]
     if unset and not os.path.exists(path):
         raise ValueError(
             f"{name} must be a path whose variables are set, got {path!r}: set {unset[0]}, or write the path in full."
@@ -124,11 +122,7 @@ def expanded(path: str, name: str = "path") -> str:
 
 
 def expand_paths(options: Any, name: str = "") -> Any:
-    """Nested options with every path `expanded`: those named in `PATHS`, and every `pathlib.Path`.
-
-    Raises:
-        ValueError: as `expanded`, naming the option.
-    """
+    """Nested options with every path `expanded`: those named in `PATHS`, and every `pathlib.Path`."""
     if isinstance(options, argparse.Namespace):  # jsonargparse's, too
         return type(options)(**expand_paths(vars(options), name))
     if isinstance(options, dict):
@@ -142,61 +136,19 @@ def expand_paths(options: Any, name: str = "") -> Any:
     return expanded(options, name) if is_path else options
 
 
-def with_expanded_paths(arguments: list[str]) -> list[str]:
-    """Expand paths on a command line, since some are needed before it is parsed and a shell expands no ``--out=~/a``.
-
-    Example:
-        >>> os.environ["SCRATCH"] = "/scratch"
-        >>> with_expanded_paths(["fit", "--config=$SCRATCH/a.yaml", "--data.root", "$SCRATCH", "--method.lr", "$1"])
-        ['fit', '--config=/scratch/a.yaml', '--data.root', '/scratch', '--method.lr', '$1']
-    """
-    changed, before = [], ""
-    for word in arguments:
-        option, is_joined, value = word.partition("=")
-        option = SHORT.get(option, option)
-        if is_joined and option.startswith("--"):
-            changed.append(f"{option}={expand_paths(value, option[2:])}")
-        else:
-            changed.append(expand_paths(word, before))
-        before = "" if is_joined or not option.startswith("--") else option[2:]
-    return changed
-
-
-def weights_found(config: Any) -> Any:
-    """Look up weights files under data.root if they are not in the current directory."""
-    found, root = config.clone(), config.data.root
-    for name, value in config.items():
-        if root is None or not name.endswith((".weights", ".small_weights")):
-            continue
-        if isinstance(value, str):
-            found[name] = _weights_found(value, root)
-        elif isinstance(value, list):
-            found[name] = [_weights_found(file, root) for file in value]
-    return found
-
-
-def _weights_found(file: str, root: str) -> str:
-    is_elsewhere = file and file not in NAMED_WEIGHTS and not Path(file).is_file() and Path(root, file).is_file()
-    return str(Path(root, file)) if is_elsewhere else file
-
-
 def report(arguments: list[str]) -> None:
     """Print one table over runs, or write the whole report into a folder."""
     parser = Parser(usage="fedlscl report RUN [RUN ...] [--out DIR]", description="Compare runs.", allow_abbrev=False)
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="run folder, folder of several runs, or results.json."
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="write tables, figures and index.html there; otherwise print one table."
-    )
+    about = "run folder, folder of several runs, or results.json."
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=about)
+    about = "write tables, figures and index.html there; otherwise print one table."
+    parser.add_argument("--out", metavar="DIR", type=Path, help=about)
     given = parser.parse_args(arguments)
     if given.out is None:
         from fedlscl.report.table import print_comparison
 
         print_comparison(given.runs)
         return
-    # Here, since matplotlib takes a second to load.
-    from fedlscl.report.page import write_report
+    from fedlscl.report.page import write_report  # here, since matplotlib takes a second to load
 
-    for path in write_report(given.runs, given.out):
-        print(path)
+    print(*write_report(given.runs, given.out), sep="\n")

@@ -1,13 +1,10 @@
 """The command line over LightningCLI: parse, make trainer, method and datamodule, and run one command."""
 
-import argparse
-import difflib
 import importlib
 import logging
 import os
 import re
 import sys
-import warnings
 from argparse import ArgumentError
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from fedlscl import __version__, methods
-from fedlscl.cli import brief_warnings, expand_paths, weights_found, with_expanded_paths
+from fedlscl.cli import brief_warnings, did_you_mean, expand_paths
 from fedlscl.cli.commands import Commands
 from fedlscl.cli.runs import CONFIG, find_checkpoint
 from fedlscl.data import SpatialTemporalDataModule
@@ -45,34 +42,31 @@ RENAMED = {
     "method.collaborator.adapted_weight": "trainer.readouts.heads",
 }
 """Options of earlier versions, for the message that names the new one."""
-SIZED_BY_DATA = ("FedDualP", "FedMGP", "FedWeIT", "LoRM", "PILoRA")
-"""Methods that once had options for the numbers of tasks and clients."""
 DEFAULT_METHOD = "fedlscl.methods.FedLSCL"
-METHOD_OPTIONS = ("--method", "--method.class_path", "--method.help")
+SHORT = {"-c": "--config", "-h": "--help"}
 OF_ONE_CALL = ("config", "ckpt_path", "dry_run")
 """Options that a saved configuration leaves out."""
-SEED_RULE = "seed_everything must be a whole number from 0 to 4294967295, got {}."
 
 
 def run(arguments: list[str]) -> None:
     """Run a command line whose first word is the command."""
-    if arguments[0] == "methods":
-        print_methods()
-        return
     for name in ("lightning.fabric", "lightning.pytorch", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # As with ``python -m``: a user's own classes may lie beside their configuration.
     sys.path.append(os.getcwd())
     try:
         with brief_warnings():
-            if arguments[0] == "completion":
-                print_completion(arguments[1:])
-            elif arguments[0] == "doctor":
-                from fedlscl.cli.doctor import doctor
+            match arguments:
+                case ["methods", *_]:
+                    print_methods()
+                case ["completion", *words]:
+                    print_completion(words)
+                case ["doctor", *words]:
+                    from fedlscl.cli.doctor import doctor
 
-                doctor(arguments[1:])
-            else:
-                FederatedCLI(arguments)
+                    doctor(words)
+                case _:
+                    FederatedCLI(arguments)
     finally:
         sys.path.pop()
 
@@ -96,28 +90,31 @@ def build(options: Sequence[str]) -> Experiment:
         ArgumentError: if an option is unknown or has a wrong type.
         ValueError: if a value is out of range.
     """
-    return FederatedCLI(["fit", *options], run=False).experiment
+
+    class Build(FederatedCLI):
+        def fit(self, **options: Any) -> None:
+            """Only made, not trained."""
+
+    return Build(["fit", *options]).experiment
 
 
 class FederatedCLI(LightningCLI):
     """Groups ``trainer``, ``method`` and ``data``, and one seed; the commands are the methods of `Commands`."""
 
-    def __init__(self, arguments: list[str], run: bool = True) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         set_loader("yaml", load_yaml, (yaml.YAMLError,))
-        self.command, arguments = arguments[0], with_saved_config(with_expanded_paths(normalized(arguments)))
+        self.command, options = arguments[0], with_saved_config(arguments[0], read_options(arguments[1:]))
         # The default of another method would hand its own values to every option that both have.
-        self.default_method = _importable(named_method(arguments)) or DEFAULT_METHOD
+        self.default_method = importable(named_method(options)) or DEFAULT_METHOD
         usage = f"fedlscl {self.command} [--config FILE] [--GROUP.OPTION VALUE ...]"
-        kwargs = {"usage": usage, "dump_header": [f"fedlscl=={__version__}"]}
         super().__init__(
             datamodule_class=SpatialTemporalDataModule,
             trainer_class=cast(Any, Commands),
             save_config_callback=None,
             parser_class=Parser,
-            parser_kwargs={"prog": "fedlscl", **({self.command: kwargs} if run else kwargs)},
-            args=arguments if run else arguments[1:],
-            run=run,
+            parser_kwargs={self.command: {"usage": usage, "dump_header": [f"fedlscl=={__version__}"]}},
+            args=[self.command, *(name if value is None else f"{name}={value}" for name, value in options)],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -129,17 +126,13 @@ class FederatedCLI(LightningCLI):
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=Seed(), default=42, help="of the split and of training.")
+        parser.add_argument("--seed_everything", type=int, default=42, help="of the split and of training.")
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(FederatedTrainer, "trainer", sub_configs=True)
-        parser.add_subclass_arguments(
-            Method,
-            "method",
-            metavar="NAME",
-            help="short name or module.Class; --method.help NAME lists its options, --method.OPTION sets one.",
-        )
+        about = "short name or module.Class; --method.help NAME lists its options, --method.OPTION sets one."
+        parser.add_subclass_arguments(Method, "method", metavar="NAME", help=about, required=True)
         parser.set_defaults({"method": {"class_path": self.default_method}})
         parser.add_class_arguments(SpatialTemporalDataModule, "data", sub_configs=True)
 
@@ -148,9 +141,17 @@ class FederatedCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise ArgumentError(None, of_method(str(error), self.default_method.rpartition(".")[2])) from error
-        batch_size = self.config.get(self.command, self.config).data.batch_size
-        if batch_size != 32 or any(word.partition("=")[0] == "--data.batch_size" for word in args):
+            message, method = error.message, self.default_method.rpartition(".")[2]
+            if (name := message.partition(" is unknown: ")[0]) in RENAMED:
+                message = f"{name} was renamed: use {RENAMED[name]}."
+            elif name.startswith("method."):  # a wrong combination of files, if not a wrong spelling
+                message = message.replace(" is unknown: ", f" is unknown to {method}: ")
+                message = message.replace("--help lists", f"--method.help {method} lists")
+            raise ArgumentError(None, message) from error
+        config = self.config[self.command]
+        if not 0 <= config.seed_everything < 2**32:
+            raise ValueError(f"seed_everything must be from 0 to 4294967295, got {config.seed_everything}.")
+        if config.data.batch_size != 32 or any(word.startswith("--data.batch_size=") for word in args):
             print(f"data.batch_size has no effect on {self.command}: set method.batch_size.", file=sys.stderr)
 
     @override
@@ -159,84 +160,93 @@ class FederatedCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        parser, config = self._parser(self.subcommand), self.config.get(str(self.subcommand), self.config)
+        parser, config = self._parser(self.command), self.config[self.command]
         given = Namespace({key: value for key, value in config.items() if key not in OF_ONE_CALL})
         # Saved as written, so that a configuration file serves on another machine, too.
         text = parser.dump(given, skip_unset=False)
         config = weights_found(expand_paths(config))
         made = parser.instantiate(config)
-        self.config_init = Namespace({str(self.subcommand): made})
+        self.config_init = Namespace({self.command: made})
         self.experiment = Experiment(made.trainer, made.method, made.data, config.as_dict(), text)
         self.model, self.datamodule = made.method, made.data
         self.trainer = cast(Any, Commands(made.trainer, self.experiment.config, text))
 
 
+def weights_found(config: Namespace) -> Namespace:
+    """Look up weights files under data.root if they are not in the current directory."""
+    found, root = config.clone(), config.data.root
+
+    def look_up(value: Any) -> Any:
+        if isinstance(value, list):
+            return [look_up(file) for file in value]
+        is_file_name = isinstance(value, str) and value not in ("", "timm", "bundled", "random")
+        is_elsewhere = is_file_name and not Path(value).is_file() and Path(root, value).is_file()
+        return str(Path(root, value)) if is_elsewhere else value
+
+    for name, value in config.items():
+        if root is not None and name.endswith((".weights", ".small_weights")):
+            found[name] = look_up(value)
+    return found
+
+
 # The words of a command line, before jsonargparse reads them.
 
-
-def normalized(arguments: list[str]) -> list[str]:
-    """Methods in any case, a class after ``--data.dataset``, and ``--dry_run`` without a value.
-
-    Example:
-        >>> normalized(["fit", "--method", "fedavg", "--method=LWF", "--method.lr", "1"])
-        ['fit', '--method', 'FedAvg', '--method=LwF', '--method.lr', '1']
-        >>> normalized(["fit", "--dry_run", "--data.dataset", "fedlscl.data.Fake"])
-        ['fit', '--dry_run=true', '--data.dataset.class_path', 'fedlscl.data.Fake']
-    """
-    changed, before = [], ""
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, is_joined, value = word.partition("=")
-        if before in METHOD_OPTIONS:
-            word = method_name(word)
-        elif option in METHOD_OPTIONS and is_joined:
-            word = f"{option}={method_name(value)}"
-        elif word == "--dry_run" and following not in ("true", "false"):
-            word = "--dry_run=true"
-        elif option == "--data.dataset" and _importable(value if is_joined else following):
-            word = f"--data.dataset.class_path{is_joined}{value}"
-        changed.append(word)
-        before = word
-    return changed
+Option = tuple[str, str | None]
+"""Name and value of an option, None if it has none; a word that belongs to no option is a name."""
 
 
-def with_saved_config(arguments: list[str]) -> list[str]:
-    """Check the configuration files; a command on a trained run takes the one beside its checkpoint by default.
-
-    Raises:
-        ValueError: if a file cannot be read, or there is no checkpoint.
-    """
-    known = _known(arguments)
-    for file in known.config:
-        check_config(file)
-    if arguments[0] == "fit" or known.config or known.help:
-        return arguments
-    checkpoint = find_checkpoint(Path(known.root if known.ckpt_path == "last" else known.ckpt_path))
-    saved = str(checkpoint.with_name(CONFIG))
-    check_config(saved)
-    return [arguments[0], "--config", saved, *arguments[1:], "--ckpt_path", str(checkpoint)]
-
-
-def named_method(arguments: list[str]) -> str | None:
-    """The method that a command line names last, or else a configuration file on it; None if neither does.
+def read_options(words: Iterable[str]) -> list[Option]:
+    """The options of a command line: paths expanded, methods in any case, and a class after ``--data.dataset``.
 
     Example:
-        >>> named_method(["fit", "--method", "LwF", "--method.lr", "1", "--method=EWC"])
+        >>> read_options(["-c", "a.yaml", "--method=fedprox", "--method.mu", "-1", "--dry_run"])
+        [('--config', 'a.yaml'), ('--method', 'FedProx'), ('--method.mu', '-1'), ('--dry_run', 'true')]
+        >>> os.environ["SCRATCH"] = "/scratch"
+        >>> read_options(["--data.root", "$SCRATCH", "--method.lr=$1", "--data.dataset", "fedlscl.data.Fake"])
+        [('--data.root', '/scratch'), ('--method.lr', '$1'), ('--data.dataset.class_path', 'fedlscl.data.Fake')]
+    """
+    given: list[Option] = []
+    for word in words:
+        name, is_joined, value = SHORT.get(word, word).partition("=")
+        if name.startswith("--"):
+            given.append((name, value if is_joined else None))
+        elif given and given[-1][1] is None:
+            given[-1] = (given[-1][0], word)
+        else:
+            given.append((word, None))
+    options: list[Option] = []
+    for name, value in given:
+        if name == "--dry_run" and value is None:
+            value = "true"
+        elif name in ("--method", "--method.class_path", "--method.help") and value is not None:
+            value = method_name(value)
+        elif name == "--data.dataset" and importable(value):
+            name = "--data.dataset.class_path"
+        options.append((name, expand_paths(value, name[2:])))
+    return options
+
+
+def with_saved_config(command: str, options: list[Option]) -> list[Option]:
+    """A command on a trained run takes the configuration beside its checkpoint if none is given."""
+    given = dict(options)
+    if command == "fit" or "--config" in given or "--help" in given:
+        return options
+    path = given.get("--ckpt_path") or "last"
+    checkpoint = find_checkpoint(Path(path if path != "last" else given.get("--trainer.default_root_dir") or "runs"))
+    return [("--config", str(checkpoint.with_name(CONFIG))), *options, ("--ckpt_path", str(checkpoint))]
+
+
+def named_method(options: list[Option]) -> str | None:
+    """The method that the options name last, or else their configuration files; None if neither does.
+
+    Example:
+        >>> named_method([("--method", "LwF"), ("--method.lr", "1"), ("--method", "EWC")])
         'EWC'
     """
-    known = _known(arguments)
-    groups = [yaml.safe_load(Path(file).read_text()).get("method") for file in known.config] + [known.method]
+    groups = [read_config(value).get("method") for name, value in options if name == "--config" and value is not None]
+    groups += [value for name, value in options if name in ("--method", "--method.class_path")]
     names = [group.get("class_path") if isinstance(group, dict) else group for group in groups]
     return next((name for name in reversed(names) if isinstance(name, str)), None)
-
-
-def _known(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--ckpt_path", default="last")
-    parser.add_argument("--trainer.default_root_dir", dest="root", default="runs")
-    parser.add_argument("--method", "--method.class_path")
-    return parser.parse_known_args(arguments[1:])[0]
 
 
 def method_name(given: str) -> str:
@@ -244,7 +254,7 @@ def method_name(given: str) -> str:
     return {name.casefold(): name for name in methods.__all__}.get(given.casefold(), given)
 
 
-def _importable(name: str | None) -> str | None:
+def importable(name: str | None) -> str | None:
     """The import path of a class by its full name, or of a public method; None if there is no such class."""
     if (public := method_name(name or "")) in methods.__all__:
         return f"fedlscl.methods.{public}"
@@ -261,43 +271,17 @@ YAML = get_loader("yaml")
 
 
 def load_yaml(text: str) -> Any:
-    """Load YAML as jsonargparse does, with method names in any case and without options that the data decide."""
+    """Load YAML as jsonargparse does, with method names in any case."""
     value = YAML(text)
     group = value.get("method") if isinstance(value, dict) else None
-    if isinstance(group, dict) and str(group.get("class_path")).split(".")[-1] in SIZED_BY_DATA:
-        for options in (group, group.get("init_args") or {}):
-            for name in {"num_tasks", "num_clients"} & set(options):
-                warnings.warn(f"method.{name} is no longer an option: data.{name} is used.", stacklevel=1)
-                del options[name]
     for holder, key in ((value, "method"), (group, "class_path"), (value, "class_path")):
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = method_name(holder[key])
     return value
 
 
-class Seed:
-    """Reads a seed of NumPy and torch, 0 to 2^32 - 1; a class, since --help shows a type by its representation."""
-
-    __name__ = "seed"
-
-    @override
-    def __repr__(self) -> str:
-        return "int"
-
-    def __call__(self, given: Any) -> int:
-        """The seed, or a ValueError with the rule."""
-        text = str(given)
-        if not text.isdecimal() or not text.isascii() or int(text) >= 2**32:
-            raise ValueError(SEED_RULE.format(text))
-        return int(text)
-
-
-def check_config(file: str) -> None:
-    """Check that a configuration file exists and is a YAML mapping without duplicate keys.
-
-    Raises:
-        ValueError: naming the file, and the line if there is one.
-    """
+def read_config(file: str) -> dict[str, Any]:
+    """A configuration file, which must be a YAML mapping without duplicate keys."""
     try:
         text = Path(file).read_text()
         content = yaml.safe_load(text)
@@ -312,11 +296,13 @@ def check_config(file: str) -> None:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ValueError(f"config {file!r} must have groups such as 'trainer:' and 'data:', got {kind}.")
+    for group in ("trainer", "data"):
+        if not isinstance(content.get(group, {}), dict | str):
+            raise ValueError(f"config {file!r} must have options under '{group}:', got {content[group]}.")
     for name, times in Counter(keys).items():
         if times > 1:
             raise ValueError(f"config {file!r} must have {name} once, got it {times} times: remove all but one.")
-    if content.get("seed_everything", 0) is None:
-        raise ValueError(SEED_RULE.format("null"))
+    return content
 
 
 def _keys(node: yaml.Node | None, name: str = "") -> Iterator[str]:
@@ -334,14 +320,14 @@ def _keys(node: yaml.Node | None, name: str = "") -> Iterator[str]:
 
 # Errors of the parser, in one line.
 
-UNKNOWN = re.compile(r"(?:unrecognized arguments: (?:--)?|(?:Option|accept option) ')(?P<key>[^\s='?]+)")
-KEY = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<reason>.+)', re.DOTALL)
-INNER = re.compile(r"given class_path '([^']+)':\n(.+?)\s*(?:\n\s*- Expected|\n\s*Given value|$)", re.DOTALL)
-EXPECTED = re.compile(r"Expected an? (?:typing\.Literal\[(.+?)\]|<class '(?:\w+\.)*(\w+)'>|(\S+?))(?=[.\s]|$)")
-VALUE = re.compile(
-    r"(?:Got value|Given value): (?:NestedArg\(key='([^']+)', val=)?(?:\{'class_path': )?'?(.*?)'?[)}]*$", re.M
-)
+REQUIRED = re.compile(r"arguments are required: (?:\w+\.)?([\w.]+)")
+UNKNOWN = re.compile(r"(?:arguments: (?:--)?|^Option '|^Subcommand .*option '|^Group '(.+)' .*option ')([^\s=']+)")
+KEY = re.compile(r'.*Parser key "([^"]+)":\s*(.+)', re.DOTALL)
 UNTYPED = re.compile(r"Parameter '(\w+)' from '([\w.]+?)(?:\.__init__)?' does not specify a type")
+PROBLEM = re.compile(r"given class_path '(.+)':\n\s*(.+)")
+NO_CLASS = re.compile(r"(?:dot import path string:|Import path) (\S+)")
+EXPECTED = re.compile(r"Expected a (?:typing\.Literal\[(.+?)\]|<class '(?:\w+\.)*(\w+)'>)")
+VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 
 
 class Parser(LightningArgumentParser):
@@ -351,96 +337,66 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False, "exit_on_error": False})
 
     @override
+    def validate(self, namespace: Namespace, skip_unset: bool = True, *args: Any, **kwargs: Any) -> None:
+        super().validate(namespace, False, *args, **kwargs)  # null, too, must be of an option's type
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         raise ArgumentError(None, one_line(message, [action.dest for action in parser._actions])) from ex
 
 
 def one_line(message: str, options: Iterable[str]) -> str:
-    """Reduce jsonargparse's report to the option, its value and the fix.
+    """Reduce jsonargparse's report to the option, its value and the fix; those of nested classes are one line already.
 
     Example:
         >>> one_line("unrecognized arguments: --trainer.rounds 3", ["trainer.rounds_per_task"])
         'trainer.rounds is unknown: did you mean trainer.rounds_per_task?'
-        >>> one_line("unrecognized arguments: --data.concentration 1", [])
-        'data.concentration was renamed: use data.dirichlet_alpha.'
     """
-    if found := re.search(r"invalid seed value: '(.*)'$", message):
-        return SEED_RULE.format(found[1])
-    if found := re.search(r"arguments are required: (?:\w+\.)?([\w.]+)", message):
-        return f"option {found[1]} is missing: add --{found[1]} VALUE."
-    if found := UNTYPED.search(message):
-        option = message.partition(":")[0].strip()
-        return (
-            f"{option}: argument {found[1]!r} of {found[2]!r} must have a type, got none: write {found[1]}: str, or so."
-        )
+    missing = "{0} is missing: add --{0} VALUE."
+    if found := REQUIRED.search(message):
+        return missing.format(found[1])
     if found := UNKNOWN.search(message):
-        return _unknown(found["key"], options)
+        name = ".".join(filter(None, found.groups()))
+        if name == "class_path":
+            return "class_path is unknown beside options: put these under init_args."
+        longer = [option for option in options if option.startswith(name)]
+        return f"{name} is unknown: {did_you_mean(name, longer or options, '--help lists what there is.')}"
     if not (found := KEY.match(message)):
         return message
-    key, reason = found["key"], found["reason"]
-    if inner := INNER.search(reason):
-        path, why = inner[1], " ".join(inner[2].split())
-        if option := re.match(r"([\w.]+) (is unknown|must be)", why):
-            renamed = _renamed(f"{key}.{option[1]}")
-            return renamed or f"{key}.{why.replace('did you mean ', f'did you mean {key}.')}"
-        return f"{key}={path!r} cannot be used ({why}): {_classes(path)}"
-    nested, value = (VALUE.findall(reason) or [("", "")])[-1]
-    if "dot import path string" in reason or "does not correspond" in reason:
-        return f"{key}={value!r} is unknown: {_classes(value)}"
-    kinds = ["".join(found) for found in EXPECTED.findall(reason)]
-    expected = [kind.replace(", ", " or ") for kind in kinds if kind not in ("NoneType", "path")]
-    if expected and value:
-        return f"{key}{'.' * bool(nested)}{nested} must be {' or '.join(expected)}, got {value!r}."
-    reason = " ".join(reason.split())
-    return reason if reason.startswith(f"{key} must be ") else f"{key}: {reason}"
+    key, reason = found.groups()
+    if found := UNTYPED.search(reason):
+        name, owner = found.groups()
+        return f"{key}: argument {name!r} of {owner!r} must have a type, got none: write {name}: str, or so."
+    if found := PROBLEM.search(reason):
+        path, why = found.groups()
+        if re.match(r"[\w.]+( is | must be |=|: )", why):
+            return re.sub("^|(?<=did you mean )|(?<=add --)", f"{key}.", why)
+        return f"{key}={path!r} cannot be used ({why}): {class_hint(key, path)}"
+    if found := NO_CLASS.search(reason):
+        return f"{key}={found[1]!r} is unknown: {class_hint(key, found[1])}"
+    found = [literals.replace(", ", " or ") or kind for literals, kind in EXPECTED.findall(reason)]
+    kinds, values = [kind for kind in found if kind != "NoneType"], VALUE.findall(reason)
+    if values[-1:] == ["None"]:
+        return missing.format(key)
+    if kinds and values:
+        return f"{key} must be {' or '.join(kinds)}, got {values[-1]!r}."
+    return f"{key}: {' '.join(reason.split())}"
 
 
-def of_method(message: str, method: str) -> str:
-    """Name the method that lacks an option: what is wrong may be the combination of files, not the spelling.
-
-    Example:
-        >>> of_method("method.rank is unknown: --help lists what there is.", "FedAvg")
-        'method.rank is unknown to FedAvg: --method.help FedAvg lists what there is.'
-    """
-    if not re.match(r"method\.[\w.]+ is unknown: ", message):
-        return message
-    message = message.replace(" is unknown: ", f" is unknown to {method}: ", 1)
-    return message.replace("--help lists", f"--method.help {method} lists")
-
-
-def _unknown(name: str, options: Iterable[str]) -> str:
-    if name == "class_path":
-        return "class_path is unknown beside options: put these under init_args."
-    options = list(options)
-    near = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists what there is."
-    return _renamed(name) or f"{name} is unknown: {hint}"
-
-
-def _renamed(name: str) -> str | None:
-    return f"{name} was renamed: use {RENAMED[name]}." if name in RENAMED else None
-
-
-def _classes(given: str) -> str:
-    names = {name.casefold(): name for name in methods.__all__}
-    near = difflib.get_close_matches(given.rpartition(".")[2].casefold(), names, n=1)
-    choices = ", ".join(methods.__all__)
-    return f"did you mean {names[near[0]]}?" if near else f"choose from {choices}, or give module.Class."
+def class_hint(key: str, given: str) -> str:
+    """How to name a class for an option: a method in short, others by their module."""
+    if key != "method":
+        return "give module.Class."
+    choices = f"choose from {', '.join(methods.__all__)}, or give module.Class."
+    return did_you_mean(given.rpartition(".")[2], methods.__all__, choices)
 
 
 # ``fedlscl completion`` and ``fedlscl methods``.
 
-OTHERS = {"report": ["--out"], "methods": [], "doctor": ["--data_root", "--config"], "completion": []}
-"""Options of the commands that are not methods of `Commands`."""
-
 
 def print_completion(arguments: list[str]) -> None:
-    """Print the script of a shell.
-
-    Raises:
-        ValueError: if the shell is not bash or zsh.
-    """
+    """Print the script of a shell."""
     if arguments not in (["bash"], ["zsh"]):
         raise ValueError(f"completion must be of bash or zsh, got {' '.join(arguments)!r}.")
     parser = Parser(prog="fedlscl")
@@ -456,7 +412,8 @@ def print_completion(arguments: list[str]) -> None:
         command.add_argument("--data.dataset")
         command.add_method_arguments(Commands, name, skip={"model", "datamodule"})
         commands.add_subcommand(name, command)
-    for name, options in OTHERS.items():
+    others = {"report": ["--out"], "methods": [], "doctor": ["--data_root", "--config"], "completion": []}
+    for name, options in others.items():
         command = Parser()
         for option in options:
             command.add_argument(option)
@@ -485,11 +442,10 @@ def print_methods() -> None:
         print(markdown([list(LIST_HEADER), *method_rows()], rule="---"))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title="fedlscl fit --method NAME")
-    for number, column in enumerate(LIST_HEADER):
-        table.add_column(column, no_wrap=number == 0, style="bold" if number == 0 else None)
+    first = Column(LIST_HEADER[0], no_wrap=True, style="bold")
+    table = Table(first, *LIST_HEADER[1:], title="fedlscl fit --method NAME")
     for row in method_rows():
         table.add_row(*row)
     Console().print(table)

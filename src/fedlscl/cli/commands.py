@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from fedlscl.callbacks.formatting import LEGEND, MASK_NAMES, aligned, percent
-from fedlscl.cli.runs import (
-    MANIFEST,
-    RunDirectory,
-    check_writable,
-    find_checkpoint,
-    identify,
-    last_checkpoint,
-    learned_part,
-)
+from fedlscl.cli import runs
 from fedlscl.data import Batch, SpatialTemporalDataModule
 from fedlscl.data.images import ENDINGS, centre_crop, covering, find_images, read_image
 from fedlscl.data.loader import check_integers
@@ -44,64 +36,49 @@ CHUNK = 64
 
 
 class Predictor:
-    """One client's net as a checkpoint holds it.
+    """One client's net as a checkpoint holds it, with one of its classifiers.
 
     Args:
-        trainer: gives device and precision.
+        commands: with the configuration of the checkpoint; their trainer gives device and precision.
         method: builds the net.
-        config: the resolved configuration.
         checkpoint: file of a run, with manifest.json beside it.
         client: which client's net.
-        readout: which classifier, 'own' for the net's own head or a readout such as 'adapted/lda'.
-
-    Raises:
-        ValueError: if the checkpoint belongs to another configuration, or has no such client or readout.
+        readout: 'own' for the net's own head, or a readout such as 'adapted/lda'.
     """
 
-    def __init__(
-        self,
-        trainer: FederatedTrainer,
-        method: Method,
-        config: dict[str, Any],
-        checkpoint: Path,
-        client: int,
-        readout: str = "own",
-    ) -> None:
-        manifest = read_manifest(checkpoint.with_name(MANIFEST))
-        check_integers(0, len(manifest.splits) - 1, client=client)
+    def __init__(self, commands: "Commands", method: Method, checkpoint: Path, client: int, readout: str) -> None:
+        trainer, manifest = commands.trainer, read_manifest(checkpoint.with_name(runs.MANIFEST))
+        splits, names = manifest.splits, manifest.class_names
+        check_integers(0, len(splits) - 1, client=client)
         # Before the identity, which can only say that something differs: building says which file is missing.
-        splits = manifest.splits
-        net = method.build_net(client, StreamShape(len(manifest.class_names), len(splits), len(splits[0].classes)))
-        identity = learned_part(identify(config, manifest.fingerprint, manifest.splits))
-        state = load_last_good(checkpoint, identity)
-        progress = Progress(*state["progress"])
+        net = method.build_net(client, StreamShape(len(names), len(splits), len(splits[0].classes)))
+        identity = runs.identify(commands.config, manifest.fingerprint, splits)
+        state = load_last_good(checkpoint, runs.learned_part(identity))
+        progress, saved = Progress(*state["progress"]), state["clients"][client]
         learned = progress.last_trained_task + 1
         if readout != "own" and progress.round:
             raise ValueError(
                 f"readout must be own while task {learned} is not finished, got {readout!r}: its sums are taken at the "
                 "end of a task; finish it with fit --ckpt_path."
             )
-        classes = sorted(label for task in manifest.splits[client].classes[:learned] for label in task)
+        heads: dict[str, dict[str, Tensor]] = saved.get("readouts", {})
+        if readout not in ("own", *heads):
+            hint = "" if heads else ": train with --trainer.readouts.heads for readouts"
+            raise ValueError(f"readout must be one of {', '.join(['own', *heads])}, got {readout!r}{hint}.")
         self.prepared = preparation(manifest)
-        self.num_reshaped = 0
-        self.names = [manifest.class_names[label] for label in classes]
         self.fabric = connect(trainer.accelerator, 1, trainer.precision, trainer.deterministic)
-        net.load_state_dict(state["clients"][client]["net"])
+        net.load_state_dict(saved["net"])
         self.net: Net = cast(Net, self.fabric.to_device(net)).eval()
-        known: dict[str, dict[str, Tensor]] = state["clients"][client].get("readouts", {})
-        if readout != "own" and readout not in known:
-            hint = "" if known else ": train with --trainer.readouts.heads for readouts"
-            raise ValueError(f"readout must be one of {', '.join(['own', *known])}, got {readout!r}{hint}.")
-        self.heads = {} if readout == "own" else {readout: self.fabric.to_device(known[readout])}
-        self.config = replace(trainer.readouts, features=(readout.rpartition("/")[0],)) if self.heads else None
-        self.classes = torch.tensor(classes, device=self.fabric.device)
-        self.unreadable: list[str] = []
-        """One line for each file that could not be read."""
+        self.heads = {} if readout == "own" else {readout: self.fabric.to_device(heads[readout])}
+        self.readouts = replace(trainer.readouts, features=(readout.rpartition("/")[0],)) if self.heads else None
+        self.classes = sorted(label for task in splits[client].classes[:learned] for label in task)
+        self.names = [names[label] for label in self.classes]
+        self.num_reshaped = self.num_unreadable = 0
 
     def predict(self, files: list[Path], top: int) -> Iterator[tuple[str, int, str, str]]:
-        """Image, rank, class and probability of the ``top`` classes of each file, best first.
+        """Image, rank, class and probability of the best ``top`` of the classes that the client has seen, by file.
 
-        The classes are those that the client has seen. Files that cannot be read go to ``unreadable``.
+        A file that cannot be read is counted and named on stderr.
         """
         for start in range(0, len(files), CHUNK):
             images = {}
@@ -109,7 +86,8 @@ class Predictor:
                 try:
                     images[file] = self.read(file)
                 except ValueError as error:
-                    self.unreadable.append(str(error))
+                    self.num_unreadable += 1
+                    print(f"fedlscl: error: {' '.join(str(error).split())}", file=sys.stderr)
             if not images:
                 continue
             stacked = torch.from_numpy(np.stack(list(images.values())))
@@ -134,21 +112,17 @@ class Predictor:
         """Probabilities (B, classes seen) of stored images (B, 3, h, w), uint8."""
         stored = self.fabric.to_device(images)
         with self.fabric.autocast():
-            if self.config is None:
+            if self.readouts is None:
                 logits = self.net(stored).logits
             else:
                 unknown = torch.zeros(len(stored), dtype=torch.int64, device=stored.device)
-                views = self.config.views(self.net, Batch(stored, labels=unknown, ids=unknown))
+                views = self.readouts.views(self.net, Batch(stored, labels=unknown, ids=unknown))
                 (logits,) = readout_logits(views, self.heads).values()
         return logits[:, self.classes].float().softmax(1).cpu()
 
 
 def image_files(path: Path) -> list[Path]:
-    """A file under any name, or all images below a folder in order, by the rules of `find_images`.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """A file under any name, or all images below a folder in order, by the rules of `find_images`."""
     if path.is_file():
         return [path]
     files = find_images(path) if path.is_dir() else []
@@ -172,11 +146,7 @@ class Commands:
         self.seed: int = config["seed_everything"]
 
     def fit(
-        self,
-        model: Method,
-        datamodule: SpatialTemporalDataModule,
-        ckpt_path: str | None = None,
-        dry_run: bool = False,
+        self, model: Method, datamodule: SpatialTemporalDataModule, ckpt_path: str | None = None, dry_run: bool = False
     ) -> None:
         """Train on all tasks.
 
@@ -188,32 +158,22 @@ class Commands:
             dry_run: only estimate bytes and time, from a few timed steps; nothing is written.
         """
         folder = self._folder(model)
-        check_writable(folder)
+        runs.check_writable(folder)
         identity = self._identity(datamodule)
         checkpoint = None
         if ckpt_path == "last":
-            checkpoint = last_checkpoint(folder, identity)
+            checkpoint = runs.last_checkpoint(folder, identity)
             if checkpoint is None:
                 print(f"No checkpoint to continue in {folder}: starting from the beginning.", flush=True)
         elif ckpt_path is not None:
-            checkpoint = find_checkpoint(Path(ckpt_path))
+            checkpoint = runs.find_checkpoint(Path(ckpt_path))
         if dry_run:
             self._forecast(model, datamodule, checkpoint, identity)
             return
-        directory = RunDirectory(
-            folder, self.text, datamodule.save_manifest, None if checkpoint is None else checkpoint.parent
-        )
-        self.trainer.callbacks = [directory, *observers(), *self.trainer.callbacks]
-        try:
+        existing = None if checkpoint is None else checkpoint.parent
+        with runs.RunDirectory(folder, self.text, datamodule.save_manifest, existing) as directory:
+            self.trainer.callbacks = [directory, *observers(), *self.trainer.callbacks]
             self.trainer.fit(model, datamodule, self.seed, checkpoint, identity)
-        except BaseException as error:
-            is_kept = directory.discard()
-            if isinstance(error, KeyboardInterrupt):
-                hint = f"continue with --ckpt_path {directory.path}" if is_kept else "before the first checkpoint"
-                raise KeyboardInterrupt(hint) from None
-            raise
-        finally:
-            directory.release()
 
     def test(self, model: Method, datamodule: SpatialTemporalDataModule, ckpt_path: str = "last") -> None:
         """Accuracies of a trained run on its held-out images, per client and task, task- and class-incremental.
@@ -225,7 +185,7 @@ class Commands:
                 --config is given.
         """
         checkpoint = self._trained(model, ckpt_path)
-        identity = learned_part(self._identity(datamodule))
+        identity = runs.learned_part(self._identity(datamodule))
         self.trainer.devices = 1  # several processes would print the table several times
         self.trainer.setup(model, datamodule, self.seed)
         task = self.trainer.restore(checkpoint, identity).last_trained_task
@@ -267,10 +227,8 @@ class Commands:
         """
         check_integers(1, top=top)
         files, checkpoint = image_files(Path(images)), self._trained(model, ckpt_path)
-        predictor = Predictor(self.trainer, model, self.config, checkpoint, client, readout)
+        predictor = Predictor(self, model, checkpoint, client, readout)
         rows = list(predictor.predict(files, top))
-        for reason in predictor.unreadable:
-            print(f"fedlscl: error: {' '.join(reason.split())}", file=sys.stderr)
         if rows:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([("image", "rank", "class", "probability"), *rows])
@@ -278,7 +236,7 @@ class Commands:
                 sys.stdout.write(text.getvalue())
             else:
                 write_atomically(Path(out), text.getvalue().encode())
-        if predictor.unreadable:
+        if predictor.num_unreadable:
             raise SystemExit(2)
 
     def _forecast(
@@ -301,10 +259,10 @@ class Commands:
 
     def _identity(self, datamodule: SpatialTemporalDataModule) -> str:
         datamodule.run_seed = self.seed
-        return identify(self.config, datamodule.data.fingerprint, datamodule.splits)
+        return runs.identify(self.config, datamodule.data.fingerprint, datamodule.splits)
 
     def _trained(self, model: Method, ckpt_path: str) -> Path:
-        return find_checkpoint(self._folder(model) if ckpt_path == "last" else Path(ckpt_path))
+        return runs.find_checkpoint(self._folder(model) if ckpt_path == "last" else Path(ckpt_path))
 
 
 def observers() -> Sequence[Callback]:
@@ -318,10 +276,9 @@ def observers() -> Sequence[Callback]:
 
 def accuracy_table(values: Tensor) -> list[str]:
     """Lines for accuracies (clients, masks, tasks): each client's and their mean under both masks, in percent."""
-    tasks = [f"task {task}" for task in range(1, values.shape[2] + 1)]
-    rows = [["", "client", *tasks, "mean"]]
-    for mask, of_mask in zip(MASKS, values.transpose(0, 1), strict=True):
-        names = [*map(str, range(len(of_mask))), "mean"]
-        for name, accuracies in zip(names, (*of_mask, of_mask.mean(0)), strict=True):
-            rows.append([MASK_NAMES[mask], name, *map(percent, accuracies.tolist()), percent(accuracies.mean().item())])
+    rows = [["", "client", *(f"task {task}" for task in range(1, values.shape[2] + 1)), "mean"]]
+    names, values = [*map(str, range(len(values))), "mean"], torch.cat([values, values.mean(0, keepdim=True)])
+    for index, mask in enumerate(MASKS):
+        for name, accuracies in zip(names, values[:, index], strict=True):
+            rows.append([MASK_NAMES[mask], name, *map(percent, [*accuracies.tolist(), accuracies.mean().item()])])
     return aligned(rows)

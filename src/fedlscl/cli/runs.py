@@ -17,47 +17,33 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.engine import chosen_precision
 from fedlscl.federated.state import Callback, RunState
 
-DECIDING = (
-    "rounds_per_task",
-    "server_every",
-    "max_tasks",
-    "participation",
-    "failure_rate",
-    "max_norm_ratio",
-    "upload_gb",
-)
+CHECKPOINT, CONFIG, MANIFEST = "checkpoint.pt", "config.yaml", "manifest.json"
+DECIDING = "rounds_per_task server_every max_tasks participation failure_rate max_norm_ratio upload_gb".split()
 """Options of the trainer that decide the result."""
 
 
 def identify(config: dict[str, Any], fingerprint: str, splits: list[ClientSplit]) -> str:
-    """Fingerprint of a run: 'configuration-data-measurement', three hashes.
+    """Fingerprint of a run with a resolved configuration: 'configuration-data-measurement', three hashes.
 
     Data count by pixels, labels, class names and split, weights files by content; paths, names and callbacks do not
     count. Evaluation compares the first two, so that a run may be tested in another precision, or on other images.
-
-    Args:
-        config: the resolved configuration.
-        fingerprint: of the data set.
-        splits: one per client.
     """
-    trainer, configuration = config["trainer"], decisive_options(config)
-    for name, default in (("augment", "none"), ("validation_per_class", 0)):
-        if (value := config["data"].get(name, default)) != default:
-            configuration[name] = value
-    measured: Any = chosen_precision(trainer["precision"], trainer["accelerator"])
-    if (images := config["data"].get("evaluate_on", "test")) != "test":
-        measured = [measured, images]
+    data, trainer, configuration = config["data"], config["trainer"], decisive_options(config)
+    defaults = {"augment": "none", "validation_per_class": 0}
+    configuration |= {name: data[name] for name, default in defaults.items() if data[name] != default}
+    precision, images = chosen_precision(trainer["precision"], trainer["accelerator"]), data["evaluate_on"]
+    measured = precision if images == "test" else [precision, images]
     return f"{hash_of(configuration)}-{identify_data(fingerprint, splits)}-{hash_of(measured)}"
 
 
 def decisive_options(config: dict[str, Any]) -> dict[str, Any]:
     """The options that decide a result on given data."""
-    readouts = config["trainer"].get("readouts")
+    trainer, readouts = config["trainer"], config["trainer"]["readouts"]
     return {
         "method": by_content(config["method"]),
         "seed": config["seed_everything"],
-        **{name: config["trainer"][name] for name in DECIDING},
-        **({"readouts": readouts} if readouts and readouts["heads"] else {}),
+        **{name: trainer[name] for name in DECIDING},
+        **({"readouts": readouts} if readouts["heads"] else {}),
     }
 
 
@@ -92,11 +78,10 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-CHECKPOINT, CONFIG, MANIFEST = "checkpoint.pt", "config.yaml", "manifest.json"
-
-
 class RunDirectory(Callback):
-    """Makes the run's directory after all checks; the first of the callbacks.
+    """A run's directory, made and locked after all checks: the first of the callbacks.
+
+    As a context it is unlocked at the end, and removed if an error leaves a new one without a checkpoint.
 
     Args:
         folder: where version_N is made.
@@ -105,9 +90,7 @@ class RunDirectory(Callback):
         existing: directory of a run to be continued.
     """
 
-    def __init__(
-        self, folder: Path, config: str, save_manifest: Callable[[str], None], existing: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: str, save_manifest: Callable[[str], None], existing: Path | None) -> None:
         self.folder, self.config, self.save_manifest, self.path = folder, config, save_manifest, existing
         self.is_new = existing is None
         self.handle: int | None = None
@@ -121,31 +104,28 @@ class RunDirectory(Callback):
         self.handle = lock(self.path)
         run.run_dir = self.path
 
-    def discard(self) -> bool:
-        """Remove a new directory that never got a checkpoint; returns whether there is one to continue from."""
-        if self.path is None:
-            return False
-        if self.is_new and not (self.path / CHECKPOINT).exists():
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        can_continue = self.path is not None and (not self.is_new or (self.path / CHECKPOINT).exists())
+        if kind and self.path is not None and not can_continue:
             shutil.rmtree(self.path, ignore_errors=True)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
-            return False
-        return True
-
-    def release(self) -> None:
-        """Unlock the directory."""
         if self.handle is not None:
             os.close(self.handle)
+        if kind and issubclass(kind, KeyboardInterrupt):
+            hint = f"continue with --ckpt_path {self.path}" if can_continue else "before the first checkpoint"
+            raise KeyboardInterrupt(hint) from None
 
 
 def new_version(folder: Path) -> Path:
     """Make the next ``folder/version_N``; safe against other processes."""
     number = int(runs[-1].name[8:]) + 1 if (runs := versions(folder)) else 0
     while True:
-        path = folder / f"version_{number}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
+            (path := folder / f"version_{number}").mkdir(parents=True)
             return path
         except FileExistsError:
             number += 1
@@ -158,11 +138,7 @@ def versions(folder: Path) -> list[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a folder can be made and written, leaving nothing behind.
-
-    Raises:
-        ValueError: if it cannot.
-    """
+    """Raise a ValueError if a folder cannot be made and written; leaves nothing behind."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -175,11 +151,7 @@ def check_writable(folder: Path) -> None:
 
 
 def lock(path: Path) -> int:
-    """Lock a run directory until the process ends.
-
-    Raises:
-        ValueError: if another process holds it.
-    """
+    """Lock a run directory until the process ends; a ValueError says that another process holds it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,11 +161,7 @@ def lock(path: Path) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint file itself, that of a run directory, or the newest below a folder.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """A checkpoint file itself, that of a run directory, or the newest below a folder; a ValueError if none exists."""
     if path.is_file():
         return path
     files = [path / CHECKPOINT] if (path / CHECKPOINT).is_file() else list(path.rglob(CHECKPOINT))
@@ -210,8 +178,7 @@ def last_checkpoint(folder: Path, identity: str) -> Path | None:
     configuration, it is that newer run that has to start again.
     """
     runs = versions(folder)
-    for run in reversed(runs):
-        file = run / CHECKPOINT
-        if file.is_file():
-            return file if run == runs[-1] or load_last_good(file)["identity"] == identity else None
+    file = next((run / CHECKPOINT for run in reversed(runs) if (run / CHECKPOINT).is_file()), None)
+    if file is None or file.parent == runs[-1] or load_last_good(file)["identity"] == identity:
+        return file
     return None
