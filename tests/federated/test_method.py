@@ -55,7 +55,9 @@ def test_everybody_gets_the_average(uploads):
         assert all(torch.equal(answer[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("local_epochs", 0), ("batch_size", -1)])
-def test_what_would_train_nothing_is_refused(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be > 0, got {value}"):
+@pytest.mark.parametrize(
+    ("field", "value", "rule"), [("lr", 0.0, "> 0"), ("local_epochs", 0, ">= 1"), ("batch_size", -1, ">= 1")]
+)
+def test_what_would_train_nothing_is_refused(field, value, rule):
+    with pytest.raises(ValueError, match=f"{field} must be {rule}, got {value}"):
         FedAvg(**{field: value})
