@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fedlscl import modules
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import cross_entropy
-from fedlscl.modules import (
-    ClassificationModule,
-    ConsolidationModule,
-    DistillationModule,
-    ProximalModule,
-    trainable,
-)
 from fedlscl.nets.net import Net, SmallClassifier
 from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
 from fedlscl.options import Count, NonNegative, Positive
@@ -29,12 +23,8 @@ class FedAvg(Method):
     """Average everything: a small CNN trained from scratch, or the head of a frozen ViT (the paper's FedAvg+ViT)."""
 
     card: ClassVar = MethodCard(
-        "AISTATS 2017",
-        "1602.05629",
-        trains="small CNN and head, or the head of a frozen ViT",
-        uploads="all that is trained",
+        "AISTATS 2017", "1602.05629", "small CNN and head, or the head of a frozen ViT", "all that is trained"
     )
-
     small_model: str = "resnet18"
     """The CNN, any timm name with feature maps."""
     small_image_size: Count = 224
@@ -56,6 +46,15 @@ class FedAvg(Method):
         if self.foundation is not None:
             return FoundationClassifier(self.foundation, stream.num_classes)
         return SmallClassifier(self.small_model, stream.num_classes, self.small_image_size, self.pretrained)
+
+    def objective(self, client: Client) -> modules.Learner:
+        """What a client minimises on its task in a round."""
+        return modules.ClassificationModule(client.net, client.classes, lr=self.lr)
+
+    @override
+    def stages(self, client: Client) -> Iterator[Stage]:
+        batches = client.loader(client.train_ids, self.batch_size)
+        yield Stage("train", self.objective(client), batches, self.local_epochs)
 
 
 @dataclass(kw_only=True)
@@ -88,14 +87,12 @@ class FedProx(FedAvg):
     card: ClassVar = MethodCard(
         "MLSys 2020", "1812.06127", trains="as FedAvg, pulled towards the global weights", uploads="all that is trained"
     )
-
     mu: NonNegative = 0.01
     """Weight of the proximal term; under Adam it is not comparable with the paper's SGD values."""
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
-        module = ProximalModule(client.net, self.mu, client.classes, lr=self.lr)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+    def objective(self, client: Client) -> modules.Learner:
+        return modules.ProximalModule(client.net, self.mu, client.classes, lr=self.lr)
 
 
 FISHER, ANCHOR = "fisher.", "anchor."
@@ -113,7 +110,6 @@ class EWC(FedAvg):
     card: ClassVar = MethodCard(
         "PNAS 2017", "1612.00796", trains="as FedAvg, with a Fisher penalty", uploads="all that is trained"
     )
-
     strength: NonNegative = 100.0
     """lambda of the penalty lambda / 2 sum F (w - w*)^2."""
     gamma: NonNegative = 1.0
@@ -122,13 +118,11 @@ class EWC(FedAvg):
     """Training samples of a task from which the Fisher is estimated (ours)."""
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
+    def objective(self, client: Client) -> modules.Learner:
         anchor, fisher = consolidated(client)
         if not fisher:
-            module = ClassificationModule(client.net, client.classes, lr=self.lr)
-        else:
-            module = ConsolidationModule(client.net, anchor, fisher, self.strength, client.classes, lr=self.lr)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+            return super().objective(client)
+        return modules.ConsolidationModule(client.net, anchor, fisher, self.strength, client.classes, lr=self.lr)
 
     @override
     def end_task(self, client: Client) -> None:
@@ -138,32 +132,26 @@ class EWC(FedAvg):
 def consolidate(client: Client, samples: int, gamma: float) -> None:
     """Update a client's anchor and Fisher after a task; the head, which new classes need, is not penalised."""
     chosen = client.train_ids[torch.randperm(len(client.train_ids))[:samples]]
-    fisher = fisher_diagonal(client, chosen)
     _, earlier = consolidated(client)
-    weights = trainable(client.net)
-    for name, value in fisher.items():
+    for name, value in fisher_diagonal(client, chosen).items():
         client.memory[FISHER + name] = (value + gamma * earlier[name] if name in earlier else value).cpu()
-        client.memory[ANCHOR + name] = weights[name].detach().cpu().clone()
+        client.memory[ANCHOR + name] = client.net.get_parameter(name).detach().cpu().clone()
 
 
 def consolidated(client: Client) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Anchor and Fisher of earlier tasks by parameter name; empty before the first task ends."""
-    device = client.net.head.weight.device
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): v.to(device) for n, v in client.memory.items() if n.startswith(prefix)}
-
-    return under(ANCHOR), under(FISHER)
+    device, memory = client.net.head.weight.device, client.memory.items()
+    anchor = {name.removeprefix(ANCHOR): value.to(device) for name, value in memory if name.startswith(ANCHOR)}
+    fisher = {name.removeprefix(FISHER): value.to(device) for name, value in memory if name.startswith(FISHER)}
+    return anchor, fisher
 
 
 def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:
     """Mean squared gradient of each sample's log-likelihood under its label, by parameter name, without the head."""
-    weights = {name: p for name, p in trainable(client.net).items() if not name.startswith("head.")}
+    weights = {name: p for name, p in modules.trainable(client.net).items() if not name.startswith("head.")}
     totals = {name: torch.zeros_like(p) for name, p in weights.items()}
-    if not totals:
-        return totals
     client.net.eval()
-    for sample in ids:
+    for sample in ids if weights else ():
         batch = client.engine.prepare(client.data.fetch(sample[None]), client.net)
         prefix = None if batch.prefix is None else batch.prefix.float()  # bf16 in the cache, and no autocast here
         logits = client.net(batch.images, prefix).logits
@@ -186,21 +174,17 @@ class LwF(FedAvg):
     card: ClassVar = MethodCard(
         "TPAMI 2017", "1606.09282", trains="as FedAvg, distilling the previous model", uploads="all that is trained"
     )
-
     alpha: NonNegative = 1.0
     """Weight of the distillation, which carries the factor T^2."""
     temperature: Positive = 2.0
     """T of both softmaxes."""
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
+    def objective(self, client: Client) -> modules.Learner:
         if client.previous is None:
-            module = ClassificationModule(client.net, client.classes, lr=self.lr)
-        else:
-            module = DistillationModule(
-                client.net, client.previous, client.old, self.alpha, self.temperature, client.classes, lr=self.lr
-            )
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+            return super().objective(client)
+        teacher = client.previous, client.old, self.alpha, self.temperature
+        return modules.DistillationModule(client.net, *teacher, client.classes, lr=self.lr)
 
     @override
     def end_task(self, client: Client) -> None:
