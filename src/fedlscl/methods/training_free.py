@@ -22,6 +22,7 @@ The functions are those of `fedlscl.functional.analytic`. Related: RanPAC (McDon
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Annotated, ClassVar
 
 import torch
@@ -32,30 +33,22 @@ from typing_extensions import override
 from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import (
-    MomentSums,
-    added,
-    discriminant_solution,
-    gram_of_groups,
-    low_rank,
-    low_rank_ridge,
-    moment_sums,
-    pack_sums,
-    packed_size,
-    random_features,
-    ridge_solution,
-    sums_error,
-    unpack_sums,
-)
+from fedlscl.functional import analytic
+from fedlscl.functional.analytic import MomentSums
 from fedlscl.nets.net import Net
 from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
 from fedlscl.options import Count, Interval, Positive, Whole
+
+TOLERANCE = 1 + 1e-4
+"""Of norms in messages, which are rounded to float32."""
 
 
 @dataclass(kw_only=True)
 class _Statistics(Method):
     """Statistics of the frozen ViT's features, sent once per task; a client without samples sends nothing."""
 
+    head: ClassVar[str] = "unit"
+    """The net's head, which the server solves."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
     """The frozen ViT."""
     sums: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -67,7 +60,7 @@ class _Statistics(Method):
 
     @abstractmethod
     def statistics_spec(self, upload: Upload, net: Net) -> Payload:
-        """Names, shapes and dtypes of the message."""
+        """Names, shapes and dtypes of the message; new tensors are on the meta device."""
 
     @abstractmethod
     def statistics_error(self, upload: Upload) -> str:
@@ -82,18 +75,22 @@ class _Statistics(Method):
         """The head that follows from ``sums``."""
 
     @override
+    def build_net(self, client: int, stream: StreamShape) -> Net:
+        return FoundationClassifier(self.foundation, stream.num_classes, self.head)
+
+    @override
     def stages(self, client: Client) -> Iterator[Stage]:
         return iter(())
 
     @override
     def upload(self, client: Client) -> Payload:
-        if client.num_synced_rounds or not len(client.train_ids):
-            return {}
-        return outgoing(self.statistics(client))
+        is_first = client.num_synced_rounds == 0 and len(client.train_ids) > 0
+        return outgoing(self.statistics(client)) if is_first else {}
 
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
-        return self.statistics_spec(upload, net) if upload.payload else {}
+        with torch.device("meta"):
+            return self.statistics_spec(upload, net) if upload.payload else {}
 
     @override
     def check_upload(self, upload: Upload) -> str:
@@ -106,9 +103,10 @@ class _Statistics(Method):
                 self.absorb(upload)
         return [self.solve()] * len(uploads)
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add to one of the sums."""
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def add(self, **values: Tensor) -> None:
+        """Add to the sums by name."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 @dataclass(kw_only=True)
@@ -116,10 +114,7 @@ class FedNCM(_Statistics):
     """Nearest class mean: cosine to the mean of each class's normalised features."""
 
     card: ClassVar = MethodCard("baseline", trains="nothing: class means on the frozen ViT", uploads="sums of features")
-
-    @override
-    def build_net(self, client: int, stream: StreamShape) -> Net:
-        return FoundationClassifier(self.foundation, stream.num_classes, head="cosine")
+    head: ClassVar[str] = "cosine"
 
     @override
     def statistics(self, client: Client) -> Payload:
@@ -133,14 +128,14 @@ class FedNCM(_Statistics):
 
     @override
     def statistics_error(self, upload: Upload) -> str:
-        is_longer = upload.payload["means"].norm(dim=1) > (1 + 1e-4) * upload.class_counts[own_classes(upload)]
+        is_longer = upload.payload["means"].norm(dim=1) > TOLERANCE * upload.class_counts[own_classes(upload)]
         return "means are larger than those of unit features" if is_longer.any() else ""
 
     @override
     def absorb(self, upload: Upload) -> None:
         means = upload.payload["means"].double()
         empty = means.new_zeros(len(upload.class_counts), means.shape[1])
-        self.add("means", empty.index_copy(0, own_classes(upload), means))
+        self.add(means=empty.index_copy(0, own_classes(upload), means))
 
     @override
     def solve(self) -> Payload:
@@ -157,48 +152,32 @@ class _Moments(_Statistics):
     bias: ClassVar[bool] = True
     """Whether x has a constant."""
 
-    @override
-    def build_net(self, client: int, stream: StreamShape) -> Net:
-        return FoundationClassifier(self.foundation, stream.num_classes, head="unit")
-
     def map(self, features: Tensor) -> Tensor:
         """The map of the ViT's features (B, width) to x before scaling and constant, (B, width of x)."""
         return features
 
-    def moments(self, client: Client) -> MomentSums:
-        """Sums over the task's samples."""
-        total: MomentSums | None = None
-        for batch, output in client.infer(client.train_ids):
-            x = self.map(output.features)
-            total = added(total, moment_sums(x.cpu(), batch.labels.cpu(), output.logits.shape[1], self.unit, self.bias))
-        assert total is not None
-        return total
-
     @override
     def statistics(self, client: Client) -> Payload:
-        return pack_sums(self.moments(client), client.data.class_counts(client.task))._asdict()
+        num_classes, kind = client.data.data.num_classes, (self.unit, self.bias)
+        parts = (
+            analytic.moment_sums(self.map(output.features).cpu(), batch.labels.cpu(), num_classes, *kind)
+            for batch, output in client.infer(client.train_ids)
+        )
+        return analytic.pack_sums(reduce(analytic.added, parts), client.data.class_counts(client.task))._asdict()
 
     @override
     def statistics_spec(self, upload: Upload, net: Net) -> Payload:
         size = net.head.weight.shape[1] + self.bias
-        return {
-            "gram": torch.empty(packed_size(size), device="meta"),
-            "products": torch.empty(size, len(own_classes(upload)), device="meta"),
-        }
+        gram = torch.empty(analytic.packed_size(size))
+        return {"gram": gram, "products": torch.empty(size, len(own_classes(upload)))}
 
     @override
     def statistics_error(self, upload: Upload) -> str:
-        return sums_error(_sums(upload), upload.class_counts, self.unit, self.bias)
+        return analytic.sums_error(unpacked(upload), upload.class_counts, self.unit, self.bias)
 
     @override
     def absorb(self, upload: Upload) -> None:
-        for name, value in _sums(upload)._asdict().items():
-            self.add(name, value)
-
-    @property
-    def total(self) -> MomentSums:
-        """Sums over all clients and tasks so far."""
-        return MomentSums(self.sums["gram"], self.sums["products"])
+        self.add(**unpacked(upload)._asdict())
 
 
 @dataclass(kw_only=True)
@@ -213,7 +192,7 @@ class FedRidge(_Moments):
 
     @override
     def solve(self) -> Payload:
-        weight, bias = ridge_solution(self.total, self.ridge)
+        weight, bias = analytic.ridge_solution(MomentSums(**self.sums), self.ridge)
         return {"head.weight": weight, "head.bias": bias}
 
 
@@ -229,7 +208,7 @@ class FrozenLDA(_Moments):
 
     @override
     def solve(self) -> Payload:
-        weight, bias = discriminant_solution(self.total, self.shrinkage)
+        weight, bias = analytic.discriminant_solution(MomentSums(**self.sums), self.shrinkage)
         return {"head.weight": weight, "head.bias": bias}
 
 
@@ -241,6 +220,7 @@ class AFCL(_Moments):
     whole regression: the released code of AFL, its predecessor, adds one per message and removes them at the end.
     """
 
+    head: ClassVar[str] = "linear"
     unit: ClassVar[bool] = False
     bias: ClassVar[bool] = False
     card: ClassVar = MethodCard(
@@ -250,12 +230,8 @@ class AFCL(_Moments):
     """Absolute regularisation (ours; the paper's value is not known to us)."""
 
     @override
-    def build_net(self, client: int, stream: StreamShape) -> Net:
-        return FoundationClassifier(self.foundation, stream.num_classes, head="linear")
-
-    @override
     def solve(self) -> Payload:
-        weight, bias = ridge_solution(self.total, self.gamma, relative=False, bias=False)
+        weight, bias = analytic.ridge_solution(MomentSums(**self.sums), self.gamma, relative=False, bias=False)
         return {"head.weight": weight, "head.bias": bias}
 
 
@@ -266,12 +242,9 @@ class RandomFeatureHead(nn.Linear):
         super().__init__(width, num_classes, bias=False)
         self.seed = seed
 
-    def imprint(self, classes: Tensor, means: Tensor) -> None:
-        """Does nothing: the head is solved."""
-
     @override
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(random_features(features, self.in_features, self.seed), self.weight)
+        return F.linear(analytic.random_features(features, self.in_features, self.seed), self.weight)
 
 
 @dataclass(kw_only=True)
@@ -295,7 +268,11 @@ class _RandomFeatures(_Moments):
 
     @override
     def map(self, features: Tensor) -> Tensor:
-        return random_features(features, self.width, self.feature_seed)
+        return analytic.random_features(features, self.width, self.feature_seed)
+
+    def mapped(self, client: Client, ids: Tensor) -> Tensor:
+        """Random features of some samples (n, width), in float64."""
+        return torch.cat([self.map(output.features).cpu().double() for _, output in client.infer(ids)])
 
 
 @dataclass(kw_only=True)
@@ -312,7 +289,7 @@ class STSA(_RandomFeatures):
 
     @override
     def solve(self) -> Payload:
-        weight, _ = ridge_solution(self.total, self.ridge, bias=False)
+        weight, _ = analytic.ridge_solution(MomentSums(**self.sums), self.ridge, bias=False)
         return {"head.weight": F.normalize(weight)}
 
 
@@ -335,49 +312,40 @@ class STSAE(_RandomFeatures):
     def statistics(self, client: Client) -> Payload:
         """Sums (classes, groups, width) and counts (classes, groups) of the client's own classes."""
         ids = client.train_ids[torch.randperm(len(client.train_ids))]
-        classes = client.data.class_counts(client.task).nonzero().flatten()
+        classes, position = client.data.data.labels(ids).unique(return_inverse=True)
+        row, shape = position * self.groups + torch.arange(len(ids)) % self.groups, (len(classes), self.groups)
         sums = torch.zeros(len(classes) * self.groups, self.width, dtype=torch.float64)
-        counts, start = torch.zeros(len(sums), dtype=torch.int64), 0
-        for batch, output in client.infer(ids):
-            group = torch.arange(start, start + len(batch.labels)) % self.groups
-            start += len(batch.labels)
-            row = torch.searchsorted(classes, batch.labels.cpu()) * self.groups + group
-            sums.index_add_(0, row, self.map(output.features).cpu().double())
-            counts += torch.bincount(row, minlength=len(counts))
-        shape = len(classes), self.groups
-        return {"sums": sums.view(*shape, -1).float(), "counts": counts.view(shape)}
+        sums.index_add_(0, row, self.mapped(client, ids))
+        return {"sums": sums.view(*shape, -1).float(), "counts": row.bincount(minlength=len(sums)).view(shape)}
 
     @override
     def statistics_spec(self, upload: Upload, net: Net) -> Payload:
         shape = len(own_classes(upload)), self.groups
-        return {
-            "sums": torch.empty(*shape, self.width, device="meta"),
-            "counts": torch.empty(shape, dtype=torch.int64, device="meta"),
-        }
+        return {"sums": torch.empty(*shape, self.width), "counts": torch.empty(shape, dtype=torch.int64)}
 
     @override
     def statistics_error(self, upload: Upload) -> str:
         sums, counts = upload.payload["sums"], upload.payload["counts"]
         if (counts < 0).any() or not counts.sum(1).equal(upload.class_counts[own_classes(upload)]):
             return "counts must be those of the announced samples of each class"
-        return "sums are larger than those of unit features" if (sums.norm(dim=2) > 1.0001 * counts).any() else ""
+        return "sums are larger than those of unit features" if (sums.norm(dim=2) > TOLERANCE * counts).any() else ""
 
     @override
     def absorb(self, upload: Upload) -> None:
         """Keep the groups: their number in each class is known when all have arrived."""
         counts = upload.payload["counts"]
-        labels = own_classes(upload)[:, None].expand_as(counts)
-        kept = counts > 0
-        for name, value in (("sums", upload.payload["sums"]), ("counts", counts), ("labels", labels)):
-            self.sums[name] = torch.cat([*([self.sums[name]] if name in self.sums else []), value[kept]])
+        new = upload.payload | {"labels": own_classes(upload)[:, None].expand_as(counts)}
+        for name, value in new.items():
+            value = value[counts > 0]
+            self.sums[name] = torch.cat([self.sums.get(name, value[:0]), value])
         self.sums["num_classes"] = torch.tensor(len(upload.class_counts))
 
     @override
     def solve(self) -> Payload:
         sums, labels = self.sums["sums"].double(), self.sums["labels"]
-        gram = gram_of_groups(sums, self.sums["counts"], labels)
+        gram = analytic.gram_of_groups(sums, self.sums["counts"], labels)
         products = sums.mT @ F.one_hot(labels, int(self.sums["num_classes"])).double()
-        weight, _ = ridge_solution(MomentSums(gram, products), self.ridge, bias=False)
+        weight, _ = analytic.ridge_solution(MomentSums(gram, products), self.ridge, bias=False)
         return {"head.weight": F.normalize(weight)}
 
 
@@ -393,10 +361,7 @@ class FedRAN(_RandomFeatures):
     """
 
     card: ClassVar = MethodCard(
-        "arXiv 2026",
-        "2606.11480",
-        "nothing: ridge regression on random features",
-        "low-rank Gram, label products",
+        "arXiv 2026", "2606.11480", "nothing: ridge regression on random features", "low-rank Gram, label products"
     )
     width: Count = 2048
     """M: number of random features."""
@@ -406,54 +371,45 @@ class FedRAN(_RandomFeatures):
     @override
     def statistics(self, client: Client) -> Payload:
         """F (width, at most rank) with F F^T near the Gram matrix, and the exact products of the client's classes."""
-        rows = [
-            (self.map(output.features).cpu().double(), batch.labels.cpu())
-            for batch, output in client.infer(client.train_ids)
-        ]
-        features, labels = (torch.cat(part) for part in zip(*rows, strict=True))
-        classes = client.data.class_counts(client.task).nonzero().flatten()
-        products = features.mT @ (labels[:, None] == classes).double()
-        return {"factor": low_rank(features.mT, self.rank).float(), "products": products.float()}
+        x, labels = self.mapped(client, client.train_ids).mT, client.data.data.labels(client.train_ids)
+        products = x @ (labels[:, None] == labels.unique()).double()
+        return {"factor": analytic.low_rank(x, self.rank).float(), "products": products.float()}
 
     @override
     def statistics_spec(self, upload: Upload, net: Net) -> Payload:
-        rank = min(self.rank, upload.num_samples, self.width)
-        return {
-            "factor": torch.empty(self.width, rank, device="meta"),
-            "products": torch.empty(self.width, len(own_classes(upload)), device="meta"),
-        }
+        factor = torch.empty(self.width, min(self.rank, upload.num_samples, self.width))
+        return {"factor": factor, "products": torch.empty(self.width, len(own_classes(upload)))}
 
     @override
     def statistics_error(self, upload: Upload) -> str:
         counts = upload.class_counts[own_classes(upload)]
-        if (upload.payload["products"].norm(dim=0) > 1.0001 * counts).any():
+        if (upload.payload["products"].norm(dim=0) > TOLERANCE * counts).any():
             return "products are larger than those of unit features"
         size = float(upload.payload["factor"].double().square().sum())
-        return "factor is larger than that of unit features" if size > 1.0001 * upload.num_samples else ""
+        return "factor is larger than that of unit features" if size > TOLERANCE * upload.num_samples else ""
 
     @override
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Merge over clients first, then over tasks, as published."""
         factors = [upload.payload["factor"].double() for upload in uploads if upload.payload]
         if factors:
-            merged = low_rank(torch.cat(factors, 1), self.rank)
-            past = [self.sums["factor"]] if "factor" in self.sums else []
-            self.sums["factor"] = low_rank(torch.cat([*past, merged], 1), self.rank)
+            merged = analytic.low_rank(torch.cat(factors, 1), self.rank)
+            past = self.sums.get("factor", merged[:, :0])
+            self.sums["factor"] = analytic.low_rank(torch.cat([past, merged], 1), self.rank)
         return super().aggregate(uploads, progress)
 
     @override
     def absorb(self, upload: Upload) -> None:
         products = torch.zeros(self.width, len(upload.class_counts), dtype=torch.float64)
         products[:, own_classes(upload)] = upload.payload["products"].double()
-        self.add("products", products)
-        self.add("samples", torch.tensor(float(upload.num_samples), dtype=torch.float64))
+        self.add(products=products, samples=torch.tensor(upload.num_samples, dtype=torch.float64))
 
     @override
     def solve(self) -> Payload:
         factor, samples = self.sums["factor"], float(self.sums["samples"])
         dropped = max(samples - float(factor.square().sum()), 0.0)
         strength = (self.ridge * samples + dropped) / self.width
-        return {"head.weight": low_rank_ridge(factor, self.sums["products"], strength).mT.float().contiguous()}
+        return {"head.weight": analytic.low_rank_ridge(factor, self.sums["products"], strength).mT.float().contiguous()}
 
 
 def own_classes(upload: Upload) -> Tensor:
@@ -461,5 +417,6 @@ def own_classes(upload: Upload) -> Tensor:
     return upload.class_counts.nonzero().flatten()
 
 
-def _sums(upload: Upload) -> MomentSums:
-    return unpack_sums(MomentSums(**upload.payload), upload.class_counts)
+def unpacked(upload: Upload) -> MomentSums:
+    """The sums over all classes in a message of `_Moments`."""
+    return analytic.unpack_sums(MomentSums(**upload.payload), upload.class_counts)
