@@ -16,27 +16,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fedlscl import modules
 from fedlscl.data import Buffer
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
+from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
-from fedlscl.functional.analytic import MOMENT_BOUND, packed_size, unpack_symmetric
+from fedlscl.functional.analytic import MOMENT_BOUND, moment_error, packed_size, unpack_symmetric
 from fedlscl.functional.distillation import Factors, one_by_one_distill, second_moment
 from fedlscl.functional.objectives import cross_entropy
+from fedlscl.functional.privacy import KEY_BYTES
 from fedlscl.methods import privacy
 from fedlscl.methods.fedavg import consolidate, consolidated
-from fedlscl.modules import (
-    BIAS_LR,
-    CONSISTENCY,
-    GENERATOR_LR,
-    HEAD_LR,
-    CollaborativeModule,
-    ConsolidationModule,
-    ContinualFineTuningModule,
-    DistillationModule,
-    Learner,
-    part_rates,
-)
 from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
 from fedlscl.nets.net import Net
 from fedlscl.options import Count, Interval, NonNegative, Positive, Whole
@@ -46,38 +36,47 @@ AUTO_RANK = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_SPREAD = 0.05
 """Spread of E over the buffer below which a small model works as a constant (ours)."""
-logger = logging.getLogger(__name__)
 KEPT = "buffer_features"
 """In a client's memory: its predecessor's features of the buffer."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class FedLSCL(privacy.PrivateSums):
+class Collaborative(Method):
+    """A method that trains collaborators."""
+
+    collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
+    """The net of each client."""
+    generator_lr: Positive = modules.GENERATOR_LR
+    """Learning rate of Phi, the generator's part that depends on the image (ours; not in the paper)."""
+    bias_lr: Positive = modules.BIAS_LR
+    """Learning rate of b, the generator's part that all images share (ours; not in the paper)."""
+    head_lr: Positive = modules.HEAD_LR
+    """Learning rate of the head (ours; not in the paper)."""
+
+    @property
+    def rates(self) -> dict[str, Any]:
+        """Learning rates of the CNN and of the other parts, by the names of an objective's arguments."""
+        return {"lr": self.lr, "generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
+
+
+@dataclass(kw_only=True)
+class FedLSCL(privacy.PrivateSums, Collaborative):
     """Client CNNs generate LoRA weights for one frozen ViT; the server aggregates the generators only."""
 
     card: ClassVar = MethodCard(
         "arXiv 2025",
         "2508.09489",
-        trains="small CNN, LoRA generator, head; frozen ViT",
-        uploads="generator; second moments of features",
+        "small CNN, LoRA generator, head; frozen ViT",
+        "generator; second moments of features",
     )
-
-    collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
-    """The net of each client."""
     small_models: Sequence[str] = ()
     """Small models assigned to the clients in turn, instead of collaborator.small_model (Fig. 4)."""
     small_weights: Sequence[str] = ()
     """Weights files assigned to the clients in turn, instead of collaborator.small_weights."""
-    generator_lr: Positive = GENERATOR_LR
-    """Learning rate of Phi, the generator's part that depends on the image (ours; not in the paper)."""
-    bias_lr: Positive = BIAS_LR
-    """Learning rate of b, the generator's part that all images share (ours; not in the paper)."""
-    head_lr: Positive = HEAD_LR
-    """Learning rate of the head (ours; not in the paper)."""
     freeze_norm: bool = True
-    """Keep the CNN's BatchNorm in eval mode (fixed running statistics) from the first task (ours): E has the same scale
-    in training, at test and in all clients, but with MobileNetV3 from scratch it hardly depends on the image. If false,
-    the first task updates the statistics of a CNN that is not pretrained."""
+    """Keep the CNN's BatchNorm in eval mode from the first task: E has the same scale in training, at test and in all
+    clients (ours). If false, the first task updates the statistics of a CNN that is not pretrained."""
     calibrate_norm: bool = False
     """Before the first task of two or more images, set BatchNorm's statistics to those of these images, once (ours)."""
     balance: bool = True
@@ -90,9 +89,9 @@ class FedLSCL(privacy.PrivateSums):
     """M: samples of lowest loss kept of each class (Fig. 5)."""
     replay_current: bool = True
     """Mix as many samples per class of the current task into Stage 2 (ours; the paper replays the buffer alone)."""
-    lambda_features: NonNegative = CONSISTENCY
+    lambda_features: NonNegative = modules.CONSISTENCY
     """Weight of ||E - E'||^2 in Eq. 4 (its value is not in the paper)."""
-    lambda_lora: NonNegative = CONSISTENCY
+    lambda_lora: NonNegative = modules.CONSISTENCY
     """Weight of ||W - W'||^2 in Eq. 4 (its value is not in the paper)."""
     consistent_bias: bool = True
     """If false, ||W - W'||^2 leaves out b, the part of W that all images share (ours)."""
@@ -124,16 +123,11 @@ class FedLSCL(privacy.PrivateSums):
                 "small_models must all be CNNs, or all 'none', for clients to fuse their generators, got "
                 f"{', '.join(self.small_models)}: leave 'none' out, or set distill to false."
             )
-        if self.noise_multiplier and not self.has_unit_features:
+        if self.noise_multiplier and not self.collaborator.unit_features:
             raise ValueError(
                 "noise_multiplier must be 0 with raw features, whose moments have no bound, got "
                 f"{self.noise_multiplier}: set collaborator.unit_features to true."
             )
-
-    @property
-    @override
-    def has_unit_features(self) -> bool:
-        return self.collaborator.unit_features
 
     @property
     @override
@@ -144,18 +138,15 @@ class FedLSCL(privacy.PrivateSums):
         """Build a collaborator with this client's small model."""
         if not self.shared_initialisation:
             torch.manual_seed(torch.initial_seed() + 1 + client)
-        config = self.collaborator
-        if self.small_models:
-            config = replace(config, small_model=self.small_models[client % len(self.small_models)])
-        if self.small_weights:
-            config = replace(config, small_weights=self.small_weights[client % len(self.small_weights)])
-        return Collaborator(config, stream.num_classes)
+        in_turn = {"small_model": self.small_models, "small_weights": self.small_weights}
+        own = {name: values[client % len(values)] for name, values in in_turn.items() if values}
+        return Collaborator(replace(self.collaborator, **own), stream.num_classes)
 
     def begin_task(self, client: Client) -> None:
         """Imprint the head's rows of the new classes."""
         if self._federates(client.net):
             self.remember_start(client)
-        if self.calibrate_norm and client.net.has_small_model and is_first_with_two(client):
+        if self.calibrate_norm and client.net.has_small_model:
             calibrate(client)
         if self.imprint and len(client.train_ids):
             client.net.head.imprint(*class_means(client, client.train_ids, pick="tokens"))
@@ -165,89 +156,93 @@ class FedLSCL(privacy.PrivateSums):
         batches = client.loader(client.train_ids, self.batch_size)
         yield Stage("collaborative", self._first_stage(client), batches, self.local_epochs)
         if self.continual == "replay" and client.previous is not None and len(client.buffer):
-            ids = client.buffer.ids
+            ids, columns = client.buffer.ids, client.old
             if self.replay_current:
-                ids = torch.cat([ids, draw_per_class(client, self.buffer_per_class)])
-            module = ContinualFineTuningModule(
-                client.net,
-                client.previous,
-                classes=client.seen if self.replay_current else client.old,
-                old_classes=client.old,
-                counts=self._counts(client, ids),
-                lambda_features=self.lambda_features,
-                lambda_lora=self.lambda_lora,
-                consistent_bias=self.consistent_bias,
-                lr=self.lr,
-                **self._rates(),
-                kept=kept_features(client, ids),
+                ids, columns = torch.cat([ids, draw_per_class(client, self.buffer_per_class)]), client.seen
+            weights = self.lambda_features, self.lambda_lora, self.consistent_bias
+            data = columns, client.old, self._counts(client, ids)
+            module = modules.ContinualFineTuningModule(
+                client.net, client.previous, *data, *weights, **self.rates, kept=kept_features(client, ids)
             )
             yield Stage("continual", module, client.loader(ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
         """phi_i and the second moment of FS_i, the features of the buffer as it would be now (M = 0: of the task).
 
-        CNN, head and images stay on the client. With ``secure_sum``, a public key at first, and then masked inputs.
+        With ``secure_sum``, a public key at first, and then masked inputs.
         """
-        if self.secure_sum and not privacy.has_peer_keys(client):
-            return privacy.advertise_keys(client, self.secrets)
+        if self.secure_sum and privacy.KEYS not in client.memory:
+            return self.advertise_key(client)
         payload: Payload = {}
         if self._federates(client.net):
-            buffer = updated_buffer(client, self.buffer_per_class)
-            moment = feature_moment(client, buffer.ids)
+            moment = feature_moment(client, updated_buffer(client, self.buffer_per_class).ids)
             if rank := self._rank(client.net):
                 generator = client.net.generator.matrix.cpu()
                 return outgoing(packed_factors(Factors.of(generator, moment, rank), self.upload_dtype))
-            payload = outgoing(self.release(client, moment))
-        return privacy.masked_input(client, payload) if self.secure_sum else payload
+            payload = self.release(client, moment)
+        return self.masked_input(client, payload) if self.secure_sum else payload
 
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """As ``upload``; nothing from a client that keeps its generator."""
         if self.secure_sum and self.members is None:
-            return privacy.advertised_spec()
-        expected: Payload = {}
-        if self._federates(net):
-            matrix = net.generator.matrix
-            if rank := self._rank(net):
-                return factors_spec(upload, matrix.shape, rank, self.upload_dtype)
-            expected = {"generator": matrix, "moments": torch.empty(packed_size(len(matrix)), device="meta")}
-        return privacy.masked_spec(expected) if self.secure_sum else expected
+            return {privacy.KEYS: torch.empty(KEY_BYTES, dtype=torch.uint8, device="meta")}
+        if not self._federates(net):
+            return {}
+        matrix = net.generator.matrix
+        if rank := self._rank(net):
+            return factors_spec(upload, matrix.shape, rank, self.upload_dtype)
+        moments = torch.empty(packed_size(len(matrix)), device="meta")
+        if self.secure_sum:
+            return {"products": matrix.long(), "moments": moments.long()}
+        return {"generator": matrix, "moments": moments}
 
-    @override
     def check_upload(self, upload: Upload) -> str:
-        if "factor" in upload.payload:
-            return factors_error(unpacked_factors(upload.payload), self.upload_dtype, self.has_unit_features)
-        return super().check_upload(upload)
+        """Whether moments can be those of the features; masked inputs cannot be checked."""
+        payload, is_bounded = upload.payload, self.collaborator.unit_features
+        if "factor" in payload:
+            return factors_error(unpacked_factors(payload), self.upload_dtype, is_bounded)
+        if "generator" in payload:
+            moment = unpack_symmetric(payload["moments"], len(payload["generator"]))
+            return moment_error(moment, unbounded=self.noise_multiplier > 0 or not is_bounded)
+        return ""
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Eq. 5 for every client in closed form; with ``secure_sum`` the sums with which each client solves it.
 
-        With factors, those of the other clients together, truncated to ``answer_rank``.
+        With factors, those of the other clients together, truncated: to four times the rank, or dropping a quarter of
+        what a share drops. Clients have few directions in common, so that with five of them nothing is left out (ours;
+        see docs/costs.md).
         """
         if self.secure_sum:
             return [self.secure_answer(uploads, progress)] * len(uploads)
-        if "factor" in uploads[0].payload:
-            factors = [unpacked_factors(upload.payload) for upload in uploads]
-            rank = answer_rank(AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank))
+        payloads = [upload.payload for upload in uploads]
+        if "factor" in payloads[0]:
+            factors = [unpacked_factors(payload) for payload in payloads]
+            rank = AUTO_RANK if self.upload_rank == "auto" else float(self.upload_rank)
+            rank = 4 * rank if rank >= 1 else 1 - (1 - rank) / 4
             others = [[part for part in factors if part is not own] for own in factors]
             return [packed_factors(Factors.merged(o, rank), self.upload_dtype) if o else {} for o in others]
-        if "generator" not in uploads[0].payload:
+        if "generator" not in payloads[0]:
             return [{} for _ in uploads]
         self.account(progress)
-        generators = [upload.payload["generator"] for upload in uploads]
-        moments = [unpack_symmetric(upload.payload["moments"], len(generators[0])) for upload in uploads]
+        generators = [payload["generator"] for payload in payloads]
+        moments = [unpack_symmetric(payload["moments"], len(generators[0])) for payload in payloads]
         fused = one_by_one_distill(generators, moments, self.lambda_proximal)
         return [{"generator": generator} for generator in fused]
 
     def download(self, client: Client, payload: Payload) -> None:
-        """Load the personalised generator, or solve for it from secure sums."""
-        if self.secure_sum:
-            privacy.apply_secure_answer(client, payload, self.lambda_proximal)
-        if "factor" in payload:
+        """Load the personalised generator, or solve for it from secure sums or factors."""
+        if privacy.KEYS in payload:
+            client.memory |= outgoing(payload)
+        elif payload:
             generator = client.net.generator
-            fused = unpacked_factors(payload).solve(generator.matrix.cpu(), self.lambda_proximal)
-            generator.load_matrix(fused.to(client.net.head.weight.device))
-        if "generator" in payload:
-            client.net.generator.load_matrix(payload["generator"].to(client.net.head.weight.device))
+            if self.secure_sum:
+                fused = privacy.fused_generator(client, payload, self.lambda_proximal)
+            elif "factor" in payload:
+                fused = unpacked_factors(payload).solve(generator.matrix.cpu(), self.lambda_proximal)
+            else:
+                fused = payload["generator"]
+            generator.load_matrix(fused)
 
     def end_task(self, client: Client) -> None:
         """Save the buffer and theta^n, phi^n as they are after the last aggregation."""
@@ -260,24 +255,19 @@ class FedLSCL(privacy.PrivateSums):
         if self.continual == "ewc":
             consolidate(client, samples=200, gamma=1.0)
 
-    def _first_stage(self, client: Client) -> Learner:
-        shape = client.net.config
-        is_given = shape.pretrained or bool(shape.small_weights) or shape.freeze_small or self.calibrate_norm
-        rates = {
-            "lr": self.lr,
-            "freeze_norm": self.freeze_norm or client.task > 0 or is_given,
-            "counts": self._counts(client, client.train_ids),
-        }
-        parts = {"lr_of": part_rates(**self._rates())}
+    def _first_stage(self, client: Client) -> modules.Learner:
+        config = client.net.config
+        is_given = config.pretrained or bool(config.small_weights) or config.freeze_small or self.calibrate_norm
+        freeze_norm = self.freeze_norm or client.task > 0 or is_given
+        common: dict[str, Any] = {"counts": self._counts(client, client.train_ids), "freeze_norm": freeze_norm}
+        rates = {"lr": self.lr, "lr_of": modules.part_rates(self.generator_lr, self.bias_lr, self.head_lr)}
         if self.continual == "lwf" and client.previous is not None:
             teacher = client.previous, client.old, self.lwf_alpha, 2.0
-            return DistillationModule(client.net, *teacher, client.classes, **parts, **rates)
-        if self.continual == "ewc" and (consolidation := consolidated(client))[1]:
-            return ConsolidationModule(client.net, *consolidation, self.ewc_strength, client.classes, **parts, **rates)
-        return CollaborativeModule(client.net, client.classes, **rates, **self._rates())
-
-    def _rates(self) -> dict[str, Any]:
-        return {"generator_lr": self.generator_lr, "bias_lr": self.bias_lr, "head_lr": self.head_lr}
+            return modules.DistillationModule(client.net, *teacher, client.classes, **common, **rates)
+        if self.continual == "ewc" and (earlier := consolidated(client))[1]:
+            penalty = *earlier, self.ewc_strength
+            return modules.ConsolidationModule(client.net, *penalty, client.classes, **common, **rates)
+        return modules.CollaborativeModule(client.net, client.classes, **common, **self.rates)
 
     def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
         if not self.balance:
@@ -289,18 +279,9 @@ class FedLSCL(privacy.PrivateSums):
 
     def _rank(self, net: Net) -> float | None:
         """Rank of the factors to send, or share of the trace; None to send all."""
-        if self.upload_rank != "auto":
-            return None if self.upload_rank == "exact" else float(self.upload_rank)
-        is_private = self.secure_sum or self.noise_multiplier > 0
-        return None if is_private or net.feature_dim < AUTO_RANK else AUTO_RANK
-
-
-def answer_rank(rank: float) -> float:
-    """Rank or share of the server's answer, to uploads of a rank or share: four times the rank, a quarter of the rest.
-
-    Clients have few directions in common, so that with five of them nothing is left out (ours; see docs/costs.md).
-    """
-    return 4 * rank if rank >= 1 else 1 - (1 - rank) / 4
+        if self.upload_rank == "auto":
+            return None if self.masks_sums or self.adds_noise or net.feature_dim < AUTO_RANK else AUTO_RANK
+        return None if self.upload_rank == "exact" else float(self.upload_rank)
 
 
 def packed_factors(factors: Factors, dtype: str) -> Payload:
@@ -321,20 +302,14 @@ def unpacked_factors(payload: Payload) -> Factors:
 
 
 def factors_spec(upload: Upload, shape: torch.Size, rank: float, dtype: str) -> Payload:
-    """Names, shapes and dtypes of factors; a share of the trace leaves their rank to the sender.
-
-    Raises:
-        ValueError: if the sender's rank is not possible.
-    """
+    """Names, shapes and dtypes of factors; a share of the trace leaves their rank to the sender."""
     size, lora_dim = shape
     limit = min(int(rank), size) if rank >= 1 else size
-    sent = upload.payload.get("factor", torch.empty(size, limit)).shape[-1]
+    sent = upload.payload["factor"].shape[-1] if "factor" in upload.payload else limit
     if not 1 <= sent <= limit or (rank >= 1 and sent != limit):
         raise ValueError(f"factors must have rank {limit}, got {sent}")
-    number = torch.empty(1, device="meta")
-    empty = {"factor": (size, sent), "projected": (sent, lora_dim)}
-    matrices = {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, shape in empty.items()}
-    return {**matrices, "factor_scale": number, "projected_scale": number, "trace": number}
+    with torch.device("meta"):
+        return packed_factors(Factors(torch.empty(size, sent), torch.empty(sent, lora_dim), torch.empty(())), dtype)
 
 
 def factors_error(factors: Factors, dtype: str, is_bounded: bool) -> str:
@@ -359,15 +334,14 @@ def draw_per_class(client: Client, per_class: int) -> Tensor:
 @torch.no_grad()
 def updated_buffer(client: Client, per_class: int) -> Buffer:
     """B^n: the buffer so far and, of each class of the current task, the samples of lowest loss (Sec. 4.3)."""
-    ids, labels, losses = [], [], []
-    for batch, output in client.infer(client.train_ids):
-        ids.append(batch.ids.cpu())
-        labels.append(batch.labels.cpu())
-        classes = client.classes.to(batch.labels.device)
-        losses.append(cross_entropy(output.logits, batch.labels, classes, reduction="none").cpu())
-    if not ids:
+    ids, classes = client.train_ids, client.classes.to(client.net.head.weight.device)
+    losses = [
+        cross_entropy(output.logits, batch.labels, classes, reduction="none").cpu()
+        for batch, output in client.infer(ids)
+    ]
+    if not losses:
         return client.buffer
-    return client.buffer.updated(torch.cat(ids), torch.cat(labels), torch.cat(losses), per_class)
+    return client.buffer.updated(ids, client.data.data.labels(ids), torch.cat(losses), per_class)
 
 
 def feature_moment(client: Client, ids: Tensor) -> Tensor:
@@ -397,19 +371,12 @@ def predecessor_features(client: Client) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, net.feature_dim)
 
 
-def feature_spread(features: Tensor) -> float:
-    """Root mean squared distance of E (n, feature_dim) from its mean: 0 for a constant, at most 1 for unit norm (ours).
-
-    Example:
-        >>> feature_spread(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-        0.7071067690849304
-    """
-    return float((features - features.mean(0)).square().sum(1).mean().sqrt())
-
-
 def warn_if_constant(client: Client, features: Tensor) -> None:
-    """Log that a small model's features E hardly depend on the image: then it contributes a constant (ours)."""
-    spread = feature_spread(features)
+    """Log that a small model's features E (n, feature_dim) hardly depend on the image: it adds a constant (ours).
+
+    Their spread is the root mean squared distance from their mean: 0 for a constant, at most 1 for unit norm.
+    """
+    spread = float((features - features.mean(0)).square().sum(1).mean().sqrt())
     if spread < MIN_SPREAD:
         logger.warning(
             f"client {client.id}: the small model's features E differ by {spread:.2g} between the images of its "
@@ -418,28 +385,28 @@ def warn_if_constant(client: Client, features: Tensor) -> None:
         )
 
 
-def is_first_with_two(client: Client) -> bool:
-    """Whether the task is the client's first one with two images; one image has no variance."""
-    counts = [len(client.data.train_ids(task)) for task in range(client.task + 1)]
-    return counts[-1] > 1 and max(counts[:-1], default=0) < 2
-
-
 @torch.no_grad()
 def calibrate(client: Client) -> None:
-    """Set the CNN's BatchNorm statistics to the means over the task's batches, without changing its weights."""
-    norms = [part for part in client.net.small.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+    """Set the CNN's BatchNorm statistics to the means over the task's batches, without changing its weights.
+
+    Only in the client's first task with two images or more: one image has no variance.
+    """
+    *earlier, now = [len(client.data.train_ids(task)) for task in range(client.task + 1)]
+    if now < 2 or max(earlier, default=0) > 1:
+        return
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    momenta = {part: part.momentum for part in client.net.small.modules() if isinstance(part, batch_norm)}
+    for norm in momenta:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
 
     def in_train_mode(images: Tensor) -> Tensor:
-        for norm in norms:
+        for norm in momenta:
             norm.train()
         return client.net.small(images)
 
     for _ in client.infer(client.train_ids, part=in_train_mode):
         pass
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum in momenta.items():
         norm.momentum = momentum
     client.net.eval()

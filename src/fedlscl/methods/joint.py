@@ -1,7 +1,7 @@
 """Joint training on the pooled data of all clients: a reference, not a federated method.
 
-It violates federation and continual learning on purpose: the server pools the training samples of all clients and of
-all tasks so far, one net is trained on them, and all clients get it.
+It violates federation and continual learning on purpose: one net is trained on the samples of all clients and tasks so
+far, and all clients get it.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from fedlscl.federated.client import Client, class_means
 from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules import BIAS_LR, GENERATOR_LR, HEAD_LR, ClassificationModule, CollaborativeModule, Learner
-from fedlscl.nets.collaborator import Collaborator, CollaboratorConfig
+from fedlscl.methods.fedlscl import Collaborative
+from fedlscl.modules import ClassificationModule, CollaborativeModule, Learner
+from fedlscl.nets.collaborator import Collaborator
 from fedlscl.nets.net import Net
-from fedlscl.options import Positive
 
 TRAINER = 0
 """The client whose net is trained on the pool."""
@@ -30,7 +30,6 @@ class _Pool(Method):
     """The server's pool of all samples so far, and one net for all clients."""
 
     simulation_only: ClassVar = True
-
     from_scratch: bool = True
     """Train from scratch in every task, so that earlier tasks are not trained longer."""
     pool: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -75,19 +74,10 @@ class Joint(_Pool, FedAvg):
 
 
 @dataclass(kw_only=True)
-class JointLSCL(_Pool):
+class JointLSCL(_Pool, Collaborative):
     """Reference: Fed-LSCL's net, trained by Stage 1 on all data of all clients and tasks so far."""
 
     card: ClassVar = MethodCard("all data (centralised)", trains="as Fed-LSCL, on pooled data", uploads="all data")
-
-    collaborator: CollaboratorConfig = field(default_factory=CollaboratorConfig)
-    """The net."""
-    generator_lr: Positive = GENERATOR_LR
-    """Learning rate of the generator's part that depends on the image."""
-    bias_lr: Positive = BIAS_LR
-    """Learning rate of the part that all images share."""
-    head_lr: Positive = HEAD_LR
-    """Learning rate of the head."""
 
     @override
     def build_net(self, client: int, stream: StreamShape) -> Net:
@@ -97,12 +87,4 @@ class JointLSCL(_Pool):
     def objective(self, client: Client) -> Learner:
         if client.round == 0:
             client.net.head.imprint(*class_means(client, self.pool["ids"], pick="tokens"))
-        return CollaborativeModule(
-            client.net,
-            self.pool["classes"],
-            lr=self.lr,
-            generator_lr=self.generator_lr,
-            bias_lr=self.bias_lr,
-            head_lr=self.head_lr,
-            freeze_norm=True,
-        )
+        return CollaborativeModule(client.net, self.pool["classes"], **self.rates, freeze_norm=True)
