@@ -47,15 +47,14 @@ def regression_mean(weights: Sequence[Tensor], grams: Sequence[Tensor], epsilon:
         ...                 [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], epsilon=1e-9)
         tensor([[2., 2.]])
     """
-    stacked = torch.stack([weight.double() for weight in weights])
-    mean = stacked.mean(0)
-    total = torch.stack([gram.double() for gram in grams]).sum(0)
-    moved = torch.stack([_times(w - mean, gram.double()) for w, gram in zip(stacked, grams, strict=True)]).sum(0)
+    maps, inputs = torch.stack([*weights]).double(), torch.stack([*grams]).double()
+    mean, total = maps.mean(0), inputs.sum(0)
     ridge = epsilon * diagonal(total).mean() + torch.finfo(torch.float64).tiny
     if total.dim() == 1:
-        step = moved / (total + ridge)
+        step = ((maps - mean) * inputs[:, None]).sum(0) / (total + ridge)
     else:
-        step = torch.linalg.solve(total + ridge * torch.eye(len(total), dtype=total.dtype), moved, left=False)
+        lifted = total + ridge * torch.eye(len(total), dtype=total.dtype)
+        step = torch.linalg.solve(lifted, ((maps - mean) @ inputs).sum(0), left=False)
     return (mean + step).to(weights[0].dtype)
 
 
@@ -81,7 +80,8 @@ def shrink(gram: Tensor, alpha: float) -> Tensor:
 
 def project(gram: Tensor, down: Tensor) -> Tensor:
     """A G A^T (rank, rank): the Gram of the outputs of a down-projection A (rank, d)."""
-    projected = _times(down.double(), gram.double()) @ down.double().mT
+    factor, inputs = down.double(), gram.double()
+    projected = (factor * inputs if gram.dim() == 1 else factor @ inputs) @ factor.mT
     return ((projected + projected.mT) / 2).to(gram.dtype)
 
 
@@ -94,15 +94,13 @@ def diagonal(gram: Tensor) -> Tensor:
 def input_grams(layers: Mapping[str, Any], full: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
     """Sum x^T x over all rows that enter each layer while the context is open, in float32 in any precision.
 
-    Args:
-        layers: with a ``weight`` (out, d), by name.
-        full: names of layers whose whole Gram (d, d) is wanted; the others give its diagonal (d,).
+    ``layers`` have a ``weight`` (out, d). Those named in ``full`` give a Gram (d, d), the others its diagonal (d,).
     """
     sums = {}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            inputs = layer.weight.shape[1]
-            sums[name] = layer.weight.new_zeros((inputs, inputs) if name in full else inputs)
+            width = layer.weight.shape[1]
+            sums[name] = layer.weight.new_zeros((width, width) if name in full else width)
 
             def collect(layer: Any, inputs: Any, output: Any, name: str = name) -> None:
                 rows = inputs[0].detach().flatten(0, -2).float()
@@ -114,10 +112,6 @@ def input_grams(layers: Mapping[str, Any], full: Collection[str] = ()) -> Iterat
         yield sums
 
 
-def _times(weight: Tensor, gram: Tensor) -> Tensor:
-    return weight * gram if gram.dim() == 1 else weight @ gram
-
-
 @dataclass(kw_only=True)
 class LoRM(Method):
     """Clients train one factor of a task's LoRA and a head; the server merges both by regression mean."""
@@ -125,7 +119,6 @@ class LoRM(Method):
     card: ClassVar = MethodCard(
         "ICLR 2025", "2410.17961", "one LoRA factor per round, head; frozen ViT", "that factor, head, Gram statistics"
     )
-
     batch_size: Count = 16
     """Images per step."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
@@ -175,7 +168,7 @@ class LoRM(Method):
         with input_grams({**layers, "head": net.head}, full) as grams:
             for _ in client.engine.infer(model, client.data, client.train_ids):
                 pass
-        payload = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
+        payload = net.head.state_dict(prefix="head.")
         payload["gram.head"] = pack_symmetric(shrink(grams["head"], self.alpha_head))
         for n, layer in enumerate(net.lora):
             gram = shrink(grams[str(n)], self.alpha_backbone)
@@ -189,53 +182,49 @@ class LoRM(Method):
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         factor = factor_of_round(upload.round)
-        expected = {name: value for name, value in net.state_dict().items() if name.startswith("head.")}
-        sizes = {"gram.head": packed_size(net.head.weight.shape[1])}
-        for n, layer in enumerate(net.lora):
-            expected[f"lora.{n}.{factor}.{upload.task}"] = getattr(layer, factor)[upload.task]
-            rank, inputs = layer.down[upload.task].shape
-            if factor == "up":
-                sizes |= {f"energy.{n}": inputs, f"gram.{n}": packed_size(rank)}
-            else:
-                sizes[f"gram.{n}"] = packed_size(inputs) if self.alpha_backbone else inputs
-        return expected | {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+        expected = net.head.state_dict(prefix="head.")
+        with torch.device("meta"):
+            expected["gram.head"] = torch.empty(packed_size(net.head.weight.shape[1]))
+            for n, layer in enumerate(net.lora):
+                expected[f"lora.{n}.{factor}.{upload.task}"] = getattr(layer, factor)[upload.task]
+                rank, inputs = layer.down[upload.task].shape
+                if factor == "up":
+                    expected |= {f"energy.{n}": torch.empty(inputs), f"gram.{n}": torch.empty(packed_size(rank))}
+                else:
+                    expected[f"gram.{n}"] = torch.empty(packed_size(inputs) if self.alpha_backbone else inputs)
+        return expected
 
     def check_upload(self, upload: Upload) -> str:
         """Reject Grams that are not positive semidefinite."""
         payload = upload.payload
         sizes = {name.split(".")[1]: value.shape[1] for name, value in payload.items() if name.startswith("lora.")}
         sizes["head"] = payload["head.weight"].shape[1]
-        grams = {f"gram.{layer}": unpack_symmetric(payload[f"gram.{layer}"], size) for layer, size in sizes.items()}
-        grams |= {name: value for name, value in payload.items() if name.startswith("energy.")}
-        for name, gram in grams.items():
-            if not is_semidefinite(gram):
+        for name, value in payload.items():
+            kind, layer = name.split(".")[:2]
+            gram = unpack_symmetric(value, sizes[layer]) if kind == "gram" else value
+            if kind in ("gram", "energy") and not is_semidefinite(gram):
                 return f"{name} must be positive semidefinite"
         return ""
 
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Merge the trained factors and the head among clients, and update the weights of the tasks."""
-        merged = merge_head(uploads, self.head_aggregation)
+        merged, task = merge_head(uploads, self.head_aggregation), progress.task
         for name in [name for name in uploads[0].payload if name.startswith("lora.")]:
             layer = name.split(".")[1]
             factors = [upload.payload[name] for upload in uploads]
             grams = [unpack_symmetric(upload.payload[f"gram.{layer}"], factors[0].shape[1]) for upload in uploads]
             merged[name] = regression_mean(factors, grams)
             diagonals = [u.payload.get(f"energy.{layer}", diagonal(g)) for u, g in zip(uploads, grams, strict=True)]
-            merged[f"lora.{layer}.share"] = self._task_shares(layer, diagonals, progress.task)
+            total = torch.stack(diagonals).double().sum(0)
+            energy = self.energy.setdefault(layer, total.new_zeros(self.num_modules, len(total)))
+            energy[task] = total
+            merged[f"lora.{layer}.share"] = torch.zeros_like(energy, dtype=torch.float32)
+            merged[f"lora.{layer}.share"][: task + 1] = shares(energy[: task + 1])
         return [merged] * len(uploads)
 
     @override
     def download(self, client: Client, payload: Payload) -> None:
         client.net.load_state_dict({**client.net.state_dict(), **payload})
-
-    def _task_shares(self, layer: str, diagonals: list[Tensor], task: int) -> Tensor:
-        total = torch.stack([values.double() for values in diagonals]).sum(0)
-        energy = self.energy.get(layer, total.new_zeros(self.num_modules, len(total))).clone()
-        energy[task] = total
-        self.energy[layer] = energy
-        weights = torch.zeros_like(energy)
-        weights[: task + 1] = shares(energy[: task + 1])
-        return weights.float()
 
 
 def factor_of_round(round_: int) -> str:
