@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedlscl.federated.method import Stage
-from fedlscl.methods.pilora import PrototypeHead, PrototypeModule, overlap, prototype_distances
+from fedlscl.methods.pilora import PILoRA, PrototypeHead, PrototypeModule, overlap, prototype_distances
 from fedlscl.nets.lora_vit import LoraViT
 from fedlscl.nets.vit import foundation
 
@@ -54,7 +54,7 @@ def test_overlap_moves_the_current_factor_only():
 def test_earlier_prototypes_compete_and_get_no_gradient(net, batch):
     """All classes met so far are columns; the prototypes of other tasks stay as they are."""
     seen = torch.tensor([0, 1, 2, 3, 4])
-    module = PrototypeModule(net, 2, seen, CLASSES)
+    module = PrototypeModule(net, 2, PILoRA(), seen, CLASSES)
     terms = module.loss(batch)
     distances = (net(batch.images).features[:, None] - net.head.weight).square().mean(2).sqrt()
     expected = nn.functional.cross_entropy(-distances[:, seen] / 0.5, batch.labels)
@@ -65,7 +65,7 @@ def test_earlier_prototypes_compete_and_get_no_gradient(net, batch):
 
 
 def test_terms_are_those_of_the_paper(net, batch):
-    module = PrototypeModule(net, 2, CLASSES, lambda_prototype=0.3, gamma_orthogonal=0.5, lambda_sparse=0.7)
+    module = PrototypeModule(net, 2, PILoRA(lambda_prototype=0.3, gamma_orthogonal=0.5, lambda_sparse=0.7), CLASSES)
     terms = module.loss(batch)
     features = net(batch.images).features
     distances = (features[:, None] - net.head.weight).square().mean(2).sqrt()
@@ -84,12 +84,12 @@ def test_terms_are_those_of_the_paper(net, batch):
 
 def test_the_first_task_has_nothing_to_be_orthogonal_to(net, batch):
     net.set_trainable(0)
-    assert PrototypeModule(net, 0, CLASSES).loss(batch)["orthogonality"].item() == 0.0
+    assert PrototypeModule(net, 0, PILoRA(), CLASSES).loss(batch)["orthogonality"].item() == 0.0
 
 
 def test_training_moves_this_tasks_factors_and_prototypes_alone(net, engine, data, batch):
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    module = PrototypeModule(net, 2, CLASSES, lr=1e-2, lr_of={"lora": 1e-3})
+    module = PrototypeModule(net, 2, PILoRA(lr=1e-2, lora_lr=1e-3), CLASSES)
     engine.train(Stage("train", module, [batch, batch, batch], 2))
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {f"lora.{n}.{kind}.2" for n in (0, 1) for kind in ("down", "up")} | {"head.weight"}
@@ -100,14 +100,14 @@ def test_training_moves_this_tasks_factors_and_prototypes_alone(net, engine, dat
 def test_a_stock_trainer_runs_it(net, data, stock):
     before = net.head.weight.detach().clone()
     trainer = stock()
-    trainer.fit(PrototypeModule(net, 2), datamodule=data.at(0, 0))
+    trainer.fit(PrototypeModule(net, 2, PILoRA()), datamodule=data.at(0, 0))
     assert trainer.callback_metrics["train/orthogonality"] > 0
     assert not torch.equal(net.head.weight, before)
 
 
 def test_bfloat16(net, batch):
     with torch.autocast("cpu", torch.bfloat16):
-        terms = PrototypeModule(net, 2, CLASSES).training_step(batch)
+        terms = PrototypeModule(net, 2, PILoRA(), CLASSES).training_step(batch)
     terms["loss"].backward()
     assert terms["loss"].dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)

@@ -11,7 +11,7 @@ Deviations from the released code:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ class PrototypeHead(nn.Module):
         self.temperature = temperature
         self.weight = nn.Parameter(0.1 * torch.randn(num_classes, width))
 
+    @override
     def forward(self, features: Tensor) -> Tensor:
-        """(B, width) to (B, num_classes)."""
         return -prototype_distances(features, self.weight) / self.temperature
 
 
@@ -61,40 +61,35 @@ def prototype_distances(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 class PrototypeModule(Learner):
-    """Distance-based cross-entropy and prototype loss, orthogonality to earlier modules and sparsity of this one."""
+    """Distance-based cross-entropy and prototype loss, orthogonality to earlier modules and sparsity of this one.
+
+    ``net`` has a PrototypeHead; ``classes`` are the columns of the cross-entropy, ``trained`` the classes whose
+    prototypes get a gradient; all if None.
+    """
 
     def __init__(
-        self, net: LoraViT, task: int, classes: Tensor | None = None, trained: Tensor | None = None,
-        lambda_prototype: float = 1e-3, gamma_orthogonal: float = 0.5, lambda_sparse: float = 0.01, **optimisation: Any,
-    ) -> None:  # fmt: skip
-        """``net`` has a PrototypeHead.
-
-        ``classes`` are the columns of the cross-entropy, ``trained`` the classes whose prototypes get a gradient; all
-        if None.
-        """
-        super().__init__(net, **optimisation)
-        self.task, self.lambda_prototype = task, lambda_prototype
-        self.gamma_orthogonal, self.lambda_sparse = gamma_orthogonal, lambda_sparse
+        self, net: LoraViT, task: int, options: "PILoRA", classes: Tensor | None = None, trained: Tensor | None = None
+    ) -> None:
+        super().__init__(net, options.lr, {"lora": options.lora_lr})
+        self.task, self.options = task, options
         self.register_buffer("classes", classes, persistent=False)
-        rows = torch.ones(len(net.head.weight), 1, dtype=torch.bool)
-        if trained is not None:
-            rows = torch.zeros_like(rows).index_fill(0, trained, True)
-        self.register_buffer("trained", rows, persistent=False)
+        labels = torch.arange(len(net.head.weight))
+        is_trained = torch.isin(labels, labels if trained is None else trained)[:, None]
+        self.register_buffer("is_trained", is_trained, persistent=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """DCE, lambda_pl mean d_y, gamma_ort sum_{s<t} ||A_s A_t^T||_1, and lambda_1 ||A_t||_1; norms entry-wise."""
-        head = self.net.head
-        prototypes = torch.where(self.trained, head.weight, head.weight.detach())
+        options, weight = self.options, self.net.head.weight
+        prototypes = torch.where(self.is_trained, weight, weight.detach())
         distances = prototype_distances(self.net(batch.images, batch.prefix).features, prototypes)
-        logits = -distances / head.temperature
         own = distances.gather(1, batch.labels[:, None]).mean()
         overlaps = [overlap(layer.down[self.task], list(layer.down)[: self.task]) for layer in self.net.lora]
         sizes = [layer.down[self.task].abs().sum() for layer in self.net.lora]
         return {
-            "cross_entropy": cross_entropy(logits, batch.labels, self.classes),
-            "prototype": self.lambda_prototype * own,
-            "orthogonality": self.gamma_orthogonal * torch.stack(overlaps).sum(),
-            "sparsity": self.lambda_sparse * torch.stack(sizes).sum(),
+            "cross_entropy": cross_entropy(-distances / self.net.head.temperature, batch.labels, self.classes),
+            "prototype": options.lambda_prototype * own,
+            "orthogonality": options.gamma_orthogonal * torch.stack(overlaps).sum(),
+            "sparsity": options.lambda_sparse * torch.stack(sizes).sum(),
         }
 
 
@@ -105,10 +100,8 @@ def overlap(current: Tensor, earlier: Sequence[Tensor]) -> Tensor:
         >>> overlap(torch.tensor([[1.0, 0.0]]), [torch.tensor([[0.0, 5.0]]), torch.tensor([[-2.0, 1.0]])])
         tensor(2.)
     """
-    if not len(earlier):
-        return current.new_zeros(())
     with torch.autocast(current.device.type, enabled=False):
-        return (torch.cat([factor.detach() for factor in earlier]) @ current.mT).abs().sum()
+        return (torch.cat([current[:0], *earlier]).detach() @ current.mT).abs().sum()
 
 
 def prototype_weights(prototypes: Tensor, means: Tensor, temperature: float) -> Tensor:
@@ -123,10 +116,8 @@ def prototype_weights(prototypes: Tensor, means: Tensor, temperature: float) -> 
     """
     distances = (prototypes.double()[:, None] - means.double()[None]).norm(dim=2).sum(1)
     closeness = 1 / (distances + 1e-10)
-    spread = closeness.max() - closeness.min()
-    if spread < 1e-12:
-        return torch.full_like(closeness, 1 / len(closeness))
-    return ((closeness - closeness.min()) / spread / temperature).softmax(0)
+    above = closeness - closeness.min()
+    return (above / above.max().clamp(min=1e-12) / temperature).softmax(0)
 
 
 @dataclass(kw_only=True)
@@ -136,7 +127,6 @@ class PILoRA(Method):
     card: ClassVar = MethodCard(
         "ECCV 2024", "2401.02094", "a LoRA per task, prototypes; frozen ViT", "the task's LoRA, prototypes, class means"
     )
-
     batch_size: Count = 16
     """Images per step (64 in the released code)."""
     foundation: FoundationConfig = field(default_factory=FoundationConfig)
@@ -172,10 +162,8 @@ class PILoRA(Method):
     @override
     def stages(self, client: Client) -> Iterator[Stage]:
         client.net.set_trainable(client.task)
-        weights = self.lambda_prototype, self.gamma_orthogonal, self.lambda_sparse
-        rates = {"lr": self.lr, "lr_of": {"lora": self.lora_lr}}
         competing = client.seen if self.competing == "seen" else client.classes
-        module = PrototypeModule(client.net, client.task, competing, client.classes, *weights, **rates)
+        module = PrototypeModule(client.net, client.task, self, competing, client.classes)
         yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
 
     def upload(self, client: Client) -> Payload:
@@ -183,8 +171,8 @@ class PILoRA(Method):
         classes, means = class_means(client, client.train_ids, unit=False)
         lora = task_lora(client.net, client.task)
         # A client's prototype of a class that it lacks is the server's; only the released rule needs it.
-        rows = client.net.head.weight if self.head_aggregation == "average" else client.net.head.weight[classes]
-        return outgoing({**lora, "prototypes": rows, "means": means})
+        rows = slice(None) if self.head_aggregation == "average" else classes
+        return outgoing({**lora, "prototypes": client.net.head.weight[rows], "means": means})
 
     @override
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
@@ -195,11 +183,17 @@ class PILoRA(Method):
     def aggregate(self, uploads: list[Upload], progress: Progress) -> list[Payload]:
         """Average A and B by samples, and re-weight the prototypes of every class that a client has."""
         states = [{n: v for n, v in upload.payload.items() if n.startswith("lora.")} for upload in uploads]
-        lora = weighted_average(states, [upload.num_samples for upload in uploads])
-        participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
-        classes = participants.any(0).nonzero().flatten()
-        merged = [self._prototype(uploads, participants, label) for label in classes.tolist()]
-        return [{**lora, "classes": classes, "prototypes": torch.stack(merged)}] * len(uploads)
+        merged = weighted_average(states, [upload.num_samples for upload in uploads])
+        means, prototypes = (torch.cat([u.payload[name] for u in uploads]) for name in ("means", "prototypes"))
+        label_of_mean = label_of_prototype = torch.cat([u.class_counts.nonzero().flatten() for u in uploads])
+        if self.head_aggregation == "average":
+            label_of_prototype = torch.arange(len(uploads[0].class_counts)).repeat(len(uploads))
+        merged["classes"], rows = label_of_mean.unique(), []
+        for label in merged["classes"]:
+            candidates = prototypes[label_of_prototype == label]
+            weights = prototype_weights(candidates, means[label_of_mean == label], self.server_temperature)
+            rows.append((weights[:, None] * candidates.double()).sum(0).to(candidates.dtype))
+        return [{**merged, "prototypes": torch.stack(rows)}] * len(uploads)
 
     @override
     def download(self, client: Client, payload: Payload) -> None:
@@ -207,17 +201,6 @@ class PILoRA(Method):
         prototypes[payload["classes"]] = payload["prototypes"]
         lora = {name: value for name, value in payload.items() if name.startswith("lora.")}
         client.net.load_state_dict({**client.net.state_dict(), **lora, "head.weight": prototypes})
-
-    def _prototype(self, uploads: list[Upload], participants: Tensor, label: int) -> Tensor:
-        rows = participants[:, :label].sum(1).tolist()  # index of the class among those that a client has
-        holders = participants[:, label].nonzero().flatten().tolist()
-        means = torch.stack([uploads[i].payload["means"][rows[i]] for i in holders])
-        if self.head_aggregation == "average":
-            candidates = torch.stack([upload.payload["prototypes"][label] for upload in uploads])
-        else:
-            candidates = torch.stack([uploads[i].payload["prototypes"][rows[i]] for i in holders])
-        weights = prototype_weights(candidates, means, self.server_temperature)
-        return (weights[:, None] * candidates.double()).sum(0).to(candidates.dtype)
 
 
 def task_lora(net: Net, task: int) -> dict[str, Tensor]:
