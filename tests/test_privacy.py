@@ -20,7 +20,7 @@ from privacy_sections.moments import closest, guesses  # noqa: E402
 from privacy_sections.noise import budgets, on_noisy  # noqa: E402
 from privacy_sections.reconstruction import quality, ridge_decoder  # noqa: E402
 
-from fedlscl.functional.distillation import Sums, client_terms, second_moment, subtract_terms  # noqa: E402
+from fedlscl.functional.distillation import Sums, client_terms, second_moment  # noqa: E402
 from fedlscl.functional.privacy import epsilon, noisy_moment  # noqa: E402
 
 DIM = 12
@@ -55,7 +55,7 @@ def test_noise_hides_even_one_sample(features):
 
 def test_what_two_clients_sum_gives_each_the_other_ones_moment(features):
     own, other = (client_terms(torch.zeros(DIM + 1, 1), second_moment(part)) for part in (features[:5], features[5:6]))
-    left = subtract_terms(Sums(*map(sum, zip(own, other, strict=True))), own)
+    left = Sums(*map(torch.sub, map(sum, zip(own, other, strict=True)), own))
     torch.testing.assert_close(guesses(left.moments, 0)[0], features[5], atol=1e-5, rtol=0)
 
 

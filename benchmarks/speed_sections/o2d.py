@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from fedlscl.functional.distillation import Sums, client_terms, one_by_one_distill, second_moment, subtract_terms
+from fedlscl.functional.distillation import Sums, client_terms, one_by_one_distill, second_moment
 
 from .clock import side_by_side
 
@@ -48,7 +48,7 @@ class Problem:
     def __init__(self, generators: list[Tensor], moments: list[Tensor]) -> None:
         self.generators, self.moments = generators, moments
         terms = [client_terms(phi, c) for phi, c in zip(generators, moments, strict=True)]
-        self.others = subtract_terms(Sums(*map(sum, zip(*terms, strict=True))), terms[0])
+        self.others = Sums(*map(torch.sub, map(sum, zip(*terms, strict=True)), terms[0]))
         self.scale = LAMBDA * self.others.moments.diagonal().mean().item()
 
     def objective(self, phi: Tensor) -> float:

@@ -90,11 +90,6 @@ def client_terms(generator: Tensor, moment: Tensor) -> Sums:
     return Sums(moment.double(), moment.double() @ generator.double())
 
 
-def subtract_terms(total: Sums, own: Sums) -> Sums:
-    """The sums over all other clients (j != i in Eq. 5)."""
-    return Sums(total.moments - own.moments, total.products - own.products)
-
-
 def solve(generator: Tensor, others: Sums, lambda_proximal: float) -> Tensor:
     """Minimise Eq. 5 for one client from the sums over the others; (p, lora_dim) in the generator's dtype.
 

@@ -169,7 +169,7 @@ class FedLSCL(privacy.PrivateSums, Collaborative):
     def upload(self, client: Client) -> Payload:
         """phi_i and the second moment of FS_i, the features of the buffer as it would be now (M = 0: of the task).
 
-        With ``secure_sum``, a public key at first, and then masked inputs.
+        CNN, head and images stay on the client. With ``secure_sum``, a public key at first, and then masked inputs.
         """
         if self.secure_sum and privacy.KEYS not in client.memory:
             return self.advertise_key(client)
@@ -270,9 +270,8 @@ class FedLSCL(privacy.PrivateSums, Collaborative):
         return modules.CollaborativeModule(client.net, client.classes, **common, **self.rates)
 
     def _counts(self, client: Client, ids: Tensor) -> Tensor | None:
-        if not self.balance:
-            return None
-        return torch.bincount(client.data.data.labels(ids), minlength=client.data.data.num_classes)
+        data = client.data.data
+        return data.labels(ids).bincount(minlength=data.num_classes) if self.balance else None
 
     def _federates(self, net: Net) -> bool:
         return self.distill and net.config.collaboration

@@ -22,8 +22,6 @@ from fedlscl.options import Interval, NonNegative, Positive
 
 MEMBERS, KEYS = "members", "public_keys"
 """Names in the answer to the first exchange."""
-MOMENTS, PRODUCTS = "moments", "products"
-"""Names of the two sums of Eq. 5 in a message."""
 PRIVATE, OWN = "secure.private_key", "secure.own."
 """In a client's memory: its key; its summands of the current sums."""
 START = "noise.start"
@@ -81,7 +79,7 @@ class PrivateSums(Method):
             start = client.memory[START]
             generator = start + privacy.noised(generator - start, self.clip_norm, self.noise_multiplier, self.secrets)
             moment = privacy.noisy_moment(moment, self.noise_multiplier, self.secrets)
-        return outgoing({"generator": generator, MOMENTS: pack_symmetric(moment).float()})
+        return outgoing({"generator": generator, "moments": pack_symmetric(moment).float()})
 
     def advertise_key(self, client: Client) -> Payload:
         """Draw a key pair, and upload its public half."""
@@ -95,8 +93,8 @@ class PrivateSums(Method):
         terms: Payload = {}
         if payload:
             generator = payload["generator"]
-            moments, products = client_terms(generator, unpack_symmetric(payload[MOMENTS], len(generator)))
-            terms = {MOMENTS: pack_symmetric(moments), PRODUCTS: products}
+            moments, products = client_terms(generator, unpack_symmetric(payload["moments"], len(generator)))
+            terms = {"moments": pack_symmetric(moments), "products": products}
             client.memory |= {OWN + name: value for name, value in terms.items()}
         return mask(client, terms, f"{client.task}/{client.round}")
 
@@ -149,6 +147,6 @@ def mask(client: Client, terms: Payload, context: str) -> Payload:
 
 def fused_generator(client: Client, total: Payload, lambda_proximal: float) -> Tensor:
     """Solve Eq. 5 with the sums of all clients minus the client's summands, (p, lora_dim)."""
-    moments, products = (total[name] - client.memory.pop(OWN + name) for name in (MOMENTS, PRODUCTS))
+    moments, products = (total[name] - client.memory.pop(OWN + name) for name in ("moments", "products"))
     others = Sums(unpack_symmetric(moments, len(products)), products)
     return solve(client.net.generator.matrix.cpu(), others, lambda_proximal)
