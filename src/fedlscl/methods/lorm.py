@@ -240,12 +240,10 @@ def merge_head(uploads: list[Upload], head_aggregation: str) -> Payload:
     rows = [upload.payload["head.weight"] for upload in uploads]
     grams = [unpack_symmetric(upload.payload["gram.head"], rows[0].shape[1]) for upload in uploads]
     biases = [replace(upload, payload={"head.bias": upload.payload["head.bias"]}) for upload in uploads]
-    participants = torch.stack([upload.class_counts > 0 for upload in uploads])  # (clients, num_classes)
-    if head_aggregation == "average":
-        participants = torch.ones_like(participants)
+    holds = torch.stack([upload.class_counts > 0 for upload in uploads], 1)  # (num_classes, clients)
+    holds[~holds.any(1) | (head_aggregation == "average")] = True
     merged = torch.empty_like(rows[0])
-    for holders in participants.mT.unique(dim=0):
-        classes = (participants.mT == holders).all(1)
-        chosen = [i for i, holds in enumerate(holders.tolist()) if holds or not holders.any()]
+    for holders in holds.unique(dim=0):
+        classes, chosen = (holds == holders).all(1), holders.nonzero().flatten().tolist()
         merged[classes] = regression_mean([rows[i][classes] for i in chosen], [grams[i] for i in chosen])
     return {"head.weight": merged, **federated_average(biases, head_aggregation)}
