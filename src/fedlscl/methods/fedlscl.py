@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MIN_SPREAD = 0.05
 """Spread of E over the buffer below which a small model works as a constant (ours)."""
 KEPT = "buffer_features"
-"""In a client's memory: its predecessor's features of the buffer."""
+"""In a client's memory: its predecessor's features E' of the buffer, constant during a task; W' is one product away."""
 logger = logging.getLogger(__name__)
 
 
@@ -249,7 +249,7 @@ class FedLSCL(privacy.PrivateSums, Collaborative):
         client.buffer = updated_buffer(client, self.buffer_per_class)
         client.snapshot()
         if self.continual == "replay" and client.net.config.collaboration:
-            client.memory[KEPT] = features = predecessor_features(client)
+            client.memory[KEPT] = features = embedded(client, client.previous, client.buffer.ids)
             if client.task == 0 and client.net.has_small_model and len(features):
                 warn_if_constant(client, features)
         if self.continual == "ewc":
@@ -349,7 +349,13 @@ def feature_moment(client: Client, ids: Tensor) -> Tensor:
     if not len(ids):
         size = len(client.net.generator.matrix)
         return torch.zeros(size, size, dtype=torch.float64)
-    return second_moment(torch.cat([e.cpu() for _, (e, _) in client.infer(ids, part=client.net.generate)]))
+    return second_moment(embedded(client, client.net, ids))
+
+
+def embedded(client: Client, net: Collaborator, ids: Tensor) -> Tensor:
+    """E of some samples by one of the client's nets, (n, feature_dim), float32 on the CPU."""
+    features = [e.float().cpu() for _, e in client.engine.infer(net, client.data, ids, part=net.embed)]
+    return torch.cat([torch.empty(0, net.feature_dim), *features])
 
 
 def kept_features(client: Client, ids: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -358,16 +364,6 @@ def kept_features(client: Client, ids: Tensor) -> tuple[Tensor, Tensor] | None:
     if KEPT not in client.memory or not torch.isin(old, client.buffer.ids).all():
         return None
     return client.buffer.ids, client.memory[KEPT]
-
-
-def predecessor_features(client: Client) -> Tensor:
-    """E' of the buffer's samples, (n, feature_dim), on the CPU: constant during the next task.
-
-    W' = phi'(E') is one product away and would be some thousand numbers per sample.
-    """
-    net = client.previous
-    found = [e.float().cpu() for _, e in client.engine.infer(net, client.data, client.buffer.ids, part=net.embed)]
-    return torch.cat(found) if found else torch.empty(0, net.feature_dim)
 
 
 def warn_if_constant(client: Client, features: Tensor) -> None:
