@@ -256,8 +256,8 @@ class ClientRunner:
     def train(self, client: Client, train_stage: TrainStage) -> None:
         """Train all stages of ``client.round``."""
         with self.engine.on_device(client):
-            stages = self.method.stages(client)
-            train_seeded(stages, client, train_stage, lambda number: self._seed(Turn.TRAIN, client, number))
+            for stage in seeded(self.method.stages(client), partial(self._seed, Turn.TRAIN, client)):
+                train_stage(client, stage)
 
     def upload(self, client: Client) -> Upload:
         """The client's message of ``client.round``."""
@@ -327,13 +327,11 @@ class ClientRunner:
         seed_turn(self.seed, kind, client.task, client.round, client.id, number)
 
 
-def train_seeded(
-    stages: Iterator[Stage], client: Client | None, train_stage: TrainStage, seed: Callable[[int], None]
-) -> None:
-    """Train stages in order, each built and trained from its own seed."""
+def seeded(stages: Iterator[Stage], seed: Callable[[int], None]) -> Iterator[Stage]:
+    """Yield stages to train, each of which is built and trained from its own seed."""
     seed(0)
     for number, stage in enumerate(stages, start=1):
-        train_stage(client, stage)
+        yield stage
         seed(number)
 
 

@@ -19,7 +19,7 @@ from fedlscl.federated.loggers import LoggerCallback
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload, num_bytes
-from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, train_seeded
+from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, seeded
 from fedlscl.federated.readout import ReadoutConfig, check_readouts
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.validation import UploadValidator
@@ -139,7 +139,9 @@ class FederatedTrainer:
             server_every=self.server_every,
             precision=self.precision,
             engine=engine,
-            validator=UploadValidator(method, None, self.max_norm_ratio, int(self.upload_gb * 2**30)),
+            validator=UploadValidator(
+                method, max_norm_ratio=self.max_norm_ratio, max_bytes=int(self.upload_gb * 2**30)
+            ),
             readout_config=self.readouts,
             run_dir=self.run_dir,
         )
@@ -147,7 +149,8 @@ class FederatedTrainer:
 
     def launch(self, datamodule: SpatialTemporalDataModule | None, folder: Path | None = None) -> Engine:
         """Launch Fabric; frozen ViT tokens of the data are cached, also in ``folder`` for later processes."""
-        fabric, cache = connect(self.accelerator, self.devices, self.precision, self.deterministic), None
+        fabric = connect(self.accelerator, self.devices, self.precision, self.deterministic)
+        cache = None
         if datamodule is not None:
             dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
             cache = PrefixCache(datamodule, self.cache_gb * 2**30, dtype, folder)
@@ -230,8 +233,7 @@ class FederatedTrainer:
             >>> FederatedTrainer(participation=0.5).sample_clients(4, 42, Progress(0, 0))
             [1, 2]
         """
-        entropy = [seed, Turn.SAMPLING, progress.task, progress.round]
-        generator = np.random.default_rng(np.random.SeedSequence(entropy))
+        generator = np.random.default_rng([seed, Turn.SAMPLING, *progress.position])
         sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
         fails = generator.random(num_clients) < self.failure_rate
         return sorted(int(client) for client in sampled if not fails[client])
@@ -325,14 +327,15 @@ def train_server(method: Method, seed: int, uploads: list[Upload], progress: Pro
     """Train the method's stages at the server, each from its own seed."""
 
     def seed_stage(number: int) -> None:
-        seed_turn(seed, Turn.SERVER_TRAIN, progress.task, progress.round, *([number] if number else []))
+        seed_turn(seed, Turn.SERVER_TRAIN, *progress.position, *([number] if number else []))
 
-    train_seeded(method.server_stages(uploads, progress), None, train_stage, seed_stage)
+    for stage in seeded(method.server_stages(uploads, progress), seed_stage):
+        train_stage(None, stage)
 
 
 def aggregate(method: Method, seed: int, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
     """The server's responses, by client."""
-    seed_turn(seed, Turn.SERVER, progress.task, progress.round)
+    seed_turn(seed, Turn.SERVER, *progress.position)
     answers = method.aggregate(uploads, progress)
     if len(answers) != len(uploads):
         raise ValueError(
