@@ -423,7 +423,7 @@ def test_a_frozen_cnn_stays_as_it_is(make_method, federate, frozen):
     trainer = federate(method, max_tasks=1)
     torch.manual_seed(0)
     client = trainer.clients[0]
-    start = trainer.pool.runner.build(0, trainer.pool.stream)
+    start = trainer.pool.runner.build(0, trainer.run.validator.stream)
     same = all(torch.equal(a, b) for a, b in zip(start.small.state_dict().values(),
                                                 client.net.small.state_dict().values(), strict=True))  # fmt: skip
     assert same == frozen
@@ -434,7 +434,7 @@ def test_calibrated_norms_have_the_statistics_of_the_first_task(make_method, fed
     """Means over the batches, once; weights and later statistics are not touched by it."""
     trainer = federate(make_method({"freeze_small": True}, calibrate_norm=True), rounds_per_task=2)
     client = trainer.clients[0]
-    fresh = trainer.pool.runner.build(0, trainer.pool.stream).small.train()
+    fresh = trainer.pool.runner.build(0, trainer.run.validator.stream).small.train()
     first = next(part for part in fresh.modules() if isinstance(part, torch.nn.BatchNorm2d))
     seen = []
     first.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]))

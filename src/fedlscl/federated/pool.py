@@ -89,12 +89,6 @@ class LocalPool(ClientPool):
     call: Callable[..., None]
     """Calls a hook of all callbacks."""
 
-    @property
-    def stream(self) -> StreamShape:
-        """Sizes of the data."""
-        data = self.datamodule
-        return StreamShape(data.num_classes, data.num_clients, data.num_tasks)
-
     @override
     def setup(self, run: RunState) -> None:
         if self.ranks.size > 1 and run.method.simulation_only:
@@ -104,14 +98,14 @@ class LocalPool(ClientPool):
             )
         self.run, self.runner = run, ClientRunner(run.method, run.engine, run.seed, run.readout_config)
         data, tasks = self.datamodule, range(run.num_tasks)
+        shape = run.validator.stream = StreamShape(data.num_classes, data.num_clients, data.num_tasks)
         streams = [data.stream(index) for index in range(data.num_clients)]
         ranks = assign([stream.num_samples for stream in streams], self.ranks.size)
         for index, stream in enumerate(streams):
-            net = self.runner.build(index, self.stream)
+            net = self.runner.build(index, shape)
             run.clients.append(Client(id=index, net=net, data=stream, engine=run.engine))
             run.engine.offloader.release(run.clients[-1])
         self.own = {client.id: client for client in run.clients if ranks[client.id] == self.ranks.rank}
-        run.validator.stream = self.stream
         run.readouts.widths = check_widths(run.readout_config, run.nets)
         run.data = {
             "dataset": data.dataset,
