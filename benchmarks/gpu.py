@@ -222,7 +222,9 @@ def cases_of_precision(options: argparse.Namespace) -> dict[str, Callable[[float
 def differences(name: str, *places: tuple[str, Precision]) -> Rows:
     """Largest differences of two runs: of losses in the first step, and of accuracies after the last task."""
     one, other = (learn(name, *place) for place in places)
-    firsts = [[e["terms"]["loss"] for e in run.history if (e["task"], e["round"]) == (0, 0)] for run in (one, other)]
+    firsts = [
+        [e["terms"]["loss"] for e in run.history if (e["task"], e["round"]) == (0, 0)] for run in (one.run, other.run)
+    ]
     loss = max((abs(a - b) for a, b in zip(*firsts, strict=True)), default=None)
     accuracy = (one.matrix.values[1, :, :, -1] - other.matrix.values[1, :, :, -1]).abs().max().item()
     is_equal = None if loss is None or places[1][1] != "32-true" else loss <= LOSS_TOLERANCE

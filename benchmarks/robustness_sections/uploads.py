@@ -34,7 +34,7 @@ class Moments(Recorded):
     """Keeps the moments before all server steps."""
 
     def _server_step(self, uploads: list[Upload]) -> None:
-        run, state = self.run, deepcopy(self.validator.state_dict())
+        run, state = self.run, deepcopy(self.run.validator.state_dict())
         self.moments = [*getattr(self, "moments", []), Moment(deepcopy(run.method), state, uploads, run.progress)]
         super()._server_step(uploads)
 
@@ -48,7 +48,7 @@ def moments_of(name: str, clients: int) -> tuple[Moments, list[Moment]]:
     method = METHODS[name]()
     run = Moments()
     run.fit(method, data)
-    assert run.validator.rejected == []
+    assert run.run.validator.rejected == []
     return run, run.moments
 
 
@@ -82,7 +82,7 @@ def step(
     run: Moments, moment: Moment, honest: list[Upload], bad: Upload, arrived: list[Any]
 ) -> tuple[dict[str, Any], bool]:
     """What the server answers and keeps, and whether it refused the bad upload and no other."""
-    method, validator = deepcopy(moment.method), deepcopy(run.validator)
+    method, validator = deepcopy(moment.method), deepcopy(run.run.validator)
     validator.method, validator.norms, validator.rejected = method, {}, []
     validator.load_state_dict(moment.validator)
     all_uploads = sorted(

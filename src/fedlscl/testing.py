@@ -104,7 +104,7 @@ def check_finite(run: Recorded, make: Callable[[], Method]) -> None:
         require(bool(((values >= 0) & (values <= 1)).all()), f"accuracies ({mask}) must be in [0, 1], got {values}")
     for path, tensor in tensors(run.states):
         require(not tensor.is_floating_point() or bool(tensor.isfinite().all()), f"state {path} is not finite")
-    for entry in run.history:
+    for entry in run.run.history:
         terms = torch.tensor(list(entry["terms"].values()))
         require(bool(terms.isfinite().all()), f"the objective of stage {entry['stage']!r} is not finite: {entry}")
 
@@ -226,11 +226,11 @@ CHECKS = (
 def same(run: Recorded, expected: Recorded, what: str) -> None:
     """Require equal states, accuracies, traffic and losses, bit for bit."""
     found, wanted = (
-        {"states": each.states, "accuracies": each.matrix.values.nan_to_num(-1), "traffic": each.traffic}
+        {"states": each.states, "accuracies": each.matrix.values.nan_to_num(-1), "traffic": each.run.traffic}
         for each in (run, expected)
     )
     same_tensors(found, wanted, what)
-    require(run.history == expected.history, f"{what} differs in its losses")
+    require(run.run.history == expected.run.history, f"{what} differs in its losses")
 
 
 def same_tensors(state: Any, expected: Any, what: str) -> None:

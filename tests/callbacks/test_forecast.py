@@ -16,7 +16,7 @@ def test_options_of_the_run_count(options, make_data, make_method):
     planned.setup(make_method(), data, 42)
     run = trainer(4, **options)
     run.fit(make_method(), make_data())
-    assert forecast(planned, make_method(), data).up == pytest.approx(int(run.traffic["up"].sum()), rel=0.02)
+    assert forecast(planned, make_method(), data).up == pytest.approx(int(run.run.traffic["up"].sum()), rel=0.02)
 
 
 def test_secure_sums_are_foreseen_though_their_first_message_is_small(make_data, make_method):
@@ -26,7 +26,7 @@ def test_secure_sums_are_foreseen_though_their_first_message_is_small(make_data,
     planned.setup(method, data, 42)
     run = trainer(4)
     run.fit(method, make_data())
-    assert forecast(planned, method, data).up == pytest.approx(int(run.traffic["up"].sum()), rel=0.1)
+    assert forecast(planned, method, data).up == pytest.approx(int(run.run.traffic["up"].sum()), rel=0.1)
 
 
 def test_the_run_itself_is_left_alone(make_data, make_method):
@@ -37,7 +37,7 @@ def test_the_run_itself_is_left_alone(make_data, make_method):
     splits = data.splits
     forecast(disturbed, method, data)
     assert data.splits is splits and len(disturbed.clients) == data.num_clients == 2
-    assert not disturbed.history and not disturbed.traffic["up"].any()
+    assert not disturbed.run.history and not disturbed.run.traffic["up"].any()
     disturbed.fit(method, data)
     assert disturbed.matrix.values.nan_to_num().equal(untouched.matrix.values.nan_to_num())
 

@@ -46,9 +46,9 @@ def test_bytes_and_time_of_the_whole_run_are_estimated_after_two_rounds(whole):
     lines = whole.screen.splitlines()
     (place,) = [number for number, line in enumerate(lines) if line.startswith("  estimate ")]
     assert lines[place - 1].startswith("task 1/2, round 2/2: ")
-    up, down = (in_bytes(2 * int(whole.trainer.traffic[way][:, 0].sum())) for way in ("up", "down"))
+    up, down = (in_bytes(2 * int(whole.trainer.run.traffic[way][:, 0].sum())) for way in ("up", "down"))
     assert re.fullmatch(rf"  estimate    {up} up, {down} down, 0:0\d:\d\d for the whole run", lines[place])
-    assert int(whole.trainer.traffic["up"].sum()) == 2 * int(whole.trainer.traffic["up"][:, 0].sum())
+    assert int(whole.trainer.run.traffic["up"].sum()) == 2 * int(whole.trainer.run.traffic["up"][:, 0].sum())
 
 
 def test_share_done_never_falls(whole):

@@ -57,8 +57,8 @@ def test_results_hold_matrix_summary_and_traffic(record, whole):
     assert record["schema"] == 2
     assert len(record["summary"]) == 2 and record["summary"][1]["class_il/average"] <= 1
     assert record["clients"]["class_il"]["worst_average"] == min(record["clients"]["class_il"]["average"])
-    assert record["traffic"]["up_bytes"] == int(whole.trainer.traffic["up"].sum()) > 0
-    assert record["traffic"]["down"] == whole.trainer.traffic["down"].tolist()
+    assert record["traffic"]["up_bytes"] == int(whole.trainer.run.traffic["up"].sum()) > 0
+    assert record["traffic"]["down"] == whole.trainer.run.traffic["down"].tolist()
 
 
 def test_matrix_csv_repeats_every_accuracy_exactly(whole):

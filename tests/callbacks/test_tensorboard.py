@@ -32,7 +32,7 @@ def events(whole):
 def test_losses_are_at_the_step_of_their_round(events, whole):
     expected = [
         (2 * entry["task"] + entry["round"], pytest.approx(entry["terms"]["cross_entropy"], rel=1e-6))
-        for entry in whole.trainer.history
+        for entry in whole.trainer.run.history
         if entry["client"] == 1 and entry["stage"] == "collaborative"
     ]
     assert points(events, "train/client_1/collaborative/cross_entropy") == expected
@@ -40,7 +40,7 @@ def test_losses_are_at_the_step_of_their_round(events, whole):
 
 
 def test_mean_loss_is_over_clients(events, whole):
-    last = [entry["terms"]["loss"] for entry in whole.trainer.history[-4:] if entry["stage"] == "continual"]
+    last = [entry["terms"]["loss"] for entry in whole.trainer.run.history[-4:] if entry["stage"] == "continual"]
     assert points(events, "loss/continual/loss")[-1] == (3, pytest.approx(sum(last) / 2, rel=1e-6))
 
 
@@ -58,7 +58,7 @@ def test_accuracies_are_at_the_last_step_of_their_task(events, whole):
 
 
 def test_traffic_and_time_are_of_every_round(events, whole):
-    sent = whole.trainer.traffic["up"].sum(0).flatten().tolist()
+    sent = whole.trainer.run.traffic["up"].sum(0).flatten().tolist()
     assert points(events, "traffic/up_bytes") == list(enumerate(map(float, sent)))
     for tag in (
         "traffic/down_bytes",
@@ -172,7 +172,7 @@ def test_losses_of_the_server_have_a_place_of_their_own(observe, tmp_path):
     """On the screen, too: one line per kind of stage."""
     run = observe(METHODS["TARGET"](), tmp_path)
     events = read(tmp_path)
-    last = [e for e in run.trainer.history if (e["client"], e["stage"]) == (-1, "synthesis")][-1]["terms"]["label"]
+    last = [e for e in run.trainer.run.history if (e["client"], e["stage"]) == (-1, "synthesis")][-1]["terms"]["label"]
     assert points(events, "train/server/synthesis/label") == [(1, pytest.approx(last, rel=1e-6))]
     assert not [tag for tag in events.Tags()["scalars"] if "client_-1" in tag or tag.startswith("loss/synthesis")]
     assert len(points(events, "seconds/student")) == 1

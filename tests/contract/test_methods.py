@@ -63,7 +63,7 @@ def test_bytes_are_foreseen(run):
     expected = forecast(planned, method, data)
     tolerance = 0.5 if name in DEPENDS_ON_OTHERS else 0.1
     for way, foreseen in (("up", expected.up), ("down", expected.down)):
-        assert foreseen == pytest.approx(int(run.traffic[way].sum()), rel=tolerance), way
+        assert foreseen == pytest.approx(int(run.run.traffic[way].sum()), rel=tolerance), way
     assert 0 < expected.seconds < 600
 
 

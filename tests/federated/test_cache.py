@@ -183,8 +183,23 @@ def test_files_hold_the_same_bits_as_memory_and_serve_the_next_process(data, net
             found = attach(cache, chunk, net)
             assert (found is None) == (expected is None)
             assert found is None or torch.equal(found, expected)
-    assert len(computed) == 1, "the shape of a row is learned from one pass"
-    assert len(list(tmp_path.glob("*.tokens"))) == 1
+    assert not computed
+    assert len(list(tmp_path.glob("*.tokens"))) == sum(found is not None for found in in_memory)
+
+
+def test_a_damaged_file_is_computed_and_written_again(data, net, tmp_path, computed):
+    first = attach(make(data, folder=tmp_path), make(data).chunks[0], net)
+    (path,) = tmp_path.glob("*.tokens")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    computed.clear()
+    assert torch.equal(attach(make(data, folder=tmp_path), make(data).chunks[0], net), first)
+    assert len(computed) == 1 and path.read_bytes() == content
+
+
+def test_without_a_budget_no_file_is_written(data, net, tmp_path):
+    cache = make(data, 0, folder=tmp_path)
+    assert attach(cache, cache.chunks[0], net) is None and not list(tmp_path.iterdir())
 
 
 def test_a_file_is_for_one_set_of_weights_block_resolution_dtype_split_and_code(

@@ -63,7 +63,7 @@ def test_the_first_process_alone_computes_the_servers_part(make_data, monkeypatc
     monkeypatch.setattr(type(trainer.method), "aggregate", lambda *_: pytest.fail("the second process aggregated"))
     trainer.run.progress = Progress(0, 0, True, False)
     assert trainer._aggregate([]) is found[0]
-    assert trainer.history == [entry] and trainer.method.importance[0].equal(torch.ones(2, 3))
+    assert trainer.run.history == [entry] and trainer.method.importance[0].equal(torch.ones(2, 3))
 
 
 def test_a_method_that_looks_into_its_clients_stays_in_one_process(make_data, monkeypatch):

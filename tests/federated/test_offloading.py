@@ -27,7 +27,7 @@ def test_the_longest_idle_make_room():
     assert clients[0].offloaded_to is None and clients[0].net.weight.equal(values[0])
     offloader.release(clients[0])
     assert [client.offloaded_to is None for client in clients] == [True, False, True]
-    assert offloader.resident_bytes == 800
+    assert sum(size for _, size in offloader.resident.values()) == 800
 
 
 def test_a_parked_client_tells_its_state_without_coming_back():

@@ -45,8 +45,8 @@ def test_frozen_readouts_are_the_training_free_methods(federate, foundation_conf
 def test_readouts_change_nothing_else(federate, lorm):
     plain = federate(METHODS["LoRM"]())
     assert torch.equal(plain.matrix.values.nan_to_num(-1), lorm.matrix.values.nan_to_num(-1))
-    assert all(torch.equal(plain.traffic[name], lorm.traffic[name]) for name in plain.traffic)
-    assert plain.history == lorm.history
+    assert all(torch.equal(plain.run.traffic[name], lorm.run.traffic[name]) for name in plain.run.traffic)
+    assert plain.run.history == lorm.run.history
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

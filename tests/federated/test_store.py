@@ -2,90 +2,80 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedlscl.federated.engine import FileRows, MemoryRows, checksum
-
-SHAPE = (3, 4)
-CHUNKS = {0: slice(0, 5), 1: slice(5, 8)}
+from fedlscl.federated.engine import Rows, read_tensor, write_tensor
 
 
-@pytest.fixture(params=["memory", "file"])
-def rows(request, tmp_path):
-    if request.param == "memory":
-        return MemoryRows(8, SHAPE, torch.bfloat16, torch.device("cpu"))
-    return FileRows(tmp_path / "deep" / "a.tokens", 2, 8, SHAPE, torch.bfloat16)
+def values(size, seed=0):
+    return torch.randn(size, 3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def values(rows, seed=0):
-    size = rows.stop - rows.start
-    return torch.randn(size, *SHAPE, generator=torch.Generator().manual_seed(seed)).bfloat16()
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "a.tokens"
 
 
-def test_rows_come_back_as_they_were_put(rows):
-    assert len(rows) == 8 and not any(rows.has(chunk, place) for chunk, place in CHUNKS.items())
-    for chunk, place in CHUNKS.items():
-        rows.put(chunk, place, values(place, chunk))
-    assert all(rows.has(chunk, place) for chunk, place in CHUNKS.items())
-    expected = torch.cat([values(place, chunk) for chunk, place in CHUNKS.items()])
+def test_rows_are_taken_by_index():
+    rows = Rows(8, values(5))
+    assert rows.values.shape == (8, 3, 4) and rows.values.dtype == torch.bfloat16 and not rows.filled
+    rows.values[:] = values(8)
     order = torch.tensor([7, 0, 0, 5])
-    assert torch.equal(rows.take(order), expected[order])
+    assert torch.equal(rows.take(order, torch.device("cpu")), values(8)[order])
 
 
-def reopened(folder, num_rows=8):
-    return FileRows(folder / "a.tokens", 2, num_rows, SHAPE, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_comes_back_as_it_was_written(path, dtype):
+    assert read_tensor(path) is None
+    for seed in range(2):
+        write_tensor(path, values(5, seed).to(dtype))
+        assert torch.equal(read_tensor(path), values(5, seed).to(dtype)) and read_tensor(path).dtype == dtype
 
 
-def test_a_file_is_found_again_and_grows_with_the_budget(tmp_path):
-    reopened(tmp_path, 5).put(0, CHUNKS[0], values(CHUNKS[0]))
-    again = reopened(tmp_path)
-    assert again.has(0, CHUNKS[0]) and not again.has(1, CHUNKS[1])
-    again.put(1, CHUNKS[1], values(CHUNKS[1]))
-    assert torch.equal(reopened(tmp_path, 5).take(torch.arange(5)), values(CHUNKS[0]))
-    assert reopened(tmp_path).has(1, CHUNKS[1])
+@pytest.mark.parametrize("place", [3, 40, 200, -1])
+def test_one_changed_byte_and_the_file_does_not_count(path, place):
+    write_tensor(path, values(5))
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert read_tensor(path) is None
 
 
-@pytest.mark.parametrize("damaged", ["a.tokens", "a.index"])
-def test_one_changed_byte_and_the_chunk_does_not_count(tmp_path, damaged):
-    reopened(tmp_path).put(0, CHUNKS[0], values(CHUNKS[0]))
-    content = bytearray((tmp_path / damaged).read_bytes())
-    content[3] ^= 1
-    (tmp_path / damaged).write_bytes(content)
-    assert not reopened(tmp_path).has(0, CHUNKS[0])
+@pytest.mark.parametrize("size", [0, 10, 32, 100, -1])
+def test_a_file_cut_short_does_not_count(path, size):
+    write_tensor(path, values(5))
+    path.write_bytes(path.read_bytes()[:size])
+    assert read_tensor(path) is None
 
 
 KILLED = """
-import os, signal, sys, torch
+import os, resource, sys, torch
 from pathlib import Path
-from fedlscl.federated import engine as store
-rows = store.FileRows(Path(sys.argv[1]) / "a.tokens", 2, 8, (3, 4), torch.bfloat16)
-rows.put(0, slice(0, 5), torch.ones(5, 3, 4))
-store.checksum = lambda values: os.kill(os.getpid(), signal.SIGKILL)
-rows.put(1, slice(5, 8), torch.ones(3, 3, 4))
+from fedlscl.federated.engine import write_tensor
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+write_tensor(Path(sys.argv[1]), torch.ones(10_000))
 """
 
 
-def test_killed_between_rows_and_checksum_a_chunk_does_not_count(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ)
-    assert done.returncode == -signal.SIGKILL
-    rows = reopened(tmp_path)
-    assert rows.values[5:].eq(1).all()
-    assert rows.has(0, CHUNKS[0]) and not rows.has(1, CHUNKS[1])
+def test_killed_while_it_is_written_a_file_does_not_count(path):
+    """The kernel ends a process that writes beyond its limit."""
+    code = f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n{KILLED}"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ)
+    assert done.returncode == -signal.SIGXFSZ
+    assert path.stat().st_size == 10_000 and read_tensor(path) is None
+    write_tensor(path, values(5))
+    assert torch.equal(read_tensor(path), values(5))
 
 
-def test_no_room_is_said_in_one_line_and_takes_nothing(tmp_path, monkeypatch):
-    reopened(tmp_path, 5).put(0, CHUNKS[0], values(CHUNKS[0]))
-
-    def full(*given):
+def test_no_room_is_said_in_one_line_and_leaves_nothing(path, monkeypatch):
+    def full(path, data):
+        path.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ValueError, match=r"must have room for .* \(No space left on device\): lower trainer.cache_gb"):
-        reopened(tmp_path)
-    assert reopened(tmp_path, 5).has(0, CHUNKS[0])
-
-
-def test_an_empty_chunk_never_has_the_checksum_of_an_empty_index():
-    assert checksum(torch.zeros(2, 3)).any()
+        write_tensor(path, values(5))
+    assert list(path.parent.iterdir()) == []

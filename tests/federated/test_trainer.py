@@ -83,8 +83,8 @@ def same_results(left, right):
     return (
         same(nets(left), nets(right))
         and torch.equal(left.matrix.values.nan_to_num(-1), right.matrix.values.nan_to_num(-1))
-        and same(left.traffic, right.traffic)
-        and left.history == right.history
+        and same(left.run.traffic, right.run.traffic)
+        and left.run.history == right.run.history
     )
 
 
@@ -183,7 +183,7 @@ def test_who_works_first_changes_nothing(make_method, make_data, federate, name,
     )
     backwards.fit(make_method(name), make_data(num_clients=3, fake_classes=8))
     assert same(nets(plain), nets(backwards))
-    assert [entry["client"] for entry in backwards.history[:3]] == [2, 1, 0]
+    assert [entry["client"] for entry in backwards.run.history[:3]] == [2, 1, 0]
 
 
 def test_the_server_may_meet_the_clients_once_per_task(make_method, federate):
@@ -195,10 +195,10 @@ def test_the_server_may_meet_the_clients_once_per_task(make_method, federate):
     trainer = federate(method, rounds_per_task=3, server_every="task")
     assert seen == [(0, 2), (1, 2)]
     assert uploads == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    for values in trainer.traffic.values():
+    for values in trainer.run.traffic.values():
         assert not values[:, :, :2].any() and values[:, :, 2].all()
     every_round = federate(make_method("fedvit"), rounds_per_task=3)
-    assert every_round.traffic["up"].all() and not same(nets(trainer), nets(every_round))
+    assert every_round.run.traffic["up"].all() and not same(nets(trainer), nets(every_round))
 
 
 def test_statistics_reach_a_server_that_meets_the_clients_once_per_task(make_method, federate):
@@ -216,7 +216,7 @@ def test_max_tasks_stops_early_without_changing_what_was_learned(make_method, fe
     short, long = federate(make_method("fedavg"), max_tasks=1), federate(make_method("fedavg"))
     assert short.run.num_tasks == 1 and short.matrix.values.shape[-2:] == (1, 1)
     assert torch.equal(short.matrix.of("task_il")[:, 0, 0], long.matrix.of("task_il")[:, 0, 0])
-    assert short.history == [entry for entry in long.history if entry["task"] == 0]
+    assert short.run.history == [entry for entry in long.run.history if entry["task"] == 0]
     assert federate(make_method("fedvit"), max_tasks=9).run.num_tasks == TASKS
 
 
@@ -265,8 +265,8 @@ def test_traffic_is_what_was_really_sent(make_method, federate):
     assert len(sent) == len(num_synced_rounds) == 2 * TASKS * 2
     for name, messages in (("up", sent), ("down", num_synced_rounds)):
         for place, payload in messages.items():
-            assert trainer.traffic[name][place] == num_bytes(payload) > 0
-            assert trainer.traffic[f"{name}_values"][place] == sum(value.numel() for value in payload.values())
+            assert trainer.run.traffic[name][place] == num_bytes(payload) > 0
+            assert trainer.run.traffic[f"{name}_values"][place] == sum(value.numel() for value in payload.values())
 
 
 def test_hooks_are_called_in_the_order_of_algorithm_1(make_method, make_data, tmp_path):
@@ -339,10 +339,10 @@ def test_training_at_the_server_moves_no_random_number_of_anyone_else(serving):
 
 def test_stages_of_the_server_are_in_the_history_and_heard_of(serving):
     trainer, (events,) = serving[1]
-    at_server = [entry for entry in trainer.history if entry["client"] == AT_SERVER]
+    at_server = [entry for entry in trainer.run.history if entry["client"] == AT_SERVER]
     assert [(entry["task"], entry["round"]) for entry in at_server] == [(n, r) for n in (0, 1) for r in (0, 0, 1, 1)]
     assert all(entry["stage"] == "serving" and entry["terms"]["loss"] > 0 for entry in at_server)
-    assert len(trainer.history) == TASKS * ROUNDS * 4 == events.names.count("on_stage_end")
+    assert len(trainer.run.history) == TASKS * ROUNDS * 4 == events.names.count("on_stage_end")
     assert events.names.count("on_client_start") == TASKS * ROUNDS * 2
 
 

@@ -45,7 +45,7 @@ def run(request, four):
     """A finished run of four clients, with all messages."""
     trainer = Recorded()
     trainer.fit(FAST[request.param](), deepcopy(four))
-    assert trainer.validator.rejected == []
+    assert trainer.run.validator.rejected == []
     return trainer
 
 
@@ -77,7 +77,7 @@ def without_one(four):
     leave_out(trainer, frozenset({(2, 1, 1)}))
     trainer.fit(FAST["FedAvg"](), deepcopy(four))
     trainer.clients.pop(2)
-    assert trainer.validator.rejected == []
+    assert trainer.run.validator.rejected == []
     return trainer
 
 
@@ -87,11 +87,11 @@ def test_a_round_ends_as_if_the_bad_client_had_failed(kind, four, without_one):
     picker = random.Random(kind)
     tampered = Recorded(callbacks=[malformed.Tamper(2, 1, 1, lambda upload: malformed.KINDS[kind](upload, picker))])
     tampered.fit(FAST["FedAvg"](), deepcopy(four))
-    assert len(tampered.validator.rejected) == 1
+    assert len(tampered.run.validator.rejected) == 1
     tampered.clients.pop(2)
     same_tensors(tampered.states, without_one.states, "a run with a refused upload")
     assert [len(answers) for answers in tampered.answers] == [4, 4, 4, 3]
-    norms = [trainer.validator.norms for trainer in (tampered, without_one)]
+    norms = [trainer.run.validator.norms for trainer in (tampered, without_one)]
     assert norms[0] == norms[1]
 
 
@@ -101,7 +101,7 @@ def test_who_misses_a_whole_task_comes_back(name, federate):
     trainer = Recorded(rounds_per_task=1)
     leave_out(trainer, frozenset({(1, 0, 0)}))
     trainer.fit(METHODS[name](), fake_data())
-    assert trainer.validator.rejected == []
+    assert trainer.run.validator.rejected == []
     assert [len(answers) for answers in trainer.answers] == [1, 2]
     assert not trainer.matrix.of("class_il")[:, -1].isnan().any()
 
@@ -110,13 +110,13 @@ def test_heterogeneous_small_models_pass():
     options = {"small_models": ("test_resnet", "test_byobnet"), "shared_initialisation": False}
     run = learn(replace(METHODS["FedLSCL"](), **options))
     assert len({len(client.net.state_dict()) for client in run.clients}) == 2
-    assert run.validator.rejected == []
+    assert run.run.validator.rejected == []
 
 
 def test_secure_sums_and_noise_pass():
     for options in ({"secure_sum": True}, {"secure_sum": True, "noise_multiplier": 1.0}):
         run = learn(replace(METHODS["FedLSCL"](), **options))
-        assert run.validator.rejected == []
+        assert run.run.validator.rejected == []
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_secure_sums_and_noise_pass():
 def test_who_averages_may_do_so_robustly(name, aggregation):
     """What each rule does with what is sent is tested in tests/test_aggregation.py."""
     run = learn(replace(METHODS[name](), aggregation=aggregation), rounds_per_task=1)
-    assert run.method.aggregation == aggregation and run.validator.rejected == []
+    assert run.method.aggregation == aggregation and run.run.validator.rejected == []
 
 
 @pytest.mark.parametrize("name", ["FedLSCL", "FedRidge", "FedWeIT", "Local", "LoRM", "PILoRA"])
@@ -144,10 +144,10 @@ def test_a_method_that_says_nothing_of_its_upload_has_its_values_checked_alone()
             return [{n: v for n, v in upload.payload.items() if n != "mine"} for upload in uploads]
 
     run = learn(Own(**SMALL))
-    assert run.validator.rejected == []
+    assert run.run.validator.rejected == []
     bad = replace(run.uploads[0], payload={"mine": torch.tensor([float("nan")])})
-    assert run.validator.filter([bad], FIRST) == []
-    assert run.validator.rejected == [RejectedUpload(0, 0, 0, "'mine' is not finite")]
+    assert run.run.validator.filter([bad], FIRST) == []
+    assert run.run.validator.rejected == [RejectedUpload(0, 0, 0, "'mine' is not finite")]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def values(trainer):
 def same_run(served, trainer):
     """All that the server knows is what the simulation knows, to the bit."""
     assert torch.equal(values(served), values(trainer))
-    assert all(torch.equal(served.traffic[name], trainer.traffic[name]) for name in trainer.traffic)
+    assert all(torch.equal(served.run.traffic[name], trainer.run.traffic[name]) for name in trainer.run.traffic)
 
 
 def same_files(served, trainer):
@@ -367,7 +367,7 @@ def test_a_node_without_sums_is_left_out_of_the_readouts_and_comes_back(network,
 def test_heads_of_two_tasks_wait_side_by_side(pool):
     """A client that misses a whole task evaluates the heads of each task."""
     for task in range(2):
-        pool.evaluate_readouts(Progress(task, 0), {0: {"adapted/ncm.bias": torch.full((2,), task)}})
+        pool.evaluate_readouts(Progress(task, 0), {"adapted/ncm.bias": torch.full((2,), task)})
     assert [float(command.payload["adapted/ncm.bias"][0]) for command in pool.pending[0].commands] == [0.0, 1.0]
     restored = FlowerPool(pool.federation, None)
     restored._update_run = lambda: None

@@ -57,7 +57,7 @@ def test_nothing_is_forgotten_by_other_tasks_statistics(federate, foundation_con
     """What the server knows of a class does not depend on the order of tasks: rows of the first are still there."""
     trainer = federate(method(foundation=foundation_config))
     assert trainer.matrix.of("class_il")[:, 1].mean() > 0.9
-    assert not any(trainer.history)
+    assert not any(trainer.run.history)
 
 
 ALL = (AFCL, STSA, STSAE, FedNCM, FedRAN, FedRidge, FrozenLDA)
@@ -126,14 +126,14 @@ def test_fedran_adds_what_it_dropped_to_its_regularisation(federate, foundation_
 
 @pytest.mark.parametrize("method", ALL)
 def test_statistics_are_sent_once_per_task(federate, foundation_config, method):
-    up = federate(method(foundation=foundation_config), rounds_per_task=3).traffic["up"]
+    up = federate(method(foundation=foundation_config), rounds_per_task=3).run.traffic["up"]
     assert (up[:, :, 0] > 0).all() and not up[:, :, 1:].any()
 
 
 def test_fedran_sends_the_published_number_of_values(federate, foundation_config):
     """M r + M C_t in float32: the published table has all classes' columns and float64."""
     trainer = federate(FedRAN(foundation=foundation_config, rank=5, **WIDE))
-    assert (trainer.traffic["up_values"][:, :, 0] == 40 * 5 + 40 * 2).all()
+    assert (trainer.run.traffic["up_values"][:, :, 0] == 40 * 5 + 40 * 2).all()
 
 
 def made(method, net_width, **changed):
@@ -188,5 +188,5 @@ def test_ridge_sends_a_packed_matrix_and_its_own_columns(federate, foundation_co
     trainer = federate(FedRidge(foundation=foundation_config))
     size = trainer.clients[0].net.foundation.width + 1
     expected = {"gram": torch.empty(size * (size + 1) // 2), "products": torch.empty(size, 2)}
-    assert (trainer.traffic["up"][:, :, 0] == num_bytes(expected)).all()
+    assert (trainer.run.traffic["up"][:, :, 0] == num_bytes(expected)).all()
     assert trainer.method.aggregate([], Progress(1, 1)) == []

@@ -94,7 +94,7 @@ def test_only_the_head_of_a_frozen_vit_is_trained_and_sent(federate, foundation_
     trainer = federate(FedAvg(foundation=foundation_config, local_epochs=1))
     assert isinstance(trainer.clients[0].net, FoundationClassifier)
     assert set(trainer.clients[0].net.state_dict()) == {"head.weight", "head.bias"}
-    assert (trainer.traffic["up_values"] == 6 * 64 + 6).all()
+    assert (trainer.run.traffic["up_values"] == 6 * 64 + 6).all()
 
 
 def test_cached_features_train_the_same_head(federate, foundation_config, nets):
@@ -108,7 +108,7 @@ def test_cached_features_train_the_same_head(federate, foundation_config, nets):
 
 def test_clients_that_train_alone_send_nothing(federate, small, nets):
     trainer = federate(Local(**small), rounds_per_task=2)
-    assert all(not values.any() for values in trainer.traffic.values())
+    assert all(not values.any() for values in trainer.run.traffic.values())
     first, second = nets(trainer)
     assert not torch.equal(first["head.weight"], second["head.weight"])
     for mask in ("task_il", "class_il"):

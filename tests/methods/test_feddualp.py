@@ -99,7 +99,7 @@ def test_a_message_is_prefixes_keys_and_head(make, federate):
     assert set(payload) == {"general.prompts", "expert.prompts", "keys", "head.weight", "head.bias"}
     width, classes = 64, 6
     expected = 2 * 2 * 2 * width + 3 * 2 * 2 * 2 * width + 2 * width + classes * (width + 1)
-    assert trainer.traffic["up_values"][0, 0, 0] == expected
+    assert trainer.run.traffic["up_values"][0, 0, 0] == expected
 
 
 @pytest.mark.parametrize(("length", "classes", "total"), [(5, 100, 211_300), (20, 200, 633_800)])

@@ -58,7 +58,7 @@ def test_a_message_is_prompts_keys_and_head_and_the_vit_stays(make, federate):
     payload = trainer.method.upload(client)
     assert set(payload) == {"pool.prompts", "pool.keys", "head.weight", "head.bias"}
     width, classes = 64, 6
-    assert trainer.traffic["up_values"][0, 0, 0] == 12 * 2 * width + 12 * width + classes * (width + 1)
+    assert trainer.run.traffic["up_values"][0, 0, 0] == 12 * 2 * width + 12 * width + classes * (width + 1)
     assert fingerprint(client.net.foundation.vit) == client.net.foundation.fingerprint
 
 

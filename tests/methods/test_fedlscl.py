@@ -95,7 +95,7 @@ def test_uploads_are_generator_and_moments_and_nothing_else(watched):
             "generator": (p, lora_dim),
             "moments": (p * (p + 1) // 2,),
         }
-    assert (trainer.traffic["up_values"] == p * lora_dim + p * (p + 1) // 2).all()
+    assert (trainer.run.traffic["up_values"] == p * lora_dim + p * (p + 1) // 2).all()
 
 
 def test_no_cnn_head_image_or_raw_feature_is_in_an_upload(watched):
@@ -240,7 +240,7 @@ def test_consistency_of_the_first_step_is_zero_where_stage_one_made_no_step(make
     """The predecessor is the net after aggregation, so at the start of a task nothing has to be kept."""
     method = make_method(lr=1e-30, generator_lr=1e-30, bias_lr=1e-30)
     trainer = federate(method)
-    terms = [entry["terms"] for entry in trainer.history if entry["stage"] == "continual"]
+    terms = [entry["terms"] for entry in trainer.run.history if entry["stage"] == "continual"]
     assert len(terms) == 2
     assert all(term["features"] == 0.0 and term["lora"] == 0.0 for term in terms)
 
@@ -264,7 +264,7 @@ def test_a_client_without_data_has_nothing_to_teach(make_method):
 
 def test_without_distillation_clients_keep_their_generators(make_method, federate):
     trainer = federate(make_method(distill=False))
-    assert all(not values.any() for values in trainer.traffic.values())
+    assert all(not values.any() for values in trainer.run.traffic.values())
     for mask in ("task_il", "class_il"):
         before, after = trainer.matrix.of(mask, "before"), trainer.matrix.of(mask, "after")
         assert torch.equal(before.nan_to_num(-1), after.nan_to_num(-1))
@@ -294,7 +294,7 @@ def test_stage_two_can_be_left_out_or_replaced(make_method, federate, continual,
 @pytest.mark.parametrize("continual", ["replay", "ewc", "lwf", "none"])
 def test_it_runs_without_collaboration(make_method, federate, continual):
     trainer = federate(make_method({"collaboration": False}, continual=continual))
-    assert all(not values.any() for values in trainer.traffic.values())
+    assert all(not values.any() for values in trainer.run.traffic.values())
     assert {name for name, _ in trainer.clients[0].net.named_parameters()} == {"head.weight"}
 
 
@@ -411,7 +411,7 @@ def test_without_a_small_model_a_static_lora_is_fused(make_method, federate):
     features, lora = net.generate(images)
     assert features.shape == (3, 0) and torch.equal(lora, net.generator.bias.expand(3, -1))
     assert net.generator.matrix.shape[0] == 1 and not hasattr(net, "small")
-    up = trainer.traffic["up_values"][0, 0, 0]
+    up = trainer.run.traffic["up_values"][0, 0, 0]
     assert up == net.generator.matrix.shape[1] + 1
     fused = one_by_one_distill([torch.tensor([[0.0]]), torch.tensor([[1.0]])], [torch.ones(1, 1).double()] * 2, 1.0)
     assert [round(float(value), 6) for value in fused] == [0.5, 0.5]
@@ -423,7 +423,7 @@ def test_a_frozen_cnn_stays_as_it_is(make_method, federate, frozen):
     trainer = federate(method, max_tasks=1)
     torch.manual_seed(0)
     client = trainer.clients[0]
-    start = trainer.pool.runner.build(0, trainer.pool.stream)
+    start = trainer.pool.runner.build(0, trainer.run.validator.stream)
     same = all(torch.equal(a, b) for a, b in zip(start.small.state_dict().values(),
                                                 client.net.small.state_dict().values(), strict=True))  # fmt: skip
     assert same == frozen
@@ -434,7 +434,7 @@ def test_calibrated_norms_have_the_statistics_of_the_first_task(make_method, fed
     """Means over the batches, once; weights and later statistics are not touched by it."""
     trainer = federate(make_method({"freeze_small": True}, calibrate_norm=True), rounds_per_task=2)
     client = trainer.clients[0]
-    fresh = trainer.pool.runner.build(0, trainer.pool.stream).small.train()
+    fresh = trainer.pool.runner.build(0, trainer.run.validator.stream).small.train()
     first = next(part for part in fresh.modules() if isinstance(part, torch.nn.BatchNorm2d))
     seen = []
     first.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]))
@@ -505,9 +505,9 @@ def test_factors_of_full_rank_train_as_the_exact_terms(make_method, federate, ra
 def test_factors_have_their_rank_and_dtype(make_method, federate, dtype, size):
     trainer = federate(make_method({}, upload_rank=3, upload_dtype=dtype))
     p, m = trainer.clients[0].net.generator.matrix.shape
-    assert (trainer.traffic["up_values"] == 3 * (p + m) + 3).all()
-    assert (trainer.traffic["down_values"] == 3 * (p + m) + 3).all()
-    assert (trainer.traffic["up"] < size * 3 * (p + m) + 700).all()
+    assert (trainer.run.traffic["up_values"] == 3 * (p + m) + 3).all()
+    assert (trainer.run.traffic["down_values"] == 3 * (p + m) + 3).all()
+    assert (trainer.run.traffic["up"] < size * 3 * (p + m) + 700).all()
 
 
 def test_by_default_four_directions_are_sent_and_with_masks_all(make_method, federate):
@@ -555,9 +555,9 @@ def test_impossible_factors_are_rejected(make_method, federate, spoil, reason):
     trainer = federate(make_method({}, upload_rank=3), max_tasks=1)
     client = trainer.clients[0]
     upload = trainer.pool.runner.upload(client)
-    before = len(trainer.validator.rejected)
-    assert trainer.validator.filter([replace(upload, payload=spoil(upload.payload))], Progress(0, 0)) == []
-    assert reason in trainer.validator.rejected[before].reason
+    before = len(trainer.run.validator.rejected)
+    assert trainer.run.validator.filter([replace(upload, payload=spoil(upload.payload))], Progress(0, 0)) == []
+    assert reason in trainer.run.validator.rejected[before].reason
 
 
 @pytest.mark.parametrize(
@@ -589,7 +589,7 @@ def test_clients_without_samples_do_not_decide_what_a_usual_norm_is(make_method,
     assert sum(empty) == 2
     trainer = federate(make_method(**({"upload_rank": 4} | upload)), data, rounds_per_task=2)
     free = federate(make_method(**({"upload_rank": 4} | upload)), data, rounds_per_task=2, max_norm_ratio=0)
-    assert trainer.validator.rejected == [] and (trainer.traffic["down"][:, :, 0] > 0).all()
+    assert trainer.run.validator.rejected == [] and (trainer.run.traffic["down"][:, :, 0] > 0).all()
     for one, other in zip(trainer.clients, free.clients, strict=True):
         assert all(map(torch.equal, one.net.state_dict().values(), other.net.state_dict().values()))
 

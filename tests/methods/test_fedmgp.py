@@ -125,7 +125,7 @@ def test_nothing_fine_is_ever_in_a_message(make, federate):
     assert set(payload) == {"pool.prompts", "pool.keys", "head.weight", "head.bias"} | hidden
     width, classes, units = 64, 6, 8
     expected = 3 * width + width + width * units + units + units * classes + classes
-    assert trainer.traffic["up_values"][0, 0, 0] == trainer.traffic["down_values"][0, 0, 0] == expected
+    assert trainer.run.traffic["up_values"][0, 0, 0] == trainer.run.traffic["down_values"][0, 0, 0] == expected
     fine = [value for name, value in client.net.state_dict().items() if not name.startswith("coarse.")]
     for sent in payload.values():
         assert not any(sent.shape == value.shape and torch.equal(sent, value) for value in fine)
@@ -282,7 +282,7 @@ def test_the_server_sees_held_out_images_of_the_rounds_classes_only(distilled, m
     first = torch.cat([batch.labels for batch in seen if len(batch.labels)][:1])
     known = torch.cat([data.stream(client).classes(0) for client in (0, 1)])
     assert torch.isin(first, known).all()
-    entries = [entry["stage"] for entry in trainer.history if entry["client"] == -1]
+    entries = [entry["stage"] for entry in trainer.run.history if entry["client"] == -1]
     assert entries == ["fusion", "head"] * 2
 
 

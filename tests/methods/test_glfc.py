@@ -59,7 +59,7 @@ def test_memory_is_even_bounded_and_keeps_the_beginning_of_the_order(trainer):
 
 
 def test_every_task_trains_on_what_the_paper_says(trainer):
-    terms = [entry["terms"].keys() for entry in trainer.history]
+    terms = [entry["terms"].keys() for entry in trainer.run.history]
     first, later = {"loss", "compensation"}, {"loss", "compensation", "relation"}
     assert terms == [first] * 4 + [later] * 8
     assert all(client.buffer.classes.equal(client.old) and len(client.buffer) <= 9 for client in trainer.clients)

@@ -67,7 +67,7 @@ def test_samples_of_a_task_enter_the_pool_once(run):
 
 
 def test_only_the_one_net_travels_up(run):
-    up = run.traffic["up"]
+    up = run.run.traffic["up"]
     assert (up[0] > 0).all() and not up[1:].any()
 
 
@@ -88,4 +88,4 @@ def test_the_collaborator_learns_the_pool_and_all_clients_get_it(federate, colla
     assert first.generator.weight[first.generator.shapes[0].down_size :].any()  # zeros before any training
     for other in others:
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in first.state_dict().items())
-    assert (trainer.traffic["up"][0] > 0).all() and not trainer.traffic["up"][1:].any()
+    assert (trainer.run.traffic["up"][0] > 0).all() and not trainer.run.traffic["up"][1:].any()

@@ -66,7 +66,7 @@ def test_clients_replay_with_the_net_that_came_down(run):
 
 def test_it_comes_down_once_per_task(run):
     weights = sum(value.numel() for value in run.method.synthesizer.values())
-    down = run.traffic["down_values"][0, :, 0]
+    down = run.run.traffic["down_values"][0, :, 0]
     old = [len(memory[CLASSES]) for task, client, _, memory in run.method.modules if client == 0 and task > 0]
     assert (down - down[2]).tolist() == [weights + old[0], weights + old[1], 0]
     assert {name for name in run.clients[0].memory if name.startswith(NET)} == {NET + n for n in run.method.synthesizer}

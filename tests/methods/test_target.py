@@ -74,7 +74,7 @@ def test_the_synthetic_set_comes_down_once_and_stays_with_the_clients(run):
     images = run.method.answers[1][1][0][IMAGES]
     assert images.shape == (3 * 8, 3, 16, 16) and images.dtype == torch.uint8 and len(images.unique()) > 10
     assert all(torch.equal(client.memory[IMAGES], images) for client in run.clients)
-    down = run.traffic["down"][0]
+    down = run.run.traffic["down"][0]
     assert down[0, 1] - down[0, 0] > images.numel() and down[1, 0] == down[1, 1] == down[0, 0]
 
 

@@ -51,7 +51,7 @@ def test_results_have_every_readout_and_its_bytes_apart(folder, with_readouts):
     last = [client[1] for client in found["readouts"]["adapted/ncm"]["class_il"]]
     assert last == with_readouts.run.readouts.values["adapted/ncm"][1, :, 1].tolist()
     assert found["traffic"]["readout_up_bytes"] == int(with_readouts.run.readouts.traffic["up"].sum()) > 0
-    assert found["traffic"]["up_bytes"] == int(with_readouts.traffic["up"].sum())
+    assert found["traffic"]["up_bytes"] == int(with_readouts.run.traffic["up"].sum())
     plain = json.loads((folder / "FedNCM/version_0/results.json").read_bytes())
     assert "readouts" not in plain and "readout_up_bytes" not in plain["traffic"]
 
@@ -107,7 +107,7 @@ def test_rows_with_different_readouts_are_named(folder):
 
 def test_a_readout_is_drawn_beside_the_own_head_at_the_bytes_of_both(folder, with_readouts):
     words = against_cost(grouped(read_runs([folder])), "up_bytes", "class_il", readout="adapted/ncm").alt
-    sent = int(with_readouts.traffic["up"].sum())
+    sent = int(with_readouts.run.traffic["up"].sum())
     both = sent + int(with_readouts.run.readouts.traffic["up"].sum())
     own = 100 * with_readouts.run.matrix.of("class_il")[:, -1].mean().item()
     assert f"LoRM {own:.1f} % at {in_bytes(sent)}, " in words

@@ -103,7 +103,7 @@ class ProgressDisplay(Callback):
         # The first round of a task may send more than the others, and a server may answer in the last one alone.
         rounds = run.rounds_per_task if run.server_every == "task" else min(2, run.rounds_per_task)
         if run.step == rounds - 1 and (left := self._seconds_left()):
-            up, down = (extrapolated(run.traffic, name, rounds) for name in ("up", "down"))
+            up, down = (extrapolated(run.traffic[name], rounds) for name in ("up", "down"))
             self._print(in_all(up, down, time.perf_counter() - self.started + left))
 
     @override

@@ -104,11 +104,9 @@ class Client:
     @property
     def num_bytes(self) -> int:
         """Size of the client's tensors in memory."""
-        nets = [net for net in (self.net, self.previous) if net is not None]
-        tensors = [tensor for net in nets for tensor in net.state_dict().values()]
-        tensors += [part for head in self.readouts.values() for part in head.values()]
-        tensors += [*self.memory.values(), self.buffer.ids, self.buffer.labels, self.buffer.losses]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        state = self.state_dict()
+        parts = [state["net"], state["previous"] or {}, state["buffer"], self.memory, *self.readouts.values()]
+        return sum(tensor.nbytes for part in parts for tensor in part.values())
 
     def offload(self, path: Path) -> None:
         """Write the client's state to a file and free its memory; the net keeps its structure on the meta device."""
@@ -133,23 +131,15 @@ class Client:
             self.load_state_dict(state)
 
 
+@dataclass(eq=False, repr=False)
 class ClientOffloader:
-    """Offloads the least recently used clients to a temporary folder above a memory budget.
+    """Offloads the least recently used clients to a temporary folder above a memory budget."""
 
-    Args:
-        budget_bytes: memory for idle clients.
-    """
-
-    def __init__(self, budget_bytes: float) -> None:
-        self.budget_bytes = budget_bytes
-        self.resident: OrderedDict[int, tuple[Client, int]] = OrderedDict()
-        """Idle clients in memory and their bytes, least recently used first."""
-        self.folder: tempfile.TemporaryDirectory | None = None
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory used by idle clients."""
-        return sum(size for _, size in self.resident.values())
+    budget_bytes: float = float("inf")
+    """Memory for idle clients."""
+    resident: OrderedDict[int, tuple[Client, int]] = field(default_factory=OrderedDict, init=False)
+    """Idle clients in memory and their bytes, least recently used first."""
+    folder: tempfile.TemporaryDirectory | None = field(default=None, init=False)
 
     def acquire(self, client: Client) -> None:
         """Load a client into memory for its turn."""
@@ -159,7 +149,7 @@ class ClientOffloader:
     def release(self, client: Client) -> None:
         """End a client's turn; offload idle clients until the budget holds."""
         self.resident[client.id] = client, client.num_bytes
-        while self.resident and self.resident_bytes > self.budget_bytes:
+        while sum(size for _, size in self.resident.values()) > self.budget_bytes:
             index, (idle, _) = self.resident.popitem(last=False)
             if self.folder is None:
                 self.folder = tempfile.TemporaryDirectory(prefix="fedlscl-clients-")
@@ -168,16 +158,13 @@ class ClientOffloader:
 
 @torch.no_grad()
 def class_means(client: Client, ids: Tensor, pick: str = "features", unit: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean features of each class among some samples.
+    """Classes (C,) among some samples, ascending, and the means (C, width) of their features.
 
     Args:
         client: its net computes the features.
         ids: samples.
         pick: field of the net's output to average.
         unit: whether features are scaled to unit norm first.
-
-    Returns:
-        Classes (C,) in ascending order and means (C, width).
     """
     num_classes, width = client.net.head.weight.shape
     sums, counts = torch.zeros(num_classes, width, dtype=torch.float64), torch.zeros(num_classes, dtype=torch.int64)

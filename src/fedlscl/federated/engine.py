@@ -4,10 +4,12 @@ import ctypes
 import hashlib
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -21,6 +23,7 @@ import fedlscl.nets
 from fedlscl.data import Batch, ClientStream, SpatialTemporalDataModule
 from fedlscl.federated.client import Client, ClientOffloader
 from fedlscl.federated.method import Stage
+from fedlscl.federated.payload import read_message, write_payload
 from fedlscl.nets.net import Net
 
 T = TypeVar("T")
@@ -33,29 +36,18 @@ PATIENCE = timedelta(days=7)
 """How long a process waits for the others (30 minutes in torch, which the training at a server can exceed)."""
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
-    """Trains stages and runs nets on Fabric's device and in its precision.
+    """Trains stages and runs nets on Fabric's device and in its precision."""
 
-    Args:
-        fabric: device and precision.
-        cache: cached outputs of frozen net parts; None to compute them in every step.
-        infer_batch_size: images per forward pass of ``infer``.
-        offloader: keeps idle clients within a memory budget; by default all of them stay in memory.
-    """
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        cache: "PrefixCache | None",
-        infer_batch_size: int = 128,
-        offloader: ClientOffloader | None = None,
-    ) -> None:
-        self.fabric = fabric
-        self.cache = cache
-        self.infer_batch_size = infer_batch_size
-        self.offloader = offloader or ClientOffloader(float("inf"))
-        self.visitor: Client | None = None
-        """The client whose nets are on the device."""
+    fabric: Fabric
+    cache: "PrefixCache | None"
+    """Cached outputs of frozen net parts; None computes them in every step."""
+    infer_batch_size: int = 128
+    """Images per forward pass of ``infer``."""
+    offloader: ClientOffloader = field(default_factory=ClientOffloader)
+    visitor: Client | None = field(default=None, init=False)
+    """The client whose nets are on the device."""
 
     def train(self, stage: Stage, on_batch: Callable[[int], None] = lambda size: None) -> dict[str, float]:
         """Train a stage; returns the mean of each loss term over the last epoch.
@@ -100,12 +92,7 @@ class Engine:
     ) -> Iterator[tuple[Batch, Any]]:
         """Yield batches on the device with the net's outputs, in eval mode and in the order of ``ids``.
 
-        Args:
-            net: the net.
-            stream: the client's images.
-            ids: samples.
-            part: a part of the net that is called on the images instead of the whole net.
-            views: is called on the prepared batch instead of the whole net.
+        ``part`` is called on the images, or ``views`` on the prepared batch, instead of the whole net.
         """
         net.eval()
         for batch in stream.loader(ids, self.infer_batch_size, shuffle=False):
@@ -170,7 +157,7 @@ class Ranks:
     """
 
     def __init__(self, fabric: Fabric) -> None:
-        self.fabric, self.size, self.rank = fabric, fabric.world_size, fabric.global_rank
+        self.size, self.rank = fabric.world_size, fabric.global_rank
         self.is_first = self.rank == 0
         """Whether this process writes files, calls callbacks and computes the server's part."""
         self.group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
@@ -198,9 +185,6 @@ def connect(accelerator: str, devices: int, precision: Precision, deterministic:
     On a GPU 32-true means float32 in convolutions, too (torch's default is TF32 there), and cuDNN tries its algorithms
     for each new shape. With ``deterministic`` it takes one that repeats to the bit, as other operations do where they
     can; a warning names those that cannot. Results on a CPU always repeat.
-
-    Raises:
-        ValueError: if this machine lacks the accelerator or does not support the precision.
     """
     has_cuda = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_cuda:
@@ -218,20 +202,15 @@ def connect(accelerator: str, devices: int, precision: Precision, deterministic:
         raise ValueError("precision must be 16-mixed or 32-true on a GPU without bfloat16, got 'bf16-mixed'.")
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    else:
-        configure_gpu(precision, deterministic)
-    return fabric
-
-
-def configure_gpu(precision: Precision, deterministic: bool) -> None:
-    """Set torch's process-wide options for GPUs, and forget the memory peak of earlier runs."""
+        return fabric
     torch.backends.cudnn.allow_tf32 = precision != "32-true"
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if has_cuda:
+        torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
+    return fabric
 
 
 def has_bf16() -> bool:
@@ -255,124 +234,104 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc reuse freed blocks instead of returning them to the kernel; returns whether it was possible.
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks instead of returning them to the kernel; only speed and resident memory change.
 
     ViT activations are blocks of several MB. By default each is mapped and unmapped in every step, and the page faults
-    took a sixth of a DeiT-tiny step on a CPU. Only speed and resident memory change.
+    took a sixth of a DeiT-tiny step on a CPU.
     """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    settings = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20}
-    return all([libc.mallopt(option, value) == 1 for option, value in settings.items()])
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 256 << 20)
 
 
 HOST = torch.device("cpu")
 CHUNK = 64
 """Images per forward pass that fills the cache."""
-DIGEST = 16
-"""Bytes of a chunk's checksum in the index file."""
+DIGEST = hashlib.sha256().digest_size
+Context = Callable[[], AbstractContextManager[None]]
 
 
+@dataclass(eq=False, repr=False)
 class PrefixCache:
     """Outputs of a net's frozen part by sample id, for as many images as the budget holds.
 
     Rounding depends on which images share a forward pass. The split alone determines these chunks and which of them are
-    kept, so that a resumed run or another order of clients gets the same bits. The storage changes no bit either.
-    Randomly augmented images (``Batch.augmented``) are never cached.
-
-    Args:
-        datamodule: images and split.
-        budget_bytes: maximum size of the rows of one frozen part.
-        dtype: of the rows.
-        folder: keeps the rows in files, which later processes find again.
+    kept, so that a resumed run or another order of clients gets the same bits. Files change no bit either. Randomly
+    augmented images (``Batch.augmented``) are never cached.
     """
 
-    def __init__(
-        self,
-        datamodule: SpatialTemporalDataModule,
-        budget_bytes: float,
-        dtype: torch.dtype,
-        folder: Path | None = None,
-    ) -> None:
-        self.datamodule, self.budget_bytes, self.dtype, self.folder = datamodule, budget_bytes, dtype, folder
-        self.chunks = _chunks(datamodule)
-        num_ids = len(datamodule.data.train_labels) + len(datamodule.data.test_labels)
-        self.chunk_of, self.row = torch.full((num_ids,), -1), torch.full((num_ids,), -1)
-        self.ends = torch.tensor([0, *map(len, self.chunks)]).cumsum(0)[1:].tolist()
+    datamodule: SpatialTemporalDataModule
+    budget_bytes: float
+    """Maximum size of the rows of one frozen part."""
+    dtype: torch.dtype
+    """Of the rows."""
+    folder: Path | None = None
+    """Keeps a file of each chunk, which later processes find again."""
+
+    def __post_init__(self) -> None:
+        data = self.datamodule.data
+        self.chunks = _chunks(self.datamodule)
+        self.ends = list(accumulate(map(len, self.chunks)))
+        self.chunk_of, self.row = torch.full((2, len(data.train_labels) + len(data.test_labels)), -1)
         for index, (chunk, end) in enumerate(zip(self.chunks, self.ends, strict=True)):
             self.chunk_of[chunk] = index
             self.row[chunk] = torch.arange(end - len(chunk), end)
-        self.stores: dict[str, MemoryRows | FileRows] = {}
+        self.stores: dict[str, Rows] = {}
 
-    def attach(
-        self,
-        batch: Batch,
-        net: Net,
-        precision: Callable[[], AbstractContextManager[None]],
-        device: torch.device = HOST,
-    ) -> Batch:
+    def attach(self, batch: Batch, net: Net, precision: Context, device: torch.device = HOST) -> Batch:
         """Add the output of the net's frozen part (``net.prefix_key``) to a batch on the host, if it is cached.
 
         ``device`` computes it and gets it. With a warm cache it is not waited for.
         """
-        ids = batch.ids
-        if batch.prefix is not None or batch.augmented or (ids < 0).any():
+        if batch.prefix is not None or batch.augmented or (batch.ids < 0).any():
             return batch
-        chunks = self.chunk_of[ids].unique().tolist()
-        if not all(chunk >= 0 and self._fill(chunk, net, device, precision) for chunk in chunks):
+        chunks = self.chunk_of[batch.ids].unique().tolist()
+        if not all(chunk >= 0 and self._fill(chunk, net, precision, device) for chunk in chunks):
             return batch
-        return batch._replace(prefix=self.stores[str(net.prefix_key)].take(self.row[ids], device))
+        return batch._replace(prefix=self.stores[str(net.prefix_key)].take(self.row[batch.ids], device))
 
     @torch.no_grad()
-    def _fill(
-        self, index: int, net: Net, device: torch.device, precision: Callable[[], AbstractContextManager[None]]
-    ) -> bool:
-        """Compute a chunk unless it is cached; returns whether it is within the budget."""
-        chunk, end, store = self.chunks[index], self.ends[index], self.stores.get(str(net.prefix_key))
-        rows = slice(end - len(chunk), end)
-        if store is not None and (end > len(store) or store.has(index, rows)):
-            return end <= len(store)
+    def _fill(self, index: int, net: Net, precision: Context, device: torch.device) -> bool:
+        """Get a chunk unless it is stored; returns whether it is within the budget."""
+        end, store = self.ends[index], self.stores.get(str(net.prefix_key))
+        if store is None or (index not in store.filled and end <= len(store.values)):
+            prefix = self._prefix(self.chunks[index], net, precision, device)
+            if store is None:
+                store = Rows(min(int(self.budget_bytes // prefix[0].nbytes), self.ends[-1]), prefix)
+                self.stores[str(net.prefix_key)] = store
+            if end <= len(store.values):
+                store.values[end - len(prefix) : end] = prefix
+                store.filled.add(index)
+        return index in store.filled
+
+    def _prefix(self, ids: Tensor, net: Net, precision: Context, device: torch.device) -> Tensor:
+        path = self.folder / f"{self._name(ids, net, device)}.tokens" if self.folder and self.budget_bytes else None
+        if path and (found := read_tensor(path)) is not None:
+            return found.to(device)
         with precision():
-            prefix = net.frozen_prefix(self.datamodule.fetch(chunk).images.to(device)).to(self.dtype)
-        if store is None:
-            store = self._create_store(net, prefix)
-        if end > len(store):
-            return False
-        if not store.has(index, rows):
-            store.put(index, rows, prefix)
-        return True
+            prefix = net.frozen_prefix(self.datamodule.fetch(ids).images.to(device)).to(self.dtype)
+        if path:
+            write_tensor(path, prefix.cpu())
+        return prefix
 
-    def _create_store(self, net: Net, prefix: Tensor) -> "MemoryRows | FileRows":
-        shape = prefix.shape[1:]
-        rows = min(int(self.budget_bytes // (shape.numel() * prefix.element_size())), self.ends[-1])
-        if self.folder is None or not rows:
-            store = MemoryRows(rows, shape, self.dtype, prefix.device)
-        else:
-            path = self.folder / f"{self._name(net, prefix)}.tokens"
-            store = FileRows(path, len(self.chunks), rows, shape, self.dtype)
-        self.stores[str(net.prefix_key)] = store
-        return store
-
-    def _name(self, net: Net, prefix: Tensor) -> str:
-        """Hash of all that determines the bits: weights, resolution and block, images, split, code and machine."""
+    def _name(self, ids: Tensor, net: Net, device: torch.device) -> str:
+        """Hash of all that determines the bits: weights, resolution and block, images, number format, code, machine."""
         vit = net.foundation
         transform = None if vit is None else (vit.mean.tolist(), vit.std.tolist())
-        machine = (
-            torch.__version__,
-            prefix.device.type,
-            torch.get_num_threads(),
-            torch.backends.cpu.get_cpu_capability(),
-        )
-        images = self.datamodule.data.fingerprint
-        facts = (net.prefix_key, transform, tuple(prefix.shape[1:]), self.dtype, images, machine)
-        digest = hashlib.sha256(repr(facts).encode())
-        for chunk in self.chunks:
-            digest.update(chunk.numpy().tobytes() + b"/")
-        for source in sorted(Path(fedlscl.nets.__path__[0]).glob("*.py")):  # includes the image transform
-            digest.update(source.read_bytes())
-        return digest.hexdigest()[:32]
+        machine = (torch.__version__, device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())
+        images = (self.datamodule.data.fingerprint, ids.tolist())
+        facts = (net.prefix_key, transform, self.dtype, images, machine, _code())
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Hash of the files that compute prefixes; they include the image transform."""
+    sources = sorted(Path(fedlscl.nets.__path__[0]).glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _chunks(datamodule: SpatialTemporalDataModule) -> list[Tensor]:
@@ -388,29 +347,18 @@ def _chunks(datamodule: SpatialTemporalDataModule) -> list[Tensor]:
     return chunks
 
 
-class MemoryRows:
-    """Rows in memory: on the device if they leave half of its free memory to training, otherwise on the host."""
+class Rows:
+    """Rows like those of ``sample``: on its device if they leave half of its free memory, otherwise on the host."""
 
-    def __init__(self, rows: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        size = rows * torch.Size(shape).numel() * dtype.itemsize
-        if device.type == "cuda" and 2 * size > torch.cuda.mem_get_info(device)[0]:
-            device = torch.device("cpu")
-        self.values = torch.empty(rows, *shape, dtype=dtype, device=device)
+    def __init__(self, num_rows: int, sample: Tensor) -> None:
+        device = sample.device
+        if device.type == "cuda" and 2 * num_rows * sample[0].nbytes > torch.cuda.mem_get_info(device)[0]:
+            device = HOST
+        self.values = sample.new_empty(num_rows, *sample.shape[1:], device=device)
         self.filled: set[int] = set()
+        """Chunks that are stored."""
 
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def has(self, chunk: int, rows: slice) -> bool:
-        """Whether a chunk is stored."""
-        return chunk in self.filled
-
-    def put(self, chunk: int, rows: slice, values: Tensor) -> None:
-        """Store a chunk."""
-        self.values[rows] = values
-        self.filled.add(chunk)
-
-    def take(self, rows: Tensor, device: torch.device = HOST) -> Tensor:
+    def take(self, rows: Tensor, device: torch.device) -> Tensor:
         """Rows by index (n,), on a device."""
         if device.type != "cuda" or self.values.device.type == "cuda":
             return self.values[rows.to(self.values.device, non_blocking=True)].to(device, non_blocking=True)
@@ -418,57 +366,22 @@ class MemoryRows:
         return torch.index_select(self.values, 0, rows, out=pinned).to(device, non_blocking=True)
 
 
-class FileRows(MemoryRows):
-    """Rows in a memory-mapped file, with a checksum of each chunk in a second file.
-
-    A chunk is valid if its rows have the checksum: after a kill during a write, or on a damaged disk, it is computed
-    again. Processes may share the files, since all of them write the same bytes.
-    """
-
-    def __init__(self, path: Path, chunks: int, rows: int, shape: Sequence[int], dtype: torch.dtype) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        numbers, index = rows * torch.Size(shape).numel(), path.with_suffix(".index")
-        _allocate(path, numbers * dtype.itemsize)
-        _allocate(index, chunks * DIGEST)
-        self.values = torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(rows, *shape)
-        digests = torch.from_file(str(index), shared=True, size=chunks * DIGEST, dtype=torch.uint8)
-        self.index = digests.view(chunks, DIGEST)
-        self.filled: set[int] = set()
-        """Chunks that this process has checked."""
-
-    def has(self, chunk: int, rows: slice) -> bool:
-        """Whether a valid chunk is stored; checked once per process."""
-        if chunk not in self.filled and self.index[chunk].any():
-            if torch.equal(self.index[chunk], checksum(self.values[rows])):
-                self.filled.add(chunk)
-        return chunk in self.filled
-
-    def put(self, chunk: int, rows: slice, values: Tensor) -> None:
-        """Store a chunk, then its checksum."""
-        super().put(chunk, rows, values.cpu())
-        self.index[chunk] = checksum(self.values[rows])
+def write_tensor(path: Path, value: Tensor) -> None:
+    """Write a tensor to a file with its checksum, so that ``read_tensor`` knows whether all of it was written."""
+    body = write_payload({"value": value})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.write_bytes(hashlib.sha256(body).digest() + body)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(
+            f"{str(path.parent)!r} must have room for cached ViT tokens ({error.strerror}): lower trainer.cache_gb, or "
+            "choose a state-dir on a larger disk."
+        ) from error
 
 
-def checksum(values: Tensor) -> Tensor:
-    """BLAKE2b of a tensor's bytes, (DIGEST,) uint8."""
-    data = values.contiguous().view(-1).view(torch.uint8).numpy()
-    return torch.frombuffer(bytearray(hashlib.blake2b(data.data, digest_size=DIGEST).digest()), dtype=torch.uint8)
-
-
-def _allocate(path: Path, size: int) -> None:
-    """Reserve a file's size: if the disk were full at the first write to a mapped page, the process would be killed."""
-    with path.open("ab") as file:
-        before = file.tell()
-        if size <= before:
-            return
-        try:
-            if sys.platform == "linux":
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        except OSError as error:
-            file.truncate(before)
-            raise ValueError(
-                f"{str(path.parent)!r} must have room for {size / 2**30:.2f} GiB of cached ViT tokens "
-                f"({error.strerror}): lower trainer.cache_gb, or choose a state-dir on a larger disk."
-            ) from error
+def read_tensor(path: Path) -> Tensor | None:
+    """The tensor of a file of ``write_tensor``; None if there is none, or it is damaged."""
+    data = path.read_bytes() if path.exists() else b""
+    digest, body = data[:DIGEST], data[DIGEST:]
+    return read_message(body)[1]["value"] if hashlib.sha256(body).digest() == digest else None

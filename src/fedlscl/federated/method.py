@@ -25,8 +25,6 @@ from fedlscl.options import Count, Interval, Positive, check_options
 
 Aggregation = Literal["mean", "median", "trimmed_mean", "norm_clipped_mean"]
 """How a server averages uploads."""
-
-
 PublicImages = Callable[[Tensor, int, int], Iterable[Batch]]
 """Batches of held-out images of classes (n,), at most so many of each class, and at most so many in a batch."""
 
@@ -139,20 +137,14 @@ class Method(ABC):
     def upload_spec(self, upload: Upload, net: Net) -> Payload | None:
         """Expected names, shapes and dtypes of a well-formed upload; None to check values only.
 
-        Required where ``upload`` is overridden. Values of tensors taken from ``net`` are references for norms. Raise an
-        error if numbers in the payload decide its shapes and are invalid.
-
-        Args:
-            upload: sender, round and class counts are validated already, the payload is not.
-            net: the newly built net of client 0.
+        Required where ``upload`` is overridden. Of the upload, all but the payload is validated already. Values of
+        tensors taken from ``net``, the newly built net of client 0, are references for norms. Raise an error if numbers
+        in the payload decide its shapes and are invalid.
         """
         return dict(net.state_dict()) if type(self).upload is Method.upload else None
 
     def check_upload(self, upload: Upload) -> str:
-        """Method-specific check of a well-formed, finite upload.
-
-        Returns the reason for rejection in one line, or an empty string.
-        """
+        """The reason to reject a well-formed, finite upload in one line, or an empty string."""
         return ""
 
     @property

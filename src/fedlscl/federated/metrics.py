@@ -32,10 +32,6 @@ class AccuracyMatrix:
         """Set accuracies (masks, tasks so far) of one client."""
         self.values[PHASES.index(phase), :, client, after_task, : rows.shape[1]] = rows.double()
 
-    def row(self, phase: str, client: int, after_task: int) -> Tensor:
-        """The recorded accuracies, (masks, tasks so far)."""
-        return self.values[PHASES.index(phase), :, client, after_task, : after_task + 1].clone()
-
     def of(self, mask: str, phase: str = "after") -> Tensor:
         """The matrix (clients, tasks, tasks) under one mask."""
         return self.values[PHASES.index(phase), MASKS.index(mask)]

@@ -6,8 +6,11 @@
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,14 +35,9 @@ TrainStage = Callable[[Client | None, Stage], Any]
 class ClientPool(ABC):
     """Runs the clients' part of Algorithm 1."""
 
-    @property
-    @abstractmethod
-    def stream(self) -> StreamShape | None:
-        """Sizes of the data; None before a remote client has reported its classes."""
-
     @abstractmethod
     def setup(self, run: RunState) -> None:
-        """Build the clients of a run."""
+        """Build the clients of a run; once the sizes of the data are known, its validator gets them, too."""
 
     @abstractmethod
     def begin_task(self, task: int, first_round: int) -> None:
@@ -65,8 +63,8 @@ class ClientPool(ABC):
         """All clients' sums of the features of a task that has ended; ``save`` writes a checkpoint before them."""
 
     @abstractmethod
-    def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        """Deliver the readouts' heads, by client, and evaluate them."""
+    def evaluate_readouts(self, progress: Progress, answer: Payload) -> None:
+        """Deliver the readouts' heads to all clients, which evaluate them."""
 
     @abstractmethod
     def finish(self, save: Callable[[], None]) -> None:
@@ -81,30 +79,15 @@ class ClientPool(ABC):
         """Restore the result of ``state_dict``; ``progress`` is the next round."""
 
 
+@dataclass(eq=False, repr=False)
 class LocalPool(ClientPool):
-    """All clients in this process, or distributed over the processes of ``ranks``.
+    """All clients in this process, or distributed over the processes of ``ranks``."""
 
-    Args:
-        datamodule: the clients' streams of tasks.
-        ranks: the processes.
-        train_stage: trains one stage.
-        call: calls a hook of all callbacks.
-    """
-
-    def __init__(
-        self,
-        datamodule: SpatialTemporalDataModule,
-        ranks: Ranks,
-        train_stage: TrainStage,
-        call: Callable[..., None],
-    ) -> None:
-        self.datamodule, self.ranks, self.train_stage, self.call = datamodule, ranks, train_stage, call
-
-    @property
-    @override
-    def stream(self) -> StreamShape:
-        data = self.datamodule
-        return StreamShape(data.num_classes, data.num_clients, data.num_tasks)
+    datamodule: SpatialTemporalDataModule
+    ranks: Ranks
+    train_stage: TrainStage
+    call: Callable[..., None]
+    """Calls a hook of all callbacks."""
 
     @override
     def setup(self, run: RunState) -> None:
@@ -114,68 +97,80 @@ class LocalPool(ClientPool):
                 f"{self.ranks.size}."
             )
         self.run, self.runner = run, ClientRunner(run.method, run.engine, run.seed, run.readout_config)
-        streams = [self.datamodule.stream(index) for index in range(self.datamodule.num_clients)]
+        data, tasks = self.datamodule, range(run.num_tasks)
+        shape = run.validator.stream = StreamShape(data.num_classes, data.num_clients, data.num_tasks)
+        streams = [data.stream(index) for index in range(data.num_clients)]
         ranks = assign([stream.num_samples for stream in streams], self.ranks.size)
-        self.own_clients = {index for index, rank in enumerate(ranks) if rank == self.ranks.rank}
         for index, stream in enumerate(streams):
-            net = self.runner.build(index, self.stream)
+            net = self.runner.build(index, shape)
             run.clients.append(Client(id=index, net=net, data=stream, engine=run.engine))
             run.engine.offloader.release(run.clients[-1])
+        self.own = {client.id: client for client in run.clients if ranks[client.id] == self.ranks.rank}
         run.readouts.widths = check_widths(run.readout_config, run.nets)
-        run.data = describe_data(self.datamodule, run.num_tasks)
+        run.data = {
+            "dataset": data.dataset,
+            "fingerprint": data.data.fingerprint,
+            "num_classes": data.num_classes,
+            "num_clients": data.num_clients,
+            "num_tasks": run.num_tasks,
+            "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
+            "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
+            "test_samples": [[len(stream.evaluation_ids(task)) for task in tasks] for stream in streams],
+            **({} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}),
+        }
 
     @override
     def begin_task(self, task: int, first_round: int) -> None:
         for client in self.run.clients:
             client.task, client.round = task, first_round
-            if first_round == 0 and client.id in self.own_clients:
-                self.runner.begin_task(client)
+        for client in self.own.values() if first_round == 0 else ():
+            self.runner.begin_task(client)
 
     @override
     def train(self, progress: Progress, participants: list[int], with_uploads: bool) -> list[Upload]:
         run = self.run
         for client in run.clients:
             client.round = progress.round
-        present, start = [run.clients[index] for index in participants], len(run.history)
-        own: list[Upload] = []
-        for client in self._own(present):
+        start = len(run.history)
+        uploads: list[Upload] = []
+        accuracies: list[tuple[int, Tensor]] = []
+        for client in (self.own[index] for index in participants if index in self.own):
             self.call("on_client_start", client)
             with run.engine.on_device(client):
                 self.runner.train(client, self.train_stage)
                 if progress.last:
-                    self._evaluate(client, "before")
+                    accuracies.append(self._evaluate(client, "before"))
                 if with_uploads:
-                    own.append(self.runner.upload(client))
+                    uploads.append(self.runner.upload(client))
         if self.ranks.size > 1:
             run.history[start:] = sorted(self.ranks.gather(run.history[start:]), key=lambda entry: entry["client"])
         if progress.last:
-            self._gather_accuracies("before", progress.task, present)
-        return sorted(self.ranks.gather(own), key=lambda upload: upload.client)
+            self._gather_accuracies("before", progress.task, accuracies)
+        return self._gather_uploads(uploads)
 
     @override
     def download(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        for client in self._own(self.run.clients):
-            if client.id in answers:
-                self.runner.download(client, answers[client.id])
+        for index, answer in answers.items():
+            if index in self.own:
+                self.runner.download(self.own[index], answer)
 
     @override
     def end_task(self, progress: Progress) -> None:
-        for client in self._own(self.run.clients):
+        accuracies: list[tuple[int, Tensor]] = []
+        for client in self.own.values():
             with self.run.engine.on_device(client):
                 self.runner.end_task(client)
-                self._evaluate(client, "after")
-        self._gather_accuracies("after", progress.task, self.run.clients)
+                accuracies.append(self._evaluate(client, "after"))
+        self._gather_accuracies("after", progress.task, accuracies)
 
     @override
     def readout_sums(self, progress: Progress, save: Callable[[], None]) -> list[Upload]:
-        uploads = self.ranks.gather([self.runner.readout_sums(client) for client in self._own(self.run.clients)])
-        return sorted(uploads, key=lambda upload: upload.client)
+        return self._gather_uploads([self.runner.readout_sums(client) for client in self.own.values()])
 
     @override
-    def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        clients = [client for client in self._own(self.run.clients) if client.id in answers]
-        own = [(client.id, self.runner.evaluate_readouts(client, answers[client.id])) for client in clients]
-        for index, found in self.ranks.gather(own):
+    def evaluate_readouts(self, progress: Progress, answer: Payload) -> None:
+        measured = [(index, self.runner.evaluate_readouts(client, answer)) for index, client in self.own.items()]
+        for index, found in self.ranks.gather(measured):
             for name, rows in found.items():
                 self.run.readouts.record(name, index, progress.task, rows)
 
@@ -195,26 +190,25 @@ class LocalPool(ClientPool):
                 client.load_state_dict(values)
             client.task, client.round = min(progress.task, self.run.num_tasks - 1), progress.round
 
-    def _own(self, clients: Iterable[Client]) -> Iterator[Client]:
-        return (client for client in clients if client.id in self.own_clients)
-
-    def _evaluate(self, client: Client, phase: str) -> None:
+    def _evaluate(self, client: Client, phase: str) -> tuple[int, Tensor]:
         self.call("on_evaluation_start", client, phase)
         start = time.perf_counter()
-        self.run.matrix.record(phase, client.id, client.task, self.runner.evaluate(client))
+        rows = self.runner.evaluate(client)
+        self.run.matrix.record(phase, client.id, client.task, rows)
         self.call("on_evaluation_end", client, phase, time.perf_counter() - start)
+        return client.id, rows
 
-    def _gather_accuracies(self, phase: str, task: int, clients: list[Client]) -> None:
-        matrix = self.run.matrix
-        own = [(client.id, matrix.row(phase, client.id, task)) for client in self._own(clients)]
-        for index, row in self.ranks.gather(own):
-            matrix.record(phase, index, task, row)
+    def _gather_uploads(self, own: list[Upload]) -> list[Upload]:
+        return sorted(self.ranks.gather(own), key=lambda upload: upload.client)
+
+    def _gather_accuracies(self, phase: str, task: int, own: list[tuple[int, Tensor]]) -> None:
+        for index, rows in self.ranks.gather(own):
+            self.run.matrix.record(phase, index, task, rows)
 
     def _gather_clients(self) -> None:
         if self.ranks.size > 1:
-            own = [(client.id, client.state_dict()) for client in self._own(self.run.clients)]
-            for index, state in self.ranks.gather(own):
-                if index not in self.own_clients:
+            for index, state in self.ranks.gather([(index, client.state_dict()) for index, client in self.own.items()]):
+                if index not in self.own:
                     with self.run.engine.on_device(self.run.clients[index]):
                         self.run.clients[index].load_state_dict(state)
 
@@ -233,11 +227,14 @@ def assign(work: Sequence[int], num_ranks: int) -> list[int]:
     return ranks
 
 
+@dataclass(eq=False)
 class ClientRunner:
     """Calls a method's client-side hooks, each from its own seed; the same in a simulation and on a Flower node."""
 
-    def __init__(self, method: Method, engine: Engine, seed: int, readouts: ReadoutConfig | None = None) -> None:
-        self.method, self.engine, self.seed, self.readouts = method, engine, seed, readouts or ReadoutConfig()
+    method: Method
+    engine: Engine
+    seed: int
+    readouts: ReadoutConfig = field(default_factory=ReadoutConfig)
 
     def build(self, index: int, stream: StreamShape) -> Net:
         """The net of a client; all clients are seeded alike."""
@@ -246,36 +243,30 @@ class ClientRunner:
 
     def begin_task(self, client: Client) -> None:
         """Start ``client.task``."""
-        self._seed(Turn.BEGIN, client)
-        with self.engine.on_device(client):
+        with self._turn(Turn.BEGIN, client):
             client.num_synced_rounds = 0
             self.method.begin_task(client)
 
     def train(self, client: Client, train_stage: TrainStage) -> None:
         """Train all stages of ``client.round``."""
         with self.engine.on_device(client):
-            stages = self.method.stages(client)
-            train_seeded(stages, client, train_stage, lambda number: self._seed(Turn.TRAIN, client, number))
+            for stage in seeded(self.method.stages(client), partial(self._seed, Turn.TRAIN, client)):
+                train_stage(client, stage)
 
     def upload(self, client: Client) -> Upload:
         """The client's message of ``client.round``."""
-        self._seed(Turn.UPLOAD, client)
-        with self.engine.on_device(client):
-            payload = self.method.upload(client)
-        counts = client.data.class_counts(client.task)
-        return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
+        with self._turn(Turn.UPLOAD, client):
+            return self._message(client, self.method.upload(client))
 
     def download(self, client: Client, answer: Payload) -> None:
         """Apply the server's response of ``client.round``."""
-        self._seed(Turn.DOWNLOAD, client)
-        with self.engine.on_device(client):
+        with self._turn(Turn.DOWNLOAD, client):
             self.method.download(client, answer)
             client.num_synced_rounds += 1
 
     def end_task(self, client: Client) -> None:
         """End ``client.task``."""
-        self._seed(Turn.END, client)
-        with self.engine.on_device(client):
+        with self._turn(Turn.END, client):
             self.method.end_task(client)
 
     def evaluate(self, client: Client) -> Tensor:
@@ -285,31 +276,21 @@ class ClientRunner:
 
     def readout_sums(self, client: Client) -> Upload:
         """The client's sums of features of ``client.task``, masked where the method masks sums."""
-        self._seed(Turn.READOUT, client)
         is_masked = self.method.masks_sums
-        with self.engine.on_device(client):
-            payload = client_sums(client, self.readouts, whole=is_masked)
-            if is_masked:
-                payload = self.method.mask_sums(client, payload)
-        counts = client.data.class_counts(client.task)
-        return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
+        with self._turn(Turn.READOUT, client):
+            sums = client_sums(client, self.readouts, whole=is_masked)
+            return self._message(client, self.method.mask_sums(client, sums) if is_masked else sums)
 
     def evaluate_readouts(self, client: Client, answer: Payload) -> dict[str, Tensor]:
         """Keep the readouts' heads; their accuracies (masks, tasks so far) on the client's test images, by name."""
         with self.engine.on_device(client):
             client.readouts = heads_of(answer)
-            heads = {name: self.engine.fabric.to_device(head) for name, head in client.readouts.items()}
-            return self._accuracies(
-                client,
-                lambda views: readout_logits(views, heads),
-                views=lambda batch: self.readouts.views(client.net, batch),
-            )
+            heads = self.engine.fabric.to_device(client.readouts)
+            views = partial(self.readouts.views, client.net)
+            return self._accuracies(client, lambda features: readout_logits(features, heads), views)
 
     def _accuracies(
-        self,
-        client: Client,
-        logits: Callable[[Any], dict[str, Tensor]],
-        views: Callable[[Batch], Any] | None = None,
+        self, client: Client, logits: Callable[[Any], dict[str, Tensor]], views: Callable[[Batch], Any] | None = None
     ) -> dict[str, Tensor]:
         """Accuracies (masks, tasks so far) of each of the ``logits`` of the net's outputs, or of ``views``, by name."""
         rows: dict[str, Tensor] = {}
@@ -323,21 +304,28 @@ class ClientRunner:
                     counts.setdefault(name, []).append(torch.stack(hits))
             for name, hits in counts.items():
                 row = rows.setdefault(name, torch.zeros(len(MASKS), client.task + 1, dtype=torch.float64))
-                for count in torch.stack(hits).cpu():
-                    row[:, task] += count.double() / len(ids)
+                row[:, task] = sum(torch.stack(hits).cpu().double() / len(ids))
         return rows
+
+    def _message(self, client: Client, payload: Payload) -> Upload:
+        counts = client.data.class_counts(client.task)
+        return Upload(client=client.id, task=client.task, round=client.round, payload=payload, class_counts=counts)
+
+    @contextmanager
+    def _turn(self, kind: "Turn", client: Client) -> Iterator[None]:
+        self._seed(kind, client)
+        with self.engine.on_device(client):
+            yield
 
     def _seed(self, kind: "Turn", client: Client, number: int = 0) -> None:
         seed_turn(self.seed, kind, client.task, client.round, client.id, number)
 
 
-def train_seeded(
-    stages: Iterator[Stage], client: Client | None, train_stage: TrainStage, seed: Callable[[int], None]
-) -> None:
-    """Train stages in order, each built and trained from its own seed."""
+def seeded(stages: Iterator[Stage], seed: Callable[[int], None]) -> Iterator[Stage]:
+    """Yield stages to train, each of which is built and trained from its own seed."""
     seed(0)
     for number, stage in enumerate(stages, start=1):
-        train_stage(client, stage)
+        yield stage
         seed(number)
 
 
@@ -366,24 +354,3 @@ def seed_turn(seed: int, *entropy: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))
     torch.manual_seed(int(state[2]) << 32 | int(state[3]))
-
-
-def describe_data(data: SpatialTemporalDataModule, num_tasks: int) -> dict[str, Any]:
-    """The data set and each client's share of it, by client and task."""
-    tasks, streams = range(num_tasks), [data.stream(client) for client in range(data.num_clients)]
-    return {
-        "dataset": data.dataset,
-        "fingerprint": data.data.fingerprint,
-        "num_classes": data.num_classes,
-        "num_clients": data.num_clients,
-        "num_tasks": num_tasks,
-        "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
-        "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
-        "test_samples": [[len(stream.evaluation_ids(task)) for task in tasks] for stream in streams],
-        **evaluated_on(data),
-    }
-
-
-def evaluated_on(data: SpatialTemporalDataModule) -> dict[str, str]:
-    """What results say of the images that clients are evaluated on: nothing for test images."""
-    return {} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}

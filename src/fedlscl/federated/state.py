@@ -16,9 +16,6 @@ from fedlscl.federated.readout import ReadoutConfig, Readouts
 from fedlscl.federated.validation import RejectedUpload, UploadValidator
 from fedlscl.nets.net import Net
 
-Traffic = dict[str, Tensor]
-"""``up`` and ``down`` in bytes, ``up_values`` and ``down_values`` in numbers, (clients, tasks, rounds) each."""
-
 
 @dataclass(kw_only=True)
 class RunState:
@@ -50,12 +47,20 @@ class RunState:
     matrix: AccuracyMatrix = field(init=False)
     readouts: Readouts = field(init=False)
     """Closed-form classifiers on the clients' features, if asked for."""
-    traffic: Traffic = field(init=False)
+    traffic: dict[str, Tensor] = field(init=False)
+    """``up`` and ``down`` in bytes, ``up_values`` and ``down_values`` in numbers, (clients, tasks, rounds) each."""
 
     def __post_init__(self) -> None:
         self.matrix = AccuracyMatrix(self.num_clients, self.num_tasks)
         self.readouts = Readouts(self.readout_config, self.method, self.num_clients, self.num_tasks)
-        self.traffic = no_traffic(self.num_clients, self.num_tasks, self.rounds_per_task)
+        zeros = torch.zeros(self.num_clients, self.num_tasks, self.rounds_per_task, dtype=torch.int64)
+        self.traffic = {name: zeros.clone() for name in ("up", "down", "up_values", "down_values")}
+
+    def count(self, direction: str, client: int, payload: Payload) -> None:
+        """Record a message of the current round, 'up' or 'down'."""
+        index = client, *self.progress.position
+        self.traffic[direction][index] = num_bytes(payload)
+        self.traffic[f"{direction}_values"][index] = sum(value.numel() for value in payload.values())
 
     @property
     def nets(self) -> list[Net]:
@@ -129,28 +134,15 @@ class Callback:
         """The run ends with an exception."""
 
 
-def no_traffic(num_clients: int, num_tasks: int, rounds_per_task: int) -> Traffic:
-    """Traffic of a run that has not started: zeros."""
-    shape = (num_clients, num_tasks, rounds_per_task)
-    return {name: torch.zeros(shape, dtype=torch.int64) for name in ("up", "down", "up_values", "down_values")}
-
-
-def count(traffic: Traffic, direction: str, client: int, progress: Progress, payload: Payload) -> None:
-    """Record one message, 'up' or 'down'."""
-    index = client, progress.task, progress.round
-    traffic[direction][index] = num_bytes(payload)
-    traffic[f"{direction}_values"][index] = sum(value.numel() for value in payload.values())
-
-
-def extrapolated(traffic: Traffic, direction: str, rounds_done: int) -> float:
+def extrapolated(sent: Tensor, rounds_done: int) -> float:
     """Estimated bytes of a run from the first rounds of its first task; all later rounds repeat the last of them.
 
     Example:
-        >>> traffic = no_traffic(num_clients=1, num_tasks=2, rounds_per_task=3)
-        >>> traffic["up"][0, 0] = torch.tensor([10, 4, 0])
-        >>> extrapolated(traffic, "up", rounds_done=2)
+        >>> sent = torch.zeros(1, 2, 3)  # (clients, tasks, rounds)
+        >>> sent[0, 0] = torch.tensor([10, 4, 0])
+        >>> extrapolated(sent, rounds_done=2)
         36.0
     """
-    _, tasks, rounds = traffic[direction].shape
-    by_round = traffic[direction][:, 0].sum(0)[:rounds_done].tolist()
+    _, tasks, rounds = sent.shape
+    by_round = sent[:, 0].sum(0)[:rounds_done].tolist()
     return float(tasks * (sum(by_round) + (rounds - rounds_done) * by_round[-1]))

@@ -19,9 +19,9 @@ from fedlscl.federated.loggers import LoggerCallback
 from fedlscl.federated.method import Method, Progress, Stage
 from fedlscl.federated.metrics import AT_SERVER, AccuracyMatrix
 from fedlscl.federated.payload import Payload, Upload, num_bytes
-from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, train_seeded
+from fedlscl.federated.pool import ClientPool, LocalPool, TrainStage, Turn, seed_turn, seeded
 from fedlscl.federated.readout import ReadoutConfig, check_readouts
-from fedlscl.federated.state import Callback, RunState, Traffic, count
+from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.validation import UploadValidator
 from fedlscl.options import Count, Interval, NonNegative, Positive, Whole, check_options
 
@@ -87,15 +87,10 @@ class FederatedTrainer:
         identity: str = "",
         pool: ClientPool | None = None,
     ) -> AccuracyMatrix:
-        """Train all tasks, or the remaining ones of a checkpoint.
+        """Train a copy of the method on all tasks of the data, or on the remaining ones of a checkpoint.
 
-        Args:
-            method: the federated continual-learning method; a copy of it is used.
-            datamodule: the clients' streams of tasks.
-            seed: seed of the run.
-            checkpoint: file to resume from.
-            identity: fingerprint of the configuration; the checkpoint must have the same.
-            pool: the clients; by default they are simulated in this process.
+        ``identity`` is the fingerprint of the configuration, which a checkpoint must have, too. Without a pool the
+        clients are simulated in this process.
         """
         self.setup(method, datamodule, seed, pool)
         self.identity = identity
@@ -132,13 +127,9 @@ class FederatedTrainer:
             method.use_public_images(datamodule.public_images)
         if pool is None:
             datamodule.setup()
-        self.fabric = connect(self.accelerator, self.devices, self.precision, self.deterministic)
-        self.ranks = Ranks(self.fabric)
-        cache = None
-        if pool is None:
-            pool = LocalPool(datamodule, self.ranks, self._train, self._call)
-            dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
-            cache = PrefixCache(datamodule, self.cache_gb * 2**30, dtype)
+        engine = self.launch(datamodule if pool is None else None)
+        self.ranks = Ranks(engine.fabric)
+        self.pool = pool or LocalPool(datamodule, self.ranks, self._train, self._call)
         self.run = RunState(
             method=method,
             seed=seed,
@@ -147,13 +138,23 @@ class FederatedTrainer:
             rounds_per_task=self.rounds_per_task,
             server_every=self.server_every,
             precision=self.precision,
-            engine=Engine(self.fabric, cache, offloader=ClientOffloader(self.clients_gb * 2**30)),
-            validator=UploadValidator(method, pool.stream, self.max_norm_ratio, int(self.upload_gb * 2**30)),
+            engine=engine,
+            validator=UploadValidator(
+                method, max_norm_ratio=self.max_norm_ratio, max_bytes=int(self.upload_gb * 2**30)
+            ),
             readout_config=self.readouts,
             run_dir=self.run_dir,
         )
-        self.pool = pool
-        pool.setup(self.run)
+        self.pool.setup(self.run)
+
+    def launch(self, datamodule: SpatialTemporalDataModule | None, folder: Path | None = None) -> Engine:
+        """Launch Fabric; frozen ViT tokens of the data are cached, also in ``folder`` for later processes."""
+        fabric = connect(self.accelerator, self.devices, self.precision, self.deterministic)
+        cache = None
+        if datamodule is not None:
+            dtype = torch.float32 if self.precision == "32-true" else torch.bfloat16
+            cache = PrefixCache(datamodule, self.cache_gb * 2**30, dtype, folder)
+        return Engine(fabric, cache, offloader=ClientOffloader(self.clients_gb * 2**30))
 
     def count_tasks(self, datamodule: SpatialTemporalDataModule) -> int:
         """Number of tasks of a run: those of the streams, at most ``max_tasks``."""
@@ -232,8 +233,7 @@ class FederatedTrainer:
             >>> FederatedTrainer(participation=0.5).sample_clients(4, 42, Progress(0, 0))
             [1, 2]
         """
-        entropy = [seed, Turn.SAMPLING, progress.task, progress.round]
-        generator = np.random.default_rng(np.random.SeedSequence(entropy))
+        generator = np.random.default_rng([seed, Turn.SAMPLING, *progress.position])
         sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
         fails = generator.random(num_clients) < self.failure_rate
         return sorted(int(client) for client in sampled if not fails[client])
@@ -242,8 +242,7 @@ class FederatedTrainer:
         """Validate and count the uploads, train at the server where the method does, aggregate and respond."""
         run, progress = self.run, self.run.progress
         for upload in uploads:
-            count(run.traffic, "up", upload.client, progress, upload.payload)
-        run.validator.stream = self.pool.stream
+            run.count("up", upload.client, upload.payload)
         uploads = run.validator.filter(uploads, progress)
         if len(uploads) < self.quorum:
             raise ValueError(
@@ -255,7 +254,7 @@ class FederatedTrainer:
             return
         answers = self._aggregate(uploads)
         for client, answer in answers.items():
-            count(run.traffic, "down", client, progress, answer)
+            run.count("down", client, answer)
         self.pool.download(progress, answers)
 
     def _aggregate(self, uploads: list[Upload]) -> dict[int, Payload]:
@@ -274,16 +273,15 @@ class FederatedTrainer:
         return answers
 
     def _solve_readouts(self) -> None:
-        """Collect the clients' sums of features, solve the readouts' heads and evaluate them."""
+        """Collect the clients' sums of features, solve the readouts' heads and let the clients evaluate them."""
         run, progress = self.run, self.run.progress
         position = Progress(progress.task, self.rounds_per_task)
         uploads = self.pool.readout_sums(progress, lambda: self.save(position))
-        run.validator.stream = self.pool.stream
         uploads = run.validator.filter(uploads, progress, run.readouts)
         answer = run.readouts.add(uploads, progress)
         if answer:
             run.readouts.traffic["down"][:, progress.task] += num_bytes(answer)
-            self.pool.evaluate_readouts(progress, dict.fromkeys(range(run.num_clients), answer))
+            self.pool.evaluate_readouts(progress, answer)
 
     def _train(self, client: Client | None, stage: Stage) -> None:
         run = self.run
@@ -291,24 +289,14 @@ class FederatedTrainer:
         started = time.perf_counter()
         terms = run.engine.train(stage, lambda size: self._call("on_batch_end", client, size))
         seconds = time.perf_counter() - started
-        index = AT_SERVER if client is None else client.id
         position = {"task": run.progress.task, "round": run.progress.round}
+        index = AT_SERVER if client is None else client.id
         run.history.append({**position, "client": index, "stage": stage.name, "terms": terms})
         self._call("on_stage_end", client, stage, terms, seconds)
 
     def _call(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks if self.ranks.is_first else ():
             getattr(callback, hook)(self.run, *args)
-
-    @property
-    def method(self) -> Method:
-        """The run's copy of the method, with its server state."""
-        return self.run.method
-
-    @property
-    def validator(self) -> UploadValidator:
-        """Validates the run's uploads."""
-        return self.run.validator
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -321,14 +309,9 @@ class FederatedTrainer:
         return self.run.clients
 
     @property
-    def traffic(self) -> Traffic:
-        """Bytes and values sent in the run."""
-        return self.run.traffic
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Loss terms of the run's stages."""
-        return self.run.history
+    def method(self) -> Method:
+        """The run's copy of the method, with its server state."""
+        return self.run.method
 
 
 def check_public_images(method: Method, data: SpatialTemporalDataModule) -> None:
@@ -344,18 +327,15 @@ def train_server(method: Method, seed: int, uploads: list[Upload], progress: Pro
     """Train the method's stages at the server, each from its own seed."""
 
     def seed_stage(number: int) -> None:
-        seed_turn(seed, Turn.SERVER_TRAIN, progress.task, progress.round, *([number] if number else []))
+        seed_turn(seed, Turn.SERVER_TRAIN, *progress.position, *([number] if number else []))
 
-    train_seeded(method.server_stages(uploads, progress), None, train_stage, seed_stage)
+    for stage in seeded(method.server_stages(uploads, progress), seed_stage):
+        train_stage(None, stage)
 
 
 def aggregate(method: Method, seed: int, uploads: list[Upload], progress: Progress) -> dict[int, Payload]:
-    """The server's responses, by client.
-
-    Raises:
-        ValueError: if the method does not return one answer for each upload.
-    """
-    seed_turn(seed, Turn.SERVER, progress.task, progress.round)
+    """The server's responses, by client."""
+    seed_turn(seed, Turn.SERVER, *progress.position)
     answers = method.aggregate(uploads, progress)
     if len(answers) != len(uploads):
         raise ValueError(

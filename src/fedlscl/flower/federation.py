@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedlscl.cli.app import build
 from fedlscl.cli.runs import decisive_options, hash_of
 from fedlscl.data import SpatialTemporalDataModule
-from fedlscl.federated.engine import Engine, PrefixCache, connect
 from fedlscl.federated.method import Method
 from fedlscl.federated.pool import ClientRunner
 from fedlscl.federated.trainer import FederatedTrainer
@@ -55,11 +52,8 @@ class Federation:
 
     def client_runner(self, folder: Path | None = None) -> ClientRunner:
         """The runner of a node's client; frozen ViT tokens are cached in ``folder`` for later processes."""
-        trainer = self.trainer
-        dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
-        cache = PrefixCache(self.datamodule, trainer.cache_gb * 2**30, dtype, folder)
-        fabric = connect(trainer.accelerator, trainer.devices, trainer.precision, trainer.deterministic)
-        return ClientRunner(deepcopy(self.method), Engine(fabric, cache), self.seed, trainer.readouts)
+        engine = self.trainer.launch(self.datamodule, folder)
+        return ClientRunner(deepcopy(self.method), engine, self.seed, self.trainer.readouts)
 
 
 def read_federation(config: Path, **own: str) -> Federation:

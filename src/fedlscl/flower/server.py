@@ -19,7 +19,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
-from fedlscl.federated.pool import ClientPool, ClientRunner, evaluated_on
+from fedlscl.federated.pool import ClientPool, ClientRunner
 from fedlscl.federated.readout import check_widths
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
@@ -95,8 +95,8 @@ class FlowerPool(ClientPool, Callback):
         """Seconds and missing clients of every round; not part of the results, since they differ from run to run."""
 
     @property
-    @override
     def stream(self) -> StreamShape | None:
+        """Sizes of the data; None before a client has reported its classes."""
         reference, data = self._reference([]), self.federation.datamodule
         return None if reference is None else StreamShape(reference.num_classes, data.num_clients, data.num_tasks)
 
@@ -142,9 +142,9 @@ class FlowerPool(ClientPool, Callback):
         return self._exchange(self.clients, progress, missing="its sums of features did not arrive in time")[0]
 
     @override
-    def evaluate_readouts(self, progress: Progress, answers: dict[int, Payload]) -> None:
-        for client, answer in answers.items():
-            self.pending[client].add(progress, messages.READOUT, payload=answer)
+    def evaluate_readouts(self, progress: Progress, answer: Payload) -> None:
+        for pending in self.pending:
+            pending.add(progress, messages.READOUT, payload=answer)
 
     @override
     def finish(self, save: Callable[[], None]) -> None:
@@ -274,8 +274,9 @@ class FlowerPool(ClientPool, Callback):
         return next(iter(self._known), most)
 
     def _update_run(self) -> None:
-        """Describe the data in the form of ``describe_data``, and build one net structure per client."""
-        stream, run = self.stream, self.run
+        """Describe the data as ``LocalPool`` does, and build one net structure per client."""
+        run = self.run
+        stream = run.validator.stream = self.stream
         fingerprints = sorted({found.fingerprint for found in self._known})
         run.data = {
             "dataset": self.federation.datamodule.dataset,
@@ -286,7 +287,8 @@ class FlowerPool(ClientPool, Callback):
         }
         for name in ("classes", "train_samples", "test_samples"):
             run.data[name] = [[found and getattr(found, name) for found in row] for row in self.descriptions]
-        run.data |= evaluated_on(self.federation.datamodule)
+        if (images := self.federation.datamodule.evaluate_on) != "test":
+            run.data["evaluated_on"] = images
         if not run.remote_nets and stream is not None:
             runner = ClientRunner(run.method, run.engine, run.seed, run.readout_config)
             run.remote_nets = [runner.build(client, stream).to("meta") for client in self.clients]
