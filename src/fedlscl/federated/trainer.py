@@ -233,7 +233,7 @@ class FederatedTrainer:
             >>> FederatedTrainer(participation=0.5).sample_clients(4, 42, Progress(0, 0))
             [1, 2]
         """
-        generator = np.random.default_rng([seed, Turn.SAMPLING, *progress.position])
+        generator = np.random.default_rng([seed, Turn.SAMPLING, progress.task, progress.round])
         sampled = generator.permutation(num_clients)[: max(1, round(self.participation * num_clients))]
         fails = generator.random(num_clients) < self.failure_rate
         return sorted(int(client) for client in sampled if not fails[client])
