@@ -127,8 +127,12 @@ class Method(ABC):
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Yield the stages of one round's local training; each is built when the previous one is trained."""
-        module = ClassificationModule(client.net, client.classes, lr=self.lr)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        batches = client.loader(client.train_ids, self.batch_size)
+        yield Stage("train", self.objective(client), batches, self.local_epochs)
+
+    def objective(self, client: Client) -> Learner:
+        """What a client minimises in a round, where it trains in one stage on its task's samples."""
+        return ClassificationModule(client.net, client.classes, lr=self.lr)
 
     def upload(self, client: Client) -> Payload:
         """Tensors to send to the server after local training."""

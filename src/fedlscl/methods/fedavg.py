@@ -1,6 +1,5 @@
 """FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629), FedProx, EWC and LwF on it, and Local without a server."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from typing_extensions import override
 
 from fedlscl import modules
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
+from fedlscl.federated.method import Method, MethodCard, Progress, StreamShape
 from fedlscl.federated.payload import Payload, Upload
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.nets.net import Net, SmallClassifier
@@ -46,15 +45,6 @@ class FedAvg(Method):
         if self.foundation is not None:
             return FoundationClassifier(self.foundation, stream.num_classes)
         return SmallClassifier(self.small_model, stream.num_classes, self.small_image_size, self.pretrained)
-
-    def objective(self, client: Client) -> modules.Learner:
-        """What a client minimises on its task in a round."""
-        return modules.ClassificationModule(client.net, client.classes, lr=self.lr)
-
-    @override
-    def stages(self, client: Client) -> Iterator[Stage]:
-        batches = client.loader(client.train_ids, self.batch_size)
-        yield Stage("train", self.objective(client), batches, self.local_epochs)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ Deviations from the released code, with reasons in docs/methods/fedweit.md:
 - fresh Adam in every round, no plateau rule.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -20,12 +20,12 @@ from typing_extensions import override
 
 from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import MethodCard, Progress, Stage, StreamShape
+from fedlscl.federated.method import MethodCard, Progress, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import masked_average
 from fedlscl.functional.objectives import retention
 from fedlscl.methods.fedavg import FedAvg
-from fedlscl.modules import ClassificationModule
+from fedlscl.modules import ClassificationModule, Learner
 from fedlscl.nets.net import LinearHead, Net, Output, SmallModel
 from fedlscl.options import Interval, NonNegative
 
@@ -285,10 +285,9 @@ class FedWeIT(FedAvg):
         client.net.begin_task(client.classes, client.task)
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
+    def objective(self, client: Client) -> Learner:
         client.net.set_trainable()
-        module = DecompositionModule(client.net, client.classes, self)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        return DecompositionModule(client.net, client.classes, self)
 
     def upload(self, client: Client) -> Payload:
         """The base's channels with the largest masks; in the first upload after a task also its sparse A_t."""

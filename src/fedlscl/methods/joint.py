@@ -48,8 +48,8 @@ class _Pool(Method):
             batches = client.loader(self.pool["ids"], self.batch_size)
             yield Stage("train", self.objective(client), batches, self.local_epochs)
 
+    @override
     def objective(self, client: Client) -> Learner:
-        """The objective of the one client that is trained."""
         return ClassificationModule(client.net, self.pool["classes"], lr=self.lr)
 
     @override

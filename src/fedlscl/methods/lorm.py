@@ -21,10 +21,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedlscl.federated.client import Client
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape, federated_average
+from fedlscl.federated.method import Method, MethodCard, Progress, StreamShape, federated_average
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.analytic import is_semidefinite, pack_symmetric, packed_size, unpack_symmetric
-from fedlscl.modules import ClassificationModule
+from fedlscl.modules import ClassificationModule, Learner
 from fedlscl.nets.lora_vit import LoraViT, OneTask
 from fedlscl.nets.net import Net, make_head
 from fedlscl.nets.vit import FoundationConfig, foundation
@@ -153,11 +153,10 @@ class LoRM(Method):
             layer.share.zero_()
             layer.share[: client.task + 1] = 1 / (client.task + 1)
 
-    def stages(self, client: Client) -> Iterator[Stage]:
+    def objective(self, client: Client) -> Learner:
         """Train one factor of W_0 + B_t A_t, and the head."""
         client.net.set_trainable(client.task, (factor_of_round(client.round),))
-        module = ClassificationModule(OneTask(client.net, client.task), client.classes, lr=self.lr)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        return ClassificationModule(OneTask(client.net, client.task), client.classes, lr=self.lr)
 
     def upload(self, client: Client) -> Payload:
         """The trained factor, the head, and Grams of the inputs of every adapted layer and of the head."""

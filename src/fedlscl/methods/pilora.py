@@ -9,7 +9,7 @@ Deviations from the released code:
 - fresh Adam, no cosine schedule over rounds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client, class_means
-from fedlscl.federated.method import Method, MethodCard, Progress, Stage, StreamShape
+from fedlscl.federated.method import Method, MethodCard, Progress, StreamShape
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.aggregation import weighted_average
 from fedlscl.functional.objectives import cross_entropy
@@ -160,11 +160,10 @@ class PILoRA(Method):
         return LoraViT(self.foundation, head, **shape)
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
+    def objective(self, client: Client) -> Learner:
         client.net.set_trainable(client.task)
         competing = client.seen if self.competing == "seen" else client.classes
-        module = PrototypeModule(client.net, client.task, self, competing, client.classes)
-        yield Stage("train", module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        return PrototypeModule(client.net, client.task, self, competing, client.classes)
 
     def upload(self, client: Client) -> Payload:
         """A_t and B_t; class means and prototypes, one row for each class with samples."""
