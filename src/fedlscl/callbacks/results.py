@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from typing_extensions import override
 
 import fedlscl
 from fedlscl.federated.checkpoint import write_atomically
+from fedlscl.federated.engine import Engine
 from fedlscl.federated.loggers import Timed, peak_memory
 from fedlscl.federated.metrics import MASKS, PHASES, SCHEMA, matrix_rows, plain, round_rows, summary, to_csv, to_json
 from fedlscl.federated.state import RunState
@@ -178,12 +180,17 @@ class Flops(NamedTuple):
 
 SIDE = 32
 """Pixels of the stored image for which FLOPs are counted; every net resizes for itself."""
+_COUNTED: WeakKeyDictionary[Engine, dict[tuple[str, int, int], Flops]] = WeakKeyDictionary()
+"""By the engine of a run: type of net, number of parameters and task, which may change what trains."""
 
 
 def flops_by_client(run: RunState) -> dict[str, list[int]]:
-    """`Flops` of every client by name; nets of one type with equally many parameters are counted once."""
-    found: dict[tuple[str, int], Flops] = {}
-    kinds = [(type(client.net).__name__, sum(p.numel() for p in client.net.parameters())) for client in run.clients]
+    """`Flops` of every client by name; nets of one type with equally many parameters are counted once per task."""
+    found = _COUNTED.setdefault(run.engine, {})
+    kinds = [
+        (type(client.net).__name__, sum(p.numel() for p in client.net.parameters()), client.task)
+        for client in run.clients
+    ]
     for kind, client in zip(kinds, run.clients, strict=True):
         if kind not in found:
             with run.engine.on_device(client):
