@@ -38,6 +38,11 @@ def outgoing(tensors: Mapping[str, Tensor]) -> Payload:
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> Payload:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def num_bytes(payload: Payload) -> int:
     """Size of a message as serialised; computed once for each set of names, shapes and dtypes."""
     return _num_bytes(tuple((name, value.shape, value.dtype) for name, value in payload.items())) if payload else 0

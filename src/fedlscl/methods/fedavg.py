@@ -10,7 +10,7 @@ from typing_extensions import override
 from fedlscl import modules
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import Method, MethodCard, Progress, StreamShape
-from fedlscl.federated.payload import Payload, Upload
+from fedlscl.federated.payload import Payload, Upload, under
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.nets.net import Net, SmallClassifier
 from fedlscl.nets.vit import FoundationClassifier, FoundationConfig
@@ -130,10 +130,9 @@ def consolidate(client: Client, samples: int, gamma: float) -> None:
 
 def consolidated(client: Client) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Anchor and Fisher of earlier tasks by parameter name; empty before the first task ends."""
-    device, memory = client.net.head.weight.device, client.memory.items()
-    anchor = {name.removeprefix(ANCHOR): value.to(device) for name, value in memory if name.startswith(ANCHOR)}
-    fisher = {name.removeprefix(FISHER): value.to(device) for name, value in memory if name.startswith(FISHER)}
-    return anchor, fisher
+    device = client.net.head.weight.device
+    anchor, fisher = (under(prefix, client.memory) for prefix in (ANCHOR, FISHER))
+    return {n: v.to(device) for n, v in anchor.items()}, {n: v.to(device) for n, v in fisher.items()}
 
 
 def fisher_diagonal(client: Client, ids: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from fedlscl.data import Buffer
 from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Progress, Stage
-from fedlscl.federated.payload import Payload, Upload, outgoing
+from fedlscl.federated.payload import Payload, Upload, outgoing, under
 from fedlscl.functional.objectives import compensation_weights
 from fedlscl.methods.fedavg import FedAvg
 from fedlscl.modules import Learner
@@ -146,7 +146,7 @@ def perturbed_prototypes(client: Client, columns: Tensor, size: int, steps: int,
 
 def best_model(client: Client) -> Net | None:
     """The latest model that the proxy reported as best of its task; None before the first."""
-    weights = {name.removeprefix(BEST): value for name, value in client.memory.items() if name.startswith(BEST)}
+    weights = under(BEST, client.memory)
     if not weights:
         return None
     net = deepcopy(client.net).requires_grad_(False).eval()

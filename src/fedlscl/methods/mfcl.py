@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedlscl.data.loader import Batch
 from fedlscl.federated.client import Client
 from fedlscl.federated.method import MethodCard, Stage
-from fedlscl.federated.payload import Payload, outgoing
+from fedlscl.federated.payload import Payload, outgoing, under
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.methods.target import CLASSES, SYNTHESIS, DataFree, GeneratorWithTeacher, Statistics, Synthesizer
 from fedlscl.modules import ClassificationModule, Learner
@@ -142,8 +142,7 @@ class MFCL(DataFree):
 
     @override
     def replay(self, client: Client) -> Learner:
-        weights = {name.removeprefix(NET): v for name, v in client.memory.items() if name.startswith(NET)}
-        return MimickingModule(client, self._build_synthesizer(client.net, weights), self)
+        return MimickingModule(client, self._build_synthesizer(client.net, under(NET, client.memory)), self)
 
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train the previous task's synthesizer against the new global net."""

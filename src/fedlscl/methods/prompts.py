@@ -243,10 +243,10 @@ class PromptMethod(Method):
     batch_size: Count = 16
     """Images per step; the official rates are 0.03 * batch_size / 256, ours Adam's `lr`."""
 
-    def _stage(self, name: str, client: Client, net: Net, **options: Any) -> Stage:
+    def prompting(self, client: Client, net: Net, **options: Any) -> PromptingModule:
+        """The objective of a part of the client's net."""
         options |= {"lr": self.lr, "max_norm": self.max_norm}
-        module = PromptingModule(net, self.lambda_pull, client.classes, **options)
-        return Stage(name, module, client.loader(client.train_ids, self.batch_size), self.local_epochs)
+        return PromptingModule(net, self.lambda_pull, client.classes, **options)
 
 
 @dataclass(kw_only=True)
@@ -275,8 +275,8 @@ class FedL2P(PromptMethod):
         return PromptedViT(self.foundation, stream.num_classes, pool)
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
-        yield self._stage("train", client, client.net)
+    def objective(self, client: Client) -> Learner:
+        return self.prompting(client, client.net)
 
 
 @dataclass(kw_only=True)
@@ -317,9 +317,9 @@ class FedDualP(PromptMethod):
             experts[:, :, client.task] = experts[:, :, client.task - 1]
 
     @override
-    def stages(self, client: Client) -> Iterator[Stage]:
+    def objective(self, client: Client) -> Learner:
         slots = torch.full((len(client.net.head.weight),), client.task)
-        yield self._stage("train", client, client.net, slot_of_class=slots, lr_of={"keys": self.key_lr})
+        return self.prompting(client, client.net, slot_of_class=slots, lr_of={"keys": self.key_lr})
 
 
 class MultiGranularityViT(FrozenViTNet):
@@ -454,9 +454,11 @@ class FedMGP(PromptMethod):
 
     def stages(self, client: Client) -> Iterator[Stage]:
         """Phase 1 trains the coarse part; phase 2 the fine one."""
-        yield self._stage("coarse", client, client.net.coarse)
+        ids, epochs = client.train_ids, self.local_epochs
+        yield Stage("coarse", self.prompting(client, client.net.coarse), client.loader(ids, self.batch_size), epochs)
         options = {"slot_of_class": torch.arange(len(client.net.head.weight)), "lr_of": {"fine_keys": self.key_lr}}
-        yield self._stage("fine", client, client.net, prefix_of=self.prefix_of, **options)
+        fine = self.prompting(client, client.net, prefix_of=self.prefix_of, **options)
+        yield Stage("fine", fine, client.loader(ids, self.batch_size), epochs)
 
     def upload(self, client: Client) -> Payload:
         """P_g, its keys and h_g; no private module."""

@@ -177,16 +177,15 @@ class DataFree(FedAvg):
     def replay(self, client: Client) -> Learner:
         """Objective of a client with ``previous`` that has what the server synthesised."""
 
+    @override
+    def objective(self, client: Client) -> Learner:
+        # Cross-entropy in the first task, and of a client that missed the synthesised download.
+        has_replay = client.previous is not None and CLASSES in client.memory
+        return self.replay(client) if has_replay else super().objective(client)
+
     @abstractmethod
     def synthesise(self, teacher: Net, classes: Tensor) -> Iterator[Stage]:
         """Train a synthesizer of ``classes`` against the global net, and add what clients need to ``broadcast``."""
-
-    def stages(self, client: Client) -> Iterator[Stage]:
-        """Cross-entropy in the first task, and of a client that missed the synthesised download; else replay."""
-        loader = client.loader(client.train_ids, self.batch_size)
-        has_replay = client.previous is not None and CLASSES in client.memory
-        module = self.replay(client) if has_replay else ClassificationModule(client.net, client.classes, lr=self.lr)
-        yield Stage("train", module, loader, self.local_epochs)
 
     def server_stages(self, uploads: list[Upload], progress: Progress) -> Iterator[Stage]:
         """In a task's last round, record its classes; synthesise if another task follows."""
