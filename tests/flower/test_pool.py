@@ -211,6 +211,26 @@ def test_a_client_that_sends_nonsense_is_left_out_with_a_reason(network):
     assert "cut short" in state["validator"]["rejected"][0]["reason"]
 
 
+def test_nonsense_after_the_last_round_rejects_no_upload(network, undisturbed, monkeypatch):
+    """All uploads were used: the results are those of a simulation when the client answers properly."""
+    made = network(small())
+    app, finish, at_end = made.grid.app, FlowerPool.finish, []
+
+    def lying(message, context):
+        if at_end and message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            return Message(to_record(b"nonsense"), reply_to=message)
+        return app(message, context)
+
+    made.grid.app = lying
+    with monkeypatch.context() as patched:
+        patched.setattr(FlowerPool, "finish", lambda self, save: at_end.append(True) or finish(self, save))
+        with pytest.raises(ValueError, match=r"clients \[1\] were not tested"):
+            made.fit()
+    assert load_checkpoint(made.folder / "run" / "checkpoint.pt")["validator"]["rejected"] == []
+    made.grid.app = app
+    same_run(made.fit(), undisturbed)
+
+
 NAMES = ["benign", "cyst", "h\u00e9althy", "malignant"]
 """One of them has two Unicode forms."""
 

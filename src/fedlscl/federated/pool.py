@@ -116,7 +116,7 @@ class LocalPool(ClientPool):
             "classes": [[stream.classes(task).tolist() for task in tasks] for stream in streams],
             "train_samples": [[len(stream.train_ids(task)) for task in tasks] for stream in streams],
             "test_samples": [[len(stream.evaluation_ids(task)) for task in tasks] for stream in streams],
-            **({} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}),
+            **evaluated_on(data),
         }
 
     @override
@@ -211,6 +211,11 @@ class LocalPool(ClientPool):
                 if index not in self.own:
                     with self.run.engine.on_device(self.run.clients[index]):
                         self.run.clients[index].load_state_dict(state)
+
+
+def evaluated_on(data: SpatialTemporalDataModule) -> dict[str, str]:
+    """What results say of the images that clients are evaluated on: nothing for test images."""
+    return {} if data.evaluate_on == "test" else {"evaluated_on": data.evaluate_on}
 
 
 def assign(work: Sequence[int], num_ranks: int) -> list[int]:

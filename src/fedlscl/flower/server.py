@@ -19,7 +19,7 @@ from fedlscl.federated.checkpoint import load_last_good, write_atomically
 from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.metrics import MASKS
 from fedlscl.federated.payload import MAX_HEADER, Payload, Upload, one_line
-from fedlscl.federated.pool import ClientPool, ClientRunner
+from fedlscl.federated.pool import ClientPool, ClientRunner, evaluated_on
 from fedlscl.federated.readout import check_widths
 from fedlscl.federated.state import Callback, RunState
 from fedlscl.federated.trainer import FederatedTrainer
@@ -119,9 +119,11 @@ class FlowerPool(ClientPool, Callback):
         for client in participants:
             self.pending[client].add(progress, *kinds)
         asked = self.clients if progress.round == 0 else participants
-        uploads, missed = self._exchange(asked, progress)
+        uploads, missed = self._exchange(asked)
+        self._reject(progress, missed)
         seconds, (task, round_) = time.perf_counter() - began, progress.position
-        self.rounds.append({"task": task, "round": round_, "seconds": seconds, "asked": len(asked), "missed": missed})
+        number = {"seconds": seconds, "asked": len(asked), "missed": sorted(missed)}
+        self.rounds.append({"task": task, "round": round_, **number})
         arrived = f"{len(asked) - len(missed)} of {len(asked)} clients"
         self.log(f"task {task + 1}, round {round_ + 1}: {arrived} in {seconds:.1f} s")
         return uploads
@@ -139,7 +141,10 @@ class FlowerPool(ClientPool, Callback):
     def readout_sums(self, progress: Progress, save: Callable[[], None]) -> list[Upload]:
         save()  # nodes keep the results of two requests only
         self._add(progress, messages.READOUT_SUMS)
-        return self._exchange(self.clients, progress, missing="its sums of features did not arrive in time")[0]
+        uploads, missed = self._exchange(self.clients)
+        late = "its sums of features did not arrive in time"
+        self._reject(progress, {client: reason or late for client, reason in missed.items()})
+        return uploads
 
     @override
     def evaluate_readouts(self, progress: Progress, answer: Payload) -> None:
@@ -149,7 +154,7 @@ class FlowerPool(ClientPool, Callback):
     @override
     def finish(self, save: Callable[[], None]) -> None:
         asked = [client for client in self.clients if self.pending[client].commands]
-        missed = self._exchange(asked, self.run.progress)[1] if asked else []
+        missed = sorted(self._exchange(asked)[1]) if asked else []
         save()
         if missed:
             raise ValueError(
@@ -197,10 +202,15 @@ class FlowerPool(ClientPool, Callback):
         for pending in self.pending:
             pending.add(progress, *kinds)
 
-    def _exchange(self, asked: Sequence[int], progress: Progress, missing: str = "") -> tuple[list[Upload], list[int]]:
-        """Send pending commands and record the results; returns the uploads, and the clients without a valid reply.
+    def _reject(self, progress: Progress, missed: dict[int, str]) -> None:
+        for client, reason in sorted(missed.items()):
+            if reason:
+                self.run.validator.reject(client, progress, reason)
 
-        Malformed replies are rejected, absent ones only for a reason, ``missing``.
+    def _exchange(self, asked: Sequence[int]) -> tuple[list[Upload], dict[int, str]]:
+        """Send pending commands and record the results.
+
+        Returns the uploads, and by client why there is no valid reply: empty if none arrived.
         """
         requests = {client: self._request(client) for client in asked}
         replies = self.transport.exchange(requests, self.deadline)
@@ -226,11 +236,7 @@ class FlowerPool(ClientPool, Callback):
         for client, reason in unreadable.items():
             self.log(f"client {client} is left out: {reason}")
         self._update_run()
-        missed = unreadable | dict.fromkeys(requests.keys() - replies.keys(), missing)
-        for client, reason in sorted(missed.items()):
-            if reason:
-                self.run.validator.reject(client, progress, reason)
-        return uploads, sorted(missed)
+        return uploads, unreadable | dict.fromkeys(requests.keys() - replies.keys(), "")
 
     def _request(self, client: int) -> bytes:
         pending = self.pending[client]
@@ -287,8 +293,7 @@ class FlowerPool(ClientPool, Callback):
         }
         for name in ("classes", "train_samples", "test_samples"):
             run.data[name] = [[found and getattr(found, name) for found in row] for row in self.descriptions]
-        if (images := self.federation.datamodule.evaluate_on) != "test":
-            run.data["evaluated_on"] = images
+        run.data |= evaluated_on(self.federation.datamodule)
         if not run.remote_nets and stream is not None:
             runner = ClientRunner(run.method, run.engine, run.seed, run.readout_config)
             run.remote_nets = [runner.build(client, stream).to("meta") for client in self.clients]
