@@ -32,7 +32,7 @@ class Run:
     path: Path
     results: dict[str, Any]
     costs: dict[str, Any]
-    """Empty if there is no costs.json."""
+    """Contents of costs.json; empty without the file."""
     config: str | None
     """Text of config.yaml."""
     is_converged: bool | None = None
