@@ -7,7 +7,7 @@ from fedlscl.federated.method import Progress, StreamShape
 from fedlscl.federated.payload import Upload
 from fedlscl.federated.trainer import FederatedTrainer
 from fedlscl.flower.federation import Federation
-from fedlscl.methods.prompts import FedMGP, FusionModule, PromptingModule, embed
+from fedlscl.methods.prompts import FedMGP, FusionModule, PromptingModule
 from fedlscl.nets.vit import FoundationConfig
 
 TINY = {"length": 3, "fine_length": 2, "hidden": 8, "local_epochs": 2, "batch_size": 8}
@@ -229,7 +229,7 @@ def test_the_distance_is_that_of_all_tokens_to_every_client(make, data):
     for client in clients:
         for image in range(3):
             pair = [net.tokens(batch.images[image : image + 1])[0].double() for net in (student, client)]
-            assert len(pair[0]) == embed(student.foundation, batch.images).shape[1] + 3
+            assert len(pair[0]) == student.frozen_prefix(batch.images, 0).shape[1] + 3
             expected += ((pair[0] - pair[1]) ** 2).sum().item() / 3
     assert module.loss(batch)["fusion"].item() == pytest.approx(expected, rel=1e-4)
 

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
-from fedlscl.methods.prompts import PrefixedViT, Prefixes, embed, run_blocks
+from fedlscl.methods.prompts import PrefixedViT, Prefixes, run_blocks
 from fedlscl.nets.vit import FoundationConfig, attend, fingerprint, foundation, run_block
 from reference import prompts as literal
 
@@ -69,7 +69,7 @@ def test_attention_is_the_literal_one_of_each_image(model):
 
 def test_net_is_the_literal_one_of_each_image(make_net, images):
     net, slots = make_net(), torch.tensor([0, 1, 2, 3, 3, 0])
-    vit, tokens = net.foundation.vit, embed(net.foundation, images)
+    vit, tokens = net.foundation.vit, net.frozen_prefix(images, 0)
     expected = []
     for x, slot in zip(tokens, slots, strict=True):
         for index in range(2):
@@ -86,7 +86,7 @@ def test_net_is_the_literal_one_of_each_image(make_net, images):
 def test_an_empty_prefix_is_the_plain_vit_bit_for_bit(make_net, images, name):
     config = FoundationConfig(name=name, weights="random", image_size=32)
     net = make_net(general_length=0, expert_length=0, config=config)
-    x = embed(net.foundation, images)
+    x = net.frozen_prefix(images, 0)
     for block in net.foundation.vit.blocks[:5]:
         x = run_block(block, x)
     assert torch.equal(net(images).features, net.foundation.features(x, 5))
@@ -107,7 +107,7 @@ def test_a_prefix_in_the_last_block_counts(make_net, images):
     net = make_net(general=(0,), expert=(5,))
     first, second = (net(images, slots=torch.full((6,), slot)).features for slot in (0, 1))
     assert not torch.allclose(first, second, atol=1e-3)
-    x = run_blocks(net.foundation, embed(net.foundation, images), 0, 5, net.general(torch.zeros(6, dtype=torch.long)))
+    x = run_blocks(net.foundation, net.frozen_prefix(images, 0), 0, 5, net.general(torch.zeros(6, dtype=torch.long)))
     x = run_block(net.foundation.vit.blocks[5], x, net.expert(torch.zeros(6, dtype=torch.long))[5])
     torch.testing.assert_close(first, net.foundation.vit.norm(x)[:, 0], **CLOSE)
 

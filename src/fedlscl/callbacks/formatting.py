@@ -138,9 +138,7 @@ def print_table(run: RunState, console: "Console | None" = None) -> None:
         facts["TensorBoard"] = f"tensorboard --logdir {run.run_dir / 'tensorboard'}"
         facts["checkpoint"] = str(run.run_dir / "checkpoint.pt")
     lines += [f"{name:<12}{text}" for name, text in facts.items()]
-    title = (
-        f"{done['method']['name']} on {data['dataset']}: accuracy in percent, mean over {data['num_clients']} clients"
-    )
+    title = f"{done['method']['name']} on {data['dataset']}: accuracy in percent, mean over {run.num_clients} clients"
     console.print()
     console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -186,16 +186,14 @@ _COUNTED: WeakKeyDictionary[Engine, dict[tuple[str, int, int], Flops]] = WeakKey
 
 def flops_by_client(run: RunState) -> dict[str, list[int]]:
     """`Flops` of every client by name; nets of one type with equally many parameters are counted once per task."""
-    found = _COUNTED.setdefault(run.engine, {})
-    kinds = [
-        (type(client.net).__name__, sum(p.numel() for p in client.net.parameters()), client.task)
-        for client in run.clients
-    ]
-    for kind, client in zip(kinds, run.clients, strict=True):
-        if kind not in found:
+    known, found = _COUNTED.setdefault(run.engine, {}), []
+    for client in run.clients:
+        kind = type(client.net).__name__, sum(p.numel() for p in client.net.parameters()), client.task
+        if kind not in known:
             with run.engine.on_device(client):
-                found[kind] = flops_per_image(client.net)
-    return {name: [getattr(found[kind], name) for kind in kinds] for name in Flops._fields}
+                known[kind] = flops_per_image(client.net)
+        found.append(known[kind])
+    return {name: [getattr(flops, name) for flops in found] for name in Flops._fields}
 
 
 def flops_per_image(net: Net) -> Flops:

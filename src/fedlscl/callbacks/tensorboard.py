@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 SHOWN = ("class_il/average", "class_il/worst_client", "class_il/forgetting", "task_il/average", "task_il/current")
 """Metrics that HParams shows without being asked: the first five."""
-
-
 ACCURACIES = {
     "all tasks, current task, worst client": ("average", "current", "worst_client"),
     "before and after aggregation": ("average_before_aggregation", "average"),

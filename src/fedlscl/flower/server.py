@@ -142,8 +142,7 @@ class FlowerPool(ClientPool, Callback):
         save()  # nodes keep the results of two requests only
         self._add(progress, messages.READOUT_SUMS)
         uploads, missed = self._exchange(self.clients)
-        late = "its sums of features did not arrive in time"
-        self._reject(progress, {client: reason or late for client, reason in missed.items()})
+        self._reject(progress, missed, late="its sums of features did not arrive in time")
         return uploads
 
     @override
@@ -202,10 +201,10 @@ class FlowerPool(ClientPool, Callback):
         for pending in self.pending:
             pending.add(progress, *kinds)
 
-    def _reject(self, progress: Progress, missed: dict[int, str]) -> None:
+    def _reject(self, progress: Progress, missed: dict[int, str], late: str = "") -> None:
         for client, reason in sorted(missed.items()):
-            if reason:
-                self.run.validator.reject(client, progress, reason)
+            if reason or late:
+                self.run.validator.reject(client, progress, reason or late)
 
     def _exchange(self, asked: Sequence[int]) -> tuple[list[Upload], dict[int, str]]:
         """Send pending commands and record the results.

@@ -15,7 +15,7 @@ from fedlscl.federated.method import Method, MethodCard, Progress, PublicImages,
 from fedlscl.federated.payload import Payload, Upload, outgoing
 from fedlscl.functional.objectives import cross_entropy
 from fedlscl.modules import ClassificationModule, Learner
-from fedlscl.nets.net import Frozen, LinearHead, Net, Output, prepare
+from fedlscl.nets.net import Frozen, LinearHead, Net, Output
 from fedlscl.nets.vit import (
     Foundation,
     FoundationClassifier,
@@ -99,7 +99,7 @@ class PromptedViT(FoundationClassifier):
         """Tokens (B, N + prompts, width) of images with their prompts, match (B,) and indices (B, top)."""
         chosen, match = self.pool.choose(self.frozen_prefix(images) if prefix is None else prefix)
         prompts = self.pool.prompts[chosen].flatten(1, 2)
-        return insert_prompts(self.foundation, embed(self.foundation, images), prompts), match, chosen
+        return insert_prompts(self.foundation, self.frozen_prefix(images, 0), prompts), match, chosen
 
     def prompt_features(self, x: Tensor) -> Tensor:
         """Mean (B, width) of the prompts' outputs, from tokens (B, N + prompts, width) of the last block."""
@@ -128,7 +128,7 @@ class PrefixedViT(FoundationClassifier):
         slots = similarity.argmax(1) if slots is None else slots
         prefixes = self.general(torch.zeros_like(slots)) | self.expert(slots)
         last = max(prefixes, default=-1) + 1
-        x = run_blocks(self.foundation, embed(self.foundation, images), 0, last, prefixes)
+        x = run_blocks(self.foundation, self.frozen_prefix(images, 0), 0, last, prefixes)
         if last == self.foundation.depth:
             x = self.foundation.vit.forward_head(self.foundation.vit.norm(x))
         features, chosen = self.foundation.features(x, last), slots[:, None]
@@ -173,12 +173,6 @@ def majority(chosen: Tensor, size: int) -> Tensor:
     """
     votes = F.one_hot(chosen, size).sum((0, 1))
     return votes.argsort(dim=0, descending=True, stable=True)[: chosen.shape[1]].expand_as(chosen)
-
-
-def embed(model: Foundation, images: Tensor) -> Tensor:
-    """Tokens (B, N, width) that enter the first block, from stored images (B, 3, h, w)."""
-    model = model.to(images.device)
-    return model.tokens(prepare(images, model.image_size, model.mean, model.std), 0)
 
 
 def insert_prompts(model: Foundation, tokens: Tensor, prompts: Tensor) -> Tensor:

@@ -309,10 +309,10 @@ class FrozenViTNet(Net):
         """The ViT's weights, its input size and ``entry``."""
         return f"{self.foundation.fingerprint}/{self.foundation.image_size}/{self.entry}"
 
-    def frozen_prefix(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, width) that enter block ``entry``; features (B, width) at the depth."""
-        model = self.foundation.to(images.device)
-        return model.tokens(prepare(images, model.image_size, model.mean, model.std), self.entry)
+    def frozen_prefix(self, images: Tensor, block: int | None = None) -> Tensor:
+        """Tokens (B, N, width) that enter a block, ``entry`` if None; features (B, width) at the depth."""
+        model, block = self.foundation.to(images.device), self.entry if block is None else block
+        return model.tokens(prepare(images, model.image_size, model.mean, model.std), block)
 
 
 class FoundationClassifier(FrozenViTNet):
